@@ -1,0 +1,104 @@
+# Fibril's one front door. `make help` lists what there is; README.md explains it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+# Any CPython from 3.11 on will do, Debian's or another build: bcc is pure Python and is linked in by `make install`.
+PYTHON ?= $(shell for p in python3 /usr/bin/python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+INSTANCE ?= node
+PYTEST = $(BIN)/python -m pytest -q
+
+# What the node itself needs, and what its tests and benchmarks need besides.
+APT_NODE := etcd-server iproute2 libbpf1 linux-libc-dev nftables python3 python3-bpfcc python3-venv
+APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping \
+	libc6-dev podman runc tcpdump
+
+.PHONY: help
+help: ## Show this help
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z][a-zA-Z0-9_-]*:.*## / {printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- install -------------------------------------------------------------------------------------------------------
+.PHONY: install install-node
+install-node: build/.apt-node $(VENV)/.stamp ## Install what a node needs (Debian packages, virtual environment)
+
+install: install-node build/.apt-test ## Install what the node, its tests and its benchmarks need
+
+build/.apt-%: Makefile
+	@mkdir -p build
+	@scripts/apt-install.sh $(if $(findstring node,$*),$(APT_NODE),$(APT_TEST))
+	@touch $@
+
+$(VENV)/.stamp: requirements.lock pyproject.toml build/.apt-node
+	@echo "creating $(VENV) with $(PYTHON)" >&2
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); /usr/bin/python3 -m venv $(VENV); }
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@ln -sfn /usr/lib/python3/dist-packages/bcc "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/bcc"
+	@touch $@
+
+# ---- run -----------------------------------------------------------------------------------------------------------
+.PHONY: up down status
+up: install-node ## Start a node on this host with an embedded etcd and two sample pods, check them, leave it running
+	@$(BIN)/fibril --instance $(INSTANCE) up
+	@$(BIN)/fibril --instance $(INSTANCE) pod add sample-a
+	@$(BIN)/fibril --instance $(INSTANCE) pod add sample-b
+	@$(BIN)/fibril --instance $(INSTANCE) check
+
+down: install-node ## Remove every trace of the node
+	@$(BIN)/fibril --instance $(INSTANCE) down
+
+status: install-node ## Show the health of every part of the node
+	@$(BIN)/fibril --instance $(INSTANCE) status
+
+# ---- test ----------------------------------------------------------------------------------------------------------
+.PHONY: test test-unit test-datapath test-e2e test-interop lint format
+test: lint test-unit test-datapath test-e2e test-interop ## Install what is missing and run everything CI runs
+
+test-unit: install ## Pure Python; no root
+	$(PYTEST) tests/unit
+
+test-datapath: install ## BPF programs through BPF_PROG_TEST_RUN
+	$(PYTEST) tests/datapath
+
+test-e2e: install ## Real pods and nodes in network namespaces
+	$(PYTEST) tests/e2e
+
+test-interop: install ## Real etcd, podman, containerd and CNI plugins
+	$(PYTEST) tests/interop
+
+lint: install ## Formatting, types, contracts, generated code
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	@scripts/check-breaking.sh
+	@scripts/check-generated.sh
+
+# ---- contracts and locks -------------------------------------------------------------------------------------------
+.PHONY: proto proto-accept lock
+proto: install ## Generate the Python package `fibril` and the drop-reason tables
+	$(BIN)/python scripts/gen_reasons.py
+	scripts/gen-proto.sh
+
+proto-accept: install ## Record the contracts as they are as the ones later changes must not break
+	$(BIN)/buf build -o proto/accepted.binpb
+
+lock: $(VENV)/.stamp ## Resolve the dependencies of pyproject.toml anew into requirements.lock
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \
+		--no-header --upgrade pyproject.toml -o requirements.lock
+
+# ---- measure -------------------------------------------------------------------------------------------------------
+.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench
+bench-pod: install ## Pod to pod: request/response, connections, streams, against veth and bridge
+	@$(BIN)/python -m bench.pod
+
+bench-datapath: install ## Nanoseconds a packet, against a fixed yardstick
+	@$(BIN)/python -m bench.datapath
+
+bench-cni: install ## CNI ADD and DEL, against bridge and host-local
+	@$(BIN)/python -m bench.cni
+
+bench-ipam: install ## Allocation rates, memory, start-up
+	@$(BIN)/python -m bench.ipam
+
+bench: bench-datapath bench-ipam bench-cni bench-pod ## All benchmarks, one JSON object a line
