@@ -1,0 +1,1 @@
+"""Fibril's benchmarks: `python -m bench.<name>`, one JSON object a line on standard output."""
