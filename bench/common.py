@@ -1,9 +1,10 @@
-"""What every benchmark shares: the result line, CPU pinning, interleaving of subject and baseline, medians, quick mode.
+"""What every benchmark shares: the result line, CPU pinning, interleaving of subject and baseline, medians.
 
-A benchmark is `with Bench("pod") as bench:` around its work. Inside, standard output is turned over to standard error
-(for this process and for every child it starts), so that nothing but result lines can reach the real one.
+A benchmark is `with Bench("pod") as bench:` around its work. Inside, standard output is turned over to
+standard error (here and in every child started), so that nothing but result lines reaches the real one.
 
-A result line is `{"bench","metric","unit","value","baseline":{"name","value"},"ratio"}` with ratio = value / baseline.
+A result line is `{"bench","metric","unit","value","baseline":{"name","value"},"ratio"}` with
+ratio = value / baseline.
 Where there is no peer to compare with, the baseline is the figure the project promises, named "target".
 
 `FIBRIL_BENCH_QUICK=1` asks for a run of at most 40 s: `quick(short, full)` picks.
@@ -80,7 +81,7 @@ def cpus() -> list[int]:
 
 @contextmanager
 def pinned(*wanted: int) -> Iterator[None]:
-    """Run this thread, and children started meanwhile, on these CPUs only (those that exist; else unchanged)."""
+    """Run this thread and children started meanwhile on those of these CPUs that exist (none: as before)."""
     before = os.sched_getaffinity(0)
     usable = before & set(wanted)
     if usable:
