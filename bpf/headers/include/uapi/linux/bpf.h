@@ -1,0 +1,1 @@
+/* Empty: BCC force-includes its own copy of linux/bpf.h, a second one would clash. */

@@ -1,0 +1,237 @@
+"""The loader process: `python -m services.common.kernel.load`, spec JSON on stdin, result JSON on stdout.
+
+It exists because a process that has compiled with BCC holds over 100 MB; this one pins everything and exits.
+Use it through `services.common.kernel.loader`, which builds the spec and turns failures into typed errors.
+
+A load is all or nothing. Everything is compiled, checked and loaded first; only then maps and programs are pinned
+and program arrays updated, and a failure in that part takes back what it did. Loads below one pin directory
+are serialised by a lock on the directory itself.
+
+Maps: BCC creates each map the C code declares. If one is already pinned under the path the spec names and has the
+same shape, its descriptor takes the new one's number (dup2) before any program is loaded, so programs
+refer to the pinned map whatever its type. Otherwise the new map is pinned. A map the spec does not name is private
+to the programs of its file.
+
+Exit code 0 and {"ok": true, ...}, or 1 and {"ok": false, "code", "message", "fix", "log"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from services.common.kernel import bpf
+from services.common.kernel.source import SourceError, flatten
+
+LOG_LINES = 40
+
+
+class LoadError(Exception):
+    """A refusal with the gRPC status name it maps to, a remedy and compiler or verifier output."""
+
+    def __init__(self, code: str, message: str, fix: str = "", log: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message, self.fix, self.log = code, message, fix, log
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Collect what libbcc's C code writes to descriptor 2; the list gets one item at exit."""
+    out: list[str] = []
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield out
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            out.append(file.read().decode(errors="replace"))
+
+
+def _tail(log: str) -> str:
+    return "\n".join(log.strip().split("\n")[-LOG_LINES:])
+
+
+class Loader:
+    """One run. `maps` is shared by all units, so that a map two files declare is one map."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        self.pin_dir = Path(spec["pin_dir"])
+        self.maps: dict[str, int] = {}
+        self.new_maps: dict[str, int] = {}
+        self.programs: dict[str, int] = {}
+        self.slots: list[tuple[str, int, int]] = []
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        self.pin_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(self.pin_dir, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for unit in self.spec["units"]:
+                self._load_unit(unit)
+            start = time.monotonic()
+            self._commit()
+            self.seconds["commit"] = round(time.monotonic() - start, 4)
+        finally:
+            os.close(lock)
+        return {"ok": True, "seconds": self.seconds,
+                "programs": {path: _summary(bpf.prog_info(fd)) for path, fd in self.programs.items()},
+                "maps": {path: "created" if path in self.new_maps else "adopted" for path in self.maps}}
+
+    def _load_unit(self, unit: dict[str, Any]) -> None:
+        from bcc import BPF, lib
+
+        start = time.monotonic()
+        source = Path(unit["source"])
+        try:
+            text = flatten(source, [Path(p) for p in self.spec["include"]])
+        except (SourceError, OSError) as error:
+            raise LoadError("INVALID_ARGUMENT", f"cannot read BPF source {source}: {error}") from error
+        flags = [*self.spec["cflags"], *(f"-D{name}={value}" for name, value in unit["defines"].items())]
+        module = None
+        with captured_stderr() as log:
+            # BCC reports with a bare Exception; what went wrong is on stderr.
+            with contextlib.suppress(Exception):
+                module = BPF(text=text.encode(), cflags=flags)
+        if module is None:
+            refused = "Operation not permitted" in log[0]
+            raise LoadError("PERMISSION_DENIED" if refused else "INTERNAL",
+                            f"cannot compile {source.name} or create its maps",
+                            "run as root with CAP_BPF and CAP_NET_ADMIN" if refused else "", _tail(log[0]))
+        if log[0].strip():
+            print(log[0], file=sys.stderr)
+        for name, path in unit["maps"].items():
+            fd = lib.bpf_table_fd(module.module, name.encode())
+            if fd < 0:
+                raise LoadError("INVALID_ARGUMENT", f"{source.name} declares no map {name}")
+            self._adopt(name, path, fd)
+        self.seconds[f"compile {source.name}"] = round(time.monotonic() - start, 4)
+        start = time.monotonic()
+        fds = {name: self._load_function(module, source, name, kind) for name, kind in unit["functions"].items()}
+        self.seconds[f"verify {source.name}"] = round(time.monotonic() - start, 4)
+        for name, fd in fds.items():
+            self.programs[str(self.pin_dir / "prog" / unit["service"] / name)] = fd
+        for array, entries in unit["slots"].items():
+            path = unit["maps"].get(array)
+            if path is None:
+                raise LoadError("INVALID_ARGUMENT", f"program array {array} of {source.name} has no pin path")
+            self.slots += [(path, int(index), fds[name]) for index, name in entries.items()]
+
+    def _adopt(self, name: str, path: str, fd: int) -> None:
+        """Let descriptor `fd`, which the compiled code holds, be the map pinned at `path`."""
+        mine = bpf.map_info(fd)
+        known = self.maps.get(path)
+        if known is None:
+            try:
+                known = bpf.get(path)
+            except FileNotFoundError:
+                self.maps[path] = self.new_maps[path] = os.dup(fd)
+                return
+        theirs = bpf.map_info(known)
+        if mine.shape() != theirs.shape():
+            raise LoadError("FAILED_PRECONDITION", f"map {name}: {path} is pinned as ({theirs.shape()}) but the "
+                            f"program wants ({mine.shape()})",
+                            "the ABI version belongs into the pin path: raise it, or remove the old pin with "
+                            "`fibril down`")
+        os.dup2(known, fd)
+        self.maps[path] = known
+
+    def _load_function(self, module: Any, source: Path, name: str, kind: str) -> int:
+        kind, _, attach = kind.partition("/")
+        if kind not in bpf.PROG_TYPES or (attach and attach not in bpf.ATTACH_TYPES):
+            raise LoadError("INVALID_ARGUMENT", f"{source.name}: {name} has unknown program type {kind}/{attach}")
+        function, failure = None, ""
+        with captured_stderr() as log:
+            try:
+                function = module.load_func(name.encode(), bpf.PROG_TYPES.index(kind),
+                                            attach_type=bpf.ATTACH_TYPES[attach] if attach else -1)
+            except Exception as error:  # BCC raises nothing narrower
+                failure = str(error)
+        if function is None:
+            if "super-user" in failure:
+                raise LoadError("PERMISSION_DENIED", f"may not load BPF program {name} of {source.name}",
+                                "run as root with CAP_BPF and CAP_NET_ADMIN", _tail(log[0]))
+            raise LoadError("FAILED_PRECONDITION", f"the kernel refused program {name} of {source.name}: {failure}",
+                            "the verifier's last lines follow", _tail(log[0]))
+        return os.dup(function.fd)
+
+    def _commit(self) -> None:
+        with contextlib.ExitStack() as undo:
+            for path, fd in self.new_maps.items():
+                Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                bpf.pin(fd, path)
+                undo.callback(os.unlink, path)
+            for path, fd in self.programs.items():
+                Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                # A loader killed here leaves such a name behind; the next one clears it.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + "~")
+                bpf.pin(fd, path + "~")
+                undo.callback(_unlink_if_there, path + "~")
+            for path, index, fd in self.slots:
+                array = self.maps[path]
+                try:
+                    undo.callback(_restore_slot, array, index, bpf.slot_get(array, index))
+                    bpf.slot_set(array, index, fd)
+                except OSError as error:
+                    raise LoadError("FAILED_PRECONDITION", f"slot {index} of {path} refused the program: {error}",
+                                    "all programs of one array must have the same type and attach type; an index "
+                                    "must be below the array's size") from error
+            for path in self.programs:
+                os.rename(path + "~", path)
+            undo.pop_all()
+
+
+def _unlink_if_there(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _summary(info: bpf.ProgInfo) -> dict[str, Any]:
+    return {"id": info.id, "tag": info.tag, "type": info.type, "insns": info.verified_insns,
+            "jited_bytes": info.jited_bytes}
+
+
+def _restore_slot(array: int, index: int, ident: int) -> None:
+    if not ident:
+        bpf.slot_clear(array, index)
+        return
+    fd = bpf.prog_fd_by_id(ident)
+    try:
+        bpf.slot_set(array, index, fd)
+    finally:
+        os.close(fd)
+
+
+def main() -> int:
+    try:
+        answer = Loader(json.load(sys.stdin)).run()
+    except LoadError as error:
+        answer = {"ok": False, "code": error.code, "message": error.message, "fix": error.fix, "log": error.log}
+    except OSError as error:
+        denied = error.errno in (errno.EPERM, errno.EACCES)
+        answer = {"ok": False, "code": "PERMISSION_DENIED" if denied else "FAILED_PRECONDITION",
+                  "message": f"BPF object store: {error}", "log": "",
+                  "fix": "run as root with CAP_BPF and CAP_NET_ADMIN" if denied
+                  else "is a bpf file system mounted there? `mount -t bpf bpf /sys/fs/bpf`"}
+    print(json.dumps(answer), flush=True)
+    return 0 if answer["ok"] else 1
+
+
+if __name__ == "__main__":
+    # Not sys.exit: tearing LLVM down takes longer than loading did.
+    os._exit(main())
