@@ -1,0 +1,1 @@
+"""CNI: the plugin a container runtime executes, the server behind it, and their installation."""
