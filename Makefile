@@ -100,5 +100,6 @@ bench-cni: install ## CNI ADD and DEL, against bridge and host-local
 
 bench-ipam: install ## Allocation rates, memory, start-up
 	@$(BIN)/python -m bench.ipam
+	@$(BIN)/python -m bench.node
 
 bench: bench-datapath bench-ipam bench-cni bench-pod ## All benchmarks, one JSON object a line
