@@ -1,0 +1,347 @@
+"""Links, addresses, routes, neighbours and qdiscs of one namespace, typed and idempotent.
+
+`Rtnl` holds the operations (blocking). `Netlink` runs them on its one thread:
+
+    async with Netlink() as netlink:
+        links = await netlink.call(Rtnl.links, "fb1a2b")
+        await netlink.call_in("/run/netns/x", Rtnl.addresses, 1)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+
+from services.common import errors
+from services.common.kernel import rtnl
+from services.common.kernel.netns import NetNs
+from services.common.kernel.rtnl import Message, RtnlSocket
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+T = TypeVar("T")
+P = ParamSpec("P")
+
+PROTO_FIBRIL: Final = 0xF1
+"""The `proto` of every route made here, by which they are told from others (`ip route show proto 241`)."""
+TABLE_MAIN: Final = 254
+SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
+UNICAST, LOCAL, BLACKHOLE, UNREACHABLE = 1, 2, 6, 7
+IFF_UP: Final = 1
+_PERMANENT, _NODAD, _EXT_SKIP_STATS = 0x80, 0x02, 8
+_GONE: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL})
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface. peer_ifindex is of a veth's other end, in the namespace peer_nsid (None: this one)."""
+
+    ifindex: int
+    name: str
+    up: bool
+    carrier: bool
+    mtu: int
+    mac: str
+    kind: str
+    peer_ifindex: int
+    peer_nsid: int | None
+
+
+@dataclass(frozen=True)
+class Address:
+    ifindex: int
+    address: IPAddress
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """One route of the node. gateway, ifindex and source are None or 0 where a route has none."""
+
+    destination: IPNetwork
+    gateway: IPAddress | None
+    ifindex: int
+    source: IPAddress | None
+    type: int
+    scope: int
+    proto: int
+    table: int
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    ifindex: int
+    address: IPAddress
+    mac: str
+    permanent: bool
+
+
+@dataclass(frozen=True)
+class Qdisc:
+    ifindex: int
+    kind: str
+    handle: int
+    parent: int
+
+
+def family_of(address: IPAddress | IPNetwork) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def mac_text(data: bytes) -> str:
+    return data.hex(":")
+
+
+# Requests as values, so that callers batch them.
+
+def link_up(ifindex: int, what: str = "") -> Message:
+    return Message(rtnl.SETLINK, {"index": ifindex, "flags": IFF_UP, "change": IFF_UP}, [],
+                   what=what or f"set interface {ifindex} up")
+
+
+def no_link_local(ifindex: int, what: str = "") -> Message:
+    """Make no IPv6 link-local address: no duplicate address detection, no router solicitation, no MLD reports."""
+    inet6 = ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})
+    return Message(rtnl.SETLINK, {"index": ifindex}, [("IFLA_AF_SPEC", {"attrs": [inet6]})],
+                   what=what or f"turn link-local addresses of interface {ifindex} off")
+
+
+def address_add(ifindex: int, address: IPAddress, prefix: int | None = None, what: str = "") -> Message:
+    """Add an address (default: a host prefix) without duplicate address detection; there already is fine."""
+    return Message(
+        rtnl.NEWADDR, {"family": family_of(address), "prefixlen": address.max_prefixlen if prefix is None else prefix,
+                       "flags": _PERMANENT | (_NODAD if address.version == 6 else 0), "index": ifindex},
+        [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
+        rtnl.CREATE | rtnl.REPLACE, what or f"add address {address} to interface {ifindex}", frozenset({errno.EEXIST}))
+
+
+def address_del(ifindex: int, address: IPAddress, prefix: int | None = None) -> Message:
+    return Message(
+        rtnl.DELADDR, {"family": family_of(address), "prefixlen": address.max_prefixlen if prefix is None else prefix,
+                       "index": ifindex}, [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
+        what=f"delete address {address} from interface {ifindex}", tolerate=_GONE)
+
+
+def _route(kind: int, destination: IPNetwork, ifindex: int, gateway: IPAddress | None, source: IPAddress | None,
+           route_type: int, scope: int, table: int, mtu: int, flags: int, what: str,
+           tolerate: frozenset[int]) -> Message:
+    attrs: list[tuple[str, Any]] = [("RTA_DST", str(destination.network_address))]
+    if ifindex:
+        attrs.append(("RTA_OIF", ifindex))
+    if gateway is not None:
+        attrs.append(("RTA_GATEWAY", str(gateway)))
+    if source is not None:
+        attrs.append(("RTA_PREFSRC", str(source)))
+    if table > 255:
+        attrs.append(("RTA_TABLE", table))
+    if mtu:
+        attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", mtu)]}))
+    return Message(kind, {"family": family_of(destination), "dst_len": destination.prefixlen,
+                          "table": table if table <= 255 else 0, "proto": PROTO_FIBRIL, "scope": scope,
+                          "type": route_type}, attrs, flags, what, tolerate)
+
+
+def route_put(destination: IPNetwork, ifindex: int = 0, gateway: IPAddress | None = None,
+              source: IPAddress | None = None, route_type: int = UNICAST, table: int = TABLE_MAIN, mtu: int = 0,
+              what: str = "") -> Message:
+    """Add a route or replace the one with the same destination. Without gateway its scope is link."""
+    scope = SCOPE_LINK if gateway is None and ifindex and destination.version == 4 else SCOPE_UNIVERSE
+    return _route(rtnl.NEWROUTE, destination, ifindex, gateway, source, route_type, scope, table, mtu,
+                  rtnl.CREATE | rtnl.REPLACE, what or f"set route to {destination}", frozenset())
+
+
+def route_del(destination: IPNetwork, ifindex: int = 0, route_type: int = 0, table: int = TABLE_MAIN) -> Message:
+    """Delete our route to a destination; absent is success."""
+    # Scope nowhere (255) matches any.
+    return _route(rtnl.DELROUTE, destination, ifindex, None, None, route_type, 255, table, 0, 0,
+                  f"delete route to {destination}", _GONE)
+
+
+def neighbour_put(ifindex: int, address: IPAddress, mac: str, what: str = "") -> Message:
+    """A permanent neighbour entry: the address is never asked for by ARP or ND."""
+    return Message(rtnl.NEWNEIGH, {"family": family_of(address), "ifindex": ifindex, "state": _PERMANENT},
+                   [("NDA_DST", str(address)), ("NDA_LLADDR", mac)], rtnl.CREATE | rtnl.REPLACE,
+                   what or f"set neighbour {address} of interface {ifindex}")
+
+
+def neighbour_del(ifindex: int, address: IPAddress) -> Message:
+    return Message(rtnl.DELNEIGH, {"family": family_of(address), "ifindex": ifindex},
+                   [("NDA_DST", str(address))], what=f"delete neighbour {address} of interface {ifindex}",
+                   tolerate=_GONE)
+
+
+def link_del(ifindex: int) -> Message:
+    return Message(rtnl.DELLINK, {"index": ifindex}, [], what=f"delete interface {ifindex}", tolerate=_GONE)
+
+
+def veth_add(name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None) -> Message:
+    """A veth pair, both ends down; the peer is born in `peer_netns`. EEXIST if either name is taken."""
+    other: list[tuple[str, Any]] = [("IFLA_IFNAME", peer), ("IFLA_ADDRESS", peer_mac), ("IFLA_MTU", mtu)]
+    if peer_netns is not None:
+        other.append(("IFLA_NET_NS_FD", peer_netns.fd))
+    data = {"attrs": [("VETH_INFO_PEER", {"attrs": other})]}
+    return Message(
+        rtnl.NEWLINK, {}, [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu),
+                           ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]})],
+        rtnl.CREATE | rtnl.EXCL, f"create veth pair {name} and {peer}")
+
+
+class Rtnl(RtnlSocket):
+    """Operations in the namespace of this socket; blocking. All changes are idempotent unless they say otherwise."""
+
+    def links(self, prefix: str = "") -> list[Link]:
+        """Interfaces whose name starts with `prefix`."""
+        # Statistics would be most of the answer.
+        request = Message(rtnl.GETLINK, {}, [("IFLA_EXT_MASK", _EXT_SKIP_STATS)], what="list interfaces")
+        wanted = prefix.encode()
+        return [_link(answer) for answer in self.dump(request) if answer.attrs.get(3, b"").startswith(wanted)]
+
+    def link(self, name: str) -> Link | None:
+        """One interface by name, None if there is none."""
+        index = self.ifindex(name)
+        return next((link for link in self.links(name) if link.ifindex == index), None) if index else None
+
+    def create_veth(self, name: str, mac: str, peer: str, peer_mac: str, mtu: int,
+                    peer_netns: NetNs | None = None) -> int:
+        """Create a veth pair (see veth_add); the index of `name`. AlreadyExists if either name is taken."""
+        self.apply([veth_add(name, mac, peer, peer_mac, mtu, peer_netns)])
+        return self.ifindex(name)
+
+    def delete_link(self, name: str) -> bool:
+        """Delete an interface (a veth goes with its peer); whether it was there."""
+        index = self.ifindex(name)
+        if index:
+            self.apply([link_del(index)])
+        return bool(index)
+
+    def addresses(self, ifindex: int = 0) -> list[Address]:
+        """Addresses of one interface, or of all."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = Message(rtnl.GETADDR, {"family": family, "index": ifindex}, [], what="list addresses")
+            for answer in self.dump(request):
+                _, prefix, _, _, index = struct.unpack("BBBBI", answer.fixed)
+                found.append(Address(index, ip_address(answer.attrs.get(2) or answer.attrs[1]), prefix))
+        return found
+
+    def routes(self, ifindex: int = 0, proto: int = PROTO_FIBRIL, table: int = TABLE_MAIN) -> list[Route]:
+        """Routes of a table, by default ours; proto 0 means any."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            attrs = [("RTA_OIF", ifindex)] if ifindex else []
+            request = Message(rtnl.GETROUTE, {"family": family, "proto": proto},
+                              [*attrs, ("RTA_TABLE", table)], what="list routes")
+            found += [route for answer in self.dump(request) if (route := _parse_route(answer)) is not None]
+        return found
+
+    def neighbours(self, ifindex: int = 0) -> list[Neighbour]:
+        """Neighbour entries of one interface, or of all."""
+        found = []
+        attrs = [("NDA_IFINDEX", ifindex)] if ifindex else []
+        for answer in self.dump(Message(rtnl.GETNEIGH, {}, attrs, what="list neighbours")):
+            family, index, state = struct.unpack_from("BxxxiH", answer.fixed)
+            if family in (socket.AF_INET, socket.AF_INET6) and 1 in answer.attrs:
+                found.append(Neighbour(index, ip_address(answer.attrs[1]), mac_text(answer.attrs.get(2, b"")),
+                                       bool(state & _PERMANENT)))
+        return found
+
+    def qdiscs(self, ifindex: int = 0) -> list[Qdisc]:
+        """Queueing disciplines of one interface, or of all."""
+        request = Message(rtnl.GETQDISC, {"index": ifindex}, [], what="list qdiscs")
+        return [qdisc for qdisc in map(parse_qdisc, self.dump(request)) if ifindex in (0, qdisc.ifindex)]
+
+    def netns_cookie(self) -> int:
+        """The cookie of this socket's namespace."""
+        from services.common.kernel.netns import socket_cookie
+        return socket_cookie(self.raw)
+
+
+def _link(answer: rtnl.Answer) -> Link:
+    index, flags = struct.unpack_from("4xiI", answer.fixed)
+    attrs = answer.attrs
+    info = rtnl.attributes(attrs.get(18, b""))
+    nsid = attrs.get(37)
+    return Link(
+        ifindex=index, name=attrs[3].rstrip(b"\0").decode(), up=bool(flags & IFF_UP),
+        carrier=attrs.get(33, b"\1")[0] == 1, mtu=struct.unpack("I", attrs.get(4, b"\0" * 4))[0],
+        mac=mac_text(attrs.get(1, b"")), kind=info.get(1, b"").rstrip(b"\0").decode(),
+        peer_ifindex=struct.unpack("I", attrs[5])[0] if 5 in attrs else 0,
+        peer_nsid=struct.unpack("i", nsid)[0] if nsid else None)
+
+
+def _parse_route(answer: rtnl.Answer) -> Route | None:
+    family, length, _, _, table, proto, scope, kind = struct.unpack_from("8B", answer.fixed)
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    attrs = answer.attrs
+    empty = b"\0" * (4 if family == socket.AF_INET else 16)
+    destination = ip_address(attrs.get(1, empty))
+    network: IPNetwork = (IPv4Network((int(destination), length)) if destination.version == 4
+                          else IPv6Network((int(destination), length)))
+    return Route(network, ip_address(attrs[5]) if 5 in attrs else None,
+                 struct.unpack("I", attrs[4])[0] if 4 in attrs else 0,
+                 ip_address(attrs[7]) if 7 in attrs else None, kind, scope, proto,
+                 struct.unpack("I", attrs[15])[0] if 15 in attrs else table)
+
+
+def parse_qdisc(answer: rtnl.Answer) -> Qdisc:
+    """A Qdisc out of a NEWQDISC or DELQDISC message."""
+    index, handle, parent = struct.unpack_from("4xiII", answer.fixed)
+    return Qdisc(index, answer.attrs.get(1, b"").rstrip(b"\0").decode(), handle, parent)
+
+
+class Netlink:
+    """The netlink thread of a process: the only one that blocks in netlink or enters other namespaces."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="netlink")
+        self._rtnl: Rtnl | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Wait for the operation under way, then end the thread."""
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        if self._rtnl is not None:
+            self._rtnl.close()
+            self._rtnl = None
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run any blocking function on the thread. A cancelled caller does not stop it."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: function(*args, **kwargs))
+
+    async def call(self, operation: Callable[Concatenate[Rtnl, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run an operation of Rtnl, or a function taking one first, in the node's namespace."""
+        return await self.run(lambda: operation(self._node(), *args, **kwargs))
+
+    async def call_in(self, path: Path | str, operation: Callable[Concatenate[Rtnl, P], T], *args: P.args,
+                      **kwargs: P.kwargs) -> T:
+        """The same in another namespace. NotFound if there is none at `path`."""
+        def inside() -> T:
+            with NetNs.open(path) as netns, Rtnl(netns) as there:
+                return operation(there, *args, **kwargs)
+        return await self.run(inside)
+
+    async def apply(self, messages: Sequence[Message]) -> None:
+        """Send a batch in the node's namespace; the first failure is raised."""
+        await self.call(Rtnl.apply, messages)
+
+    def _node(self) -> Rtnl:
+        if self._rtnl is None:
+            self._rtnl = Rtnl()
+        return self._rtnl
+
+
