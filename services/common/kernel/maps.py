@@ -157,7 +157,7 @@ class BpfMap(Generic[K, V]):
             values = (self._value * len(chunk))(*(v for _, v in chunk))
             count, failure = bpf.map_batch(bpf.MAP_UPDATE_BATCH, self.fd, len(chunk), ct.addressof(keys),
                                            ct.addressof(values), elem_flags=flags)
-            if failure in _NO_BATCH and not count or failure and count >= len(chunk):
+            if (failure in _NO_BATCH and not count) or (failure and count >= len(chunk)):
                 for key, value in chunk:
                     self.update(key, value, flags)
                 count = len(chunk)

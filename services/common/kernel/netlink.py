@@ -20,7 +20,6 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
-from services.common import errors
 from services.common.kernel import rtnl
 from services.common.kernel.netns import NetNs
 from services.common.kernel.rtnl import Message, RtnlSocket
@@ -202,7 +201,7 @@ class Rtnl(RtnlSocket):
         # Statistics would be most of the answer.
         request = Message(rtnl.GETLINK, {}, [("IFLA_EXT_MASK", _EXT_SKIP_STATS)], what="list interfaces")
         wanted = prefix.encode()
-        return [_link(answer) for answer in self.dump(request) if answer.attrs.get(3, b"").startswith(wanted)]
+        return [parse_link(answer) for answer in self.dump(request) if answer.attrs.get(3, b"").startswith(wanted)]
 
     def link(self, name: str) -> Link | None:
         """One interface by name, None if there is none."""
@@ -264,7 +263,8 @@ class Rtnl(RtnlSocket):
         return socket_cookie(self.raw)
 
 
-def _link(answer: rtnl.Answer) -> Link:
+def parse_link(answer: rtnl.Answer) -> Link:
+    """A Link out of a NEWLINK or DELLINK message."""
     index, flags = struct.unpack_from("4xiI", answer.fixed)
     attrs = answer.attrs
     info = rtnl.attributes(attrs.get(18, b""))

@@ -1,0 +1,95 @@
+"""What changes among interfaces and qdiscs, as it happens.
+
+    with Events() as events:            # in the thread's namespace
+        links = ...list everything...   # after subscribing, so that nothing falls between
+        async for event in events: ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final, Literal, Self
+
+from services.common.kernel import netlink, rtnl
+
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+GROUP_LINK, GROUP_TC = 1, 4
+_RECEIVE_BUFFER: Final = 4 << 20
+_KINDS: Final[dict[int, Literal["link", "link-gone", "qdisc", "qdisc-gone"]]] = {
+    rtnl.NEWLINK: "link", rtnl.DELLINK: "link-gone", rtnl.NEWQDISC: "qdisc", rtnl.DELQDISC: "qdisc-gone"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change. "lost": the kernel dropped events because nobody read; list everything again."""
+
+    kind: Literal["link", "link-gone", "qdisc", "qdisc-gone", "lost"]
+    link: netlink.Link | None = None
+    qdisc: netlink.Qdisc | None = None
+
+
+class Events:
+    """A subscription, used from the event loop's thread. Iterate it once."""
+
+    def __init__(self, groups: tuple[int, ...] = (GROUP_LINK, GROUP_TC)) -> None:
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+                                   socket.NETLINK_ROUTE)
+        # Beyond net.core.rmem_max this needs CAP_NET_ADMIN (option 33, SO_RCVBUFFORCE).
+        self._sock.setsockopt(socket.SOL_SOCKET, 33, _RECEIVE_BUFFER)
+        self._sock.bind((0, 0))
+        for group in groups:
+            self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        loop = asyncio.get_running_loop()
+        pending: deque[Event] = deque()
+        while True:
+            while pending:
+                yield pending.popleft()
+            ready = asyncio.Event()
+            loop.add_reader(self._sock, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_reader(self._sock)
+            try:
+                data = self._sock.recv(1 << 18)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                pending.append(Event("lost"))
+                continue
+            pending.extend(decode(data))
+
+
+def decode(data: bytes) -> list[Event]:
+    """The events of one datagram; messages of other kinds are left out."""
+    found = []
+    for number, _, _, payload in rtnl.parse(data):
+        kind = _KINDS.get(number)
+        if kind is None:
+            continue
+        answer = rtnl.answer(number, payload)
+        if kind.startswith("link"):
+            # Bridges and IPv6 announce their own, nameless, kind of link message here.
+            if 3 in answer.attrs and answer.fixed[0] == socket.AF_UNSPEC:
+                found.append(Event(kind, link=netlink.parse_link(answer)))
+        else:
+            found.append(Event(kind, qdisc=netlink.parse_qdisc(answer)))
+    return found
