@@ -7,6 +7,7 @@ containerd, if any, are not touched.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -18,14 +19,24 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from bench.node import node
+from fibril.endpoint.v1.endpoint_pb2 import Endpoint, ListEndpointsRequest
+from fibril.endpoint.v1.endpoint_pb2_grpc import EndpointServiceStub
+from services.common.instance import Instance
+from services.ipam.cni.install import install
+
 BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "localhost/fibril-test:1"
+GREETING = "hello from a pod"
+WEB_SERVER = ("/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/www")
+WEB_PORT = 80
 # A container here may not raise its limits beyond the machine's (no CAP_SYS_RESOURCE): ask for little.
 ULIMITS = ("nofile=1024:1024", "nproc=1000:1000")
 
@@ -65,10 +76,10 @@ def build_image(path: Path) -> None:
             entry = tarfile.TarInfo(directory)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
-        entry = tarfile.TarInfo("bin/busybox")
-        content = BUSYBOX.read_bytes()
-        entry.size, entry.mode = len(content), 0o755
-        tar.addfile(entry, io.BytesIO(content))
+        for name, content in (("bin/busybox", BUSYBOX.read_bytes()), ("www/index.html", GREETING.encode())):
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o755
+            tar.addfile(entry, io.BytesIO(content))
         entry = tarfile.TarInfo("bin/sh")
         entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
         tar.addfile(entry)
@@ -109,28 +120,150 @@ def build_image(path: Path) -> None:
             tar.addfile(entry, io.BytesIO(content))
 
 
+@dataclass(frozen=True)
+class CniNode:
+    """A running Fibril node with its CNI plugin installed beside Debian's, and the namespace of its world."""
+
+    name: str
+    bin_dir: Path
+    conf_dir: Path
+    network: str
+    socket: Path
+    world: str
+
+    @property
+    def enter(self) -> list[str]:
+        """The command prefix that runs something in the node's namespace."""
+        return ["nsenter", f"--net=/run/netns/{self.name}"]
+
+    def endpoints(self) -> list[Endpoint]:
+        """What the node says it has."""
+        with grpc.insecure_channel(f"unix:{self.socket}") as channel:
+            stub = EndpointServiceStub(channel)
+            return list(stub.ListEndpoints(ListEndpointsRequest(), timeout=10).endpoints)
+
+
+# Addresses of documentation: the node's towards the world, and the world's.
+NODE4, WORLD4, NODE6, WORLD6 = "192.0.2.1", "192.0.2.2", "2001:db8:7::1", "2001:db8:7::2"
+
+
+@contextlib.contextmanager
+def cni_node() -> Iterator[CniNode]:
+    """Bring a node up in a namespace of its own. The world is one veth away and has no route to the pods."""
+    with node() as fresh:
+        world = f"{fresh.name}w"
+        bin_dir, conf_dir = fresh.root / "bin", fresh.root / "net.d"
+        bin_dir.mkdir()
+        for name in ("portmap", "bandwidth", "loopback"):
+            (bin_dir / name).symlink_to(Path("/usr/lib/cni") / name)
+        subprocess.run(["ip", "netns", "add", world], check=True)
+        try:
+            _link(fresh.name, world)
+            fresh.fibril("up")
+            instance = Instance(fresh.name, fresh.root / "run", fresh.root / "state")
+            installed = install(instance, bin_dir, conf_dir)
+            network = json.loads(installed.conflist.read_text())["name"]
+            yield CniNode(fresh.name, bin_dir, conf_dir, network, instance.socket("ipam"), world)
+        finally:
+            subprocess.run(["ip", "netns", "del", world], check=False)
+
+
+def _link(inner: str, outer: str) -> None:
+    """Join node and world by a veth pair, with the node's default routes through it."""
+    ip = lambda *words: subprocess.run(["ip", *words], check=True)  # noqa: E731
+    ip("-n", inner, "link", "add", "uplink", "type", "veth", "peer", "name", "node0", "netns", outer)
+    for name, device, ipv4, ipv6 in ((inner, "uplink", NODE4, NODE6), (outer, "node0", WORLD4, WORLD6)):
+        ip("-n", name, "addr", "add", f"{ipv4}/24", "dev", device)
+        ip("-n", name, "addr", "add", f"{ipv6}/64", "dev", device, "nodad")
+        ip("-n", name, "link", "set", device, "up")
+        ip("-n", name, "link", "set", "lo", "up")
+    ip("-n", inner, "route", "add", "default", "via", WORLD4)
+    ip("-n", inner, "route", "add", "default", "via", WORLD6)
+
+
+@contextlib.contextmanager
+def web_server(netns: str, root: Path) -> Iterator[None]:
+    """A web server on port 80 of all addresses of a namespace, answering with the greeting."""
+    (root / "index.html").write_text(GREETING)
+    command = [
+        "nsenter",
+        f"--net=/run/netns/{netns}",
+        str(BUSYBOX),
+        "httpd",
+        "-f",
+        "-p",
+        str(WEB_PORT),
+        "-h",
+        str(root),
+    ]
+    process = subprocess.Popen(command)
+    try:
+        wait_until(lambda: fetch(netns, "127.0.0.1") == GREETING, "the web server's start")
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def url(address: str, port: int = WEB_PORT) -> str:
+    """The URL of an address of either family."""
+    return f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
+
+
+def fetch(netns: str, address: str, port: int = WEB_PORT) -> str:
+    """What a web server says to a client in a namespace; the reason if it says nothing."""
+    command = [
+        "nsenter",
+        f"--net=/run/netns/{netns}",
+        str(BUSYBOX),
+        "wget",
+        "-qO-",
+        "-T",
+        "5",
+        url(address, port),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return done.stdout if done.returncode == 0 else f"failed: {done.stderr.strip()}"
+
+
+def missing_tools(*names: str) -> str:
+    """The reason to skip a test; empty if every program is there."""
+    missing = [name for name in (*names, str(BUSYBOX)) if shutil.which(name) is None]
+    return f"not installed: {', '.join(missing)} (`make install`)" if missing else ""
+
+
+def remove_cgroups(name: str) -> None:
+    """Remove the (empty) cgroup `name` and what is below it, in every hierarchy."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for target in (Path(fields[1]) for fields in mounts if fields[2] in ("cgroup", "cgroup2")):
+        below = sorted((target / name).rglob("*"), key=lambda path: len(path.parts), reverse=True)
+        for directory in (*below, target / name):
+            if directory.is_dir():
+                directory.rmdir()
+
+
 class Podman:
     """podman with its CNI backend and runc, on the CNI configuration in `conf_dir`."""
 
     NEEDS = ("podman", "runc", "conmon")
 
-    def __init__(self, directory: Path, bin_dir: Path, conf_dir: Path, network: str) -> None:
-        self.network = network
+    def __init__(self, directory: Path, on: CniNode) -> None:
+        self.network = on.network
         self.directory = directory
         directory.mkdir()
         config = directory / "containers.conf"
         config.write_text(
             "[network]\n"
             'network_backend = "cni"\n'
-            f"cni_plugin_dirs = {json.dumps([str(bin_dir)])}\n"
-            f"network_config_dir = {json.dumps(str(conf_dir))}\n"
-            f"default_network = {json.dumps(network)}\n"
+            f"cni_plugin_dirs = {json.dumps([str(on.bin_dir)])}\n"
+            f"network_config_dir = {json.dumps(str(on.conf_dir))}\n"
+            f"default_network = {json.dumps(on.network)}\n"
             "[engine]\n"
             'events_logger = "file"\n'
         )
         self.environment = {**os.environ, "CONTAINERS_CONF": str(config)}
         self.base = [
-            "podman", "--root", str(directory / "root"), "--runroot", str(directory / "runroot"),
+            *on.enter, "podman", "--root", str(directory / "root"), "--runroot", str(directory / "runroot"),
             "--tmpdir", str(directory / "tmp"), "--storage-driver", "vfs", "--runtime",
             shutil.which("runc") or "runc", "--cgroup-manager", "cgroupfs",
         ]  # fmt: skip
@@ -147,7 +280,17 @@ class Podman:
     def start(self, name: str, *options: str, command: Sequence[str] = ()) -> None:
         """Run a container in the background."""
         limits = [part for limit in ULIMITS for part in ("--ulimit", limit)]
-        self("run", "-d", "--name", name, *limits, "--network", self.network, *options, IMAGE, *command)
+        private = ("--network", self.network, "--cgroup-parent", f"/{self.directory.name}")
+        self("run", "-d", "--name", name, *limits, *private, *options, IMAGE, *command)
+
+    def addresses(self, name: str) -> list[str]:
+        """A container's addresses as podman reports them."""
+        settings = json.loads(self("inspect", name))[0]["NetworkSettings"]["Networks"][self.network]
+        return [settings["IPAddress"], settings["GlobalIPv6Address"]]
+
+    def fetch(self, name: str, address: str, port: int = WEB_PORT) -> str:
+        """What a web server says to a container."""
+        return self("exec", name, "/bin/busybox", "wget", "-qO-", "-T", "5", url(address, port))
 
     def close(self) -> None:
         """Remove the containers and everything below the directory."""
@@ -157,6 +300,7 @@ class Podman:
             target = line.split()[1]
             if target.startswith(str(self.directory)):
                 subprocess.run(["umount", "-l", target], check=False)
+        remove_cgroups(self.directory.name)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -165,16 +309,20 @@ class Containerd:
 
     NEEDS = ("containerd", "ctr", "runc", "containerd-shim-runc-v2")
 
-    def __init__(self, directory: Path, bin_dir: Path, conf_dir: Path) -> None:
+    def __init__(self, directory: Path, on: CniNode) -> None:
         self.directory = directory
         directory.mkdir()
         self.socket = directory / "containerd.sock"
         config = directory / "config.toml"
         config.write_text(
-            CONTAINERD_CONFIG.format(directory=directory, image=IMAGE, bin_dir=bin_dir, conf_dir=conf_dir)
+            CONTAINERD_CONFIG.format(
+                directory=directory, image=IMAGE, bin_dir=on.bin_dir, conf_dir=on.conf_dir
+            )
         )
         self.log = (directory / "log").open("wb")
-        self.process = subprocess.Popen(["containerd", "--config", config], stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen(
+            [*on.enter, "containerd", "--config", config], stdout=self.log, stderr=self.log
+        )
         try:
             wait_until(self._answers, "containerd's start")
         except BaseException:
@@ -218,7 +366,7 @@ class Containerd:
                 self.messages.PortMapping(host_port=host, container_port=container)
                 for host, container in ports
             ],
-            linux=self.messages.LinuxPodSandboxConfig(cgroup_parent=f"/{self.directory.name}-{name}"),
+            linux=self.messages.LinuxPodSandboxConfig(cgroup_parent=f"/{self.directory.name}"),
         )
 
     def run_pod(
@@ -283,4 +431,5 @@ class Containerd:
                 self.process.kill()
                 self.process.wait()
             self.log.close()
+            remove_cgroups(self.directory.name)
             shutil.rmtree(self.directory, ignore_errors=True)
