@@ -1,11 +1,11 @@
 """Attach programs to interfaces and cgroups. What is attached here outlives this process.
 
-A tc program hangs either in a clsact qdisc, as a direct-action filter of a priority of our own, or on tcx (6.6).
-Measured with 6.18 on two CPUs: clsact takes 1.3 ms for both directions of a new veth, tcx 23 ms, because
-the kernel waits for an RCU grace period at each attachment, with the rtnl lock held. So clsact is the
-default, and tcx is for where clsact cannot be: an interface with an `ingress` qdisc (the CNI bandwidth plugin
-makes one, and cannot if clsact is there first). Replacing a program is atomic in both. All functions want the
-interface in the calling thread's network namespace.
+A tc program hangs either in a clsact qdisc, as a direct-action filter of a priority of our own, or on tcx
+(6.6). Measured with 6.18 on two CPUs: clsact takes 1.3 ms for both directions of a new veth, tcx 23 ms,
+because the kernel waits for an RCU grace period at each attachment, with the rtnl lock held. So clsact is
+the default, and tcx is for where clsact cannot be: an interface with an `ingress` qdisc (the CNI
+bandwidth plugin makes one, and cannot if clsact is there first). Replacing a program is atomic in both.
+All functions want the interface in the calling thread's network namespace.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def attach_tc(ifindex: int, direction: Direction, prog_fd: int, via: Via = "auto
 def attach_tc_hooks(ifindex: int, programs: Mapping[Direction, int], via: Via = "auto") -> None:
     """Put programs (descriptors) on the hooks of an interface, in place of ours of the same name; idempotent.
 
-    "auto" is clsact unless that is impossible. What hangs there by the other method under the same name is taken
-    off after the new one is on, so no packet passes unseen (some may be seen twice).
-    NotFound if the interface is gone, FailedPrecondition if the kernel refuses or lacks the method.
+    "auto" is clsact unless that is impossible. What hangs there by the other method under the same name
+    is taken off after the new one is on, so no packet passes unseen (some may be seen twice). NotFound if
+    the interface is gone, FailedPrecondition if the kernel refuses or lacks the method.
     """
     use_tcx = via == "tcx"
     if not use_tcx:
@@ -68,7 +68,8 @@ def attach_tc_hooks(ifindex: int, programs: Mapping[Direction, int], via: Via = 
             if via == "clsact" or not has_tcx():
                 raise errors.FailedPrecondition(
                     f"interface {ifindex} has a {error.kind} qdisc where clsact would go",
-                    fix="remove it, or use a kernel with tcx (6.6 or newer)") from None
+                    fix="remove it, or use a kernel with tcx (6.6 or newer)",
+                ) from None
             use_tcx = True
     if use_tcx and not has_tcx():
         raise errors.FailedPrecondition("this kernel has no tcx", fix="use kernel 6.6 or newer, or clsact")
@@ -81,7 +82,10 @@ def attach_tc_hooks(ifindex: int, programs: Mapping[Direction, int], via: Via = 
 
 
 def detach_tc(ifindex: int, direction: Direction, name: str) -> bool:
-    """Take the program called `name` off, however it hangs; whether it was there. No interface is fine too."""
+    """Take the program called `name` off, however it hangs; whether it was there.
+
+    No interface is fine too.
+    """
     classic = name in (entry.name for entry in map(_named, _classic(ifindex, direction)))
     if classic:
         tc_classic.detach(ifindex, direction)
@@ -128,7 +132,9 @@ def _detach_tcx(ifindex: int, direction: Direction, name: str) -> bool:
         for entry in map(_named, _query(ifindex, _TCX[direction])):
             if entry.name == name:
                 with _program(entry.prog_id) as fd:
-                    bpf.call(bpf.PROG_DETACH, struct.pack("IIIIIIQ", ifindex, fd, _TCX[direction], 0, 0, 0, 0))
+                    bpf.call(
+                        bpf.PROG_DETACH, struct.pack("IIIIIIQ", ifindex, fd, _TCX[direction], 0, 0, 0, 0)
+                    )
                 return True
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.ENOENT):
@@ -175,9 +181,11 @@ def attached_cgroup(path: Path | str, attach_type: str) -> list[Attached]:
 
 def _query(target: int, kind: int) -> list[int]:
     ids = (ct.c_uint32 * 64)()
-    _, back = bpf.call(bpf.PROG_QUERY, struct.pack("IIIIQIIQQQQ", target, kind, 0, 0, ct.addressof(ids), len(ids), 0,
-                                                   0, 0, 0, 0))
-    return list(ids[:struct.unpack_from("I", back, 24)[0]])
+    _, back = bpf.call(
+        bpf.PROG_QUERY,
+        struct.pack("IIIIQIIQQQQ", target, kind, 0, 0, ct.addressof(ids), len(ids), 0, 0, 0, 0, 0),
+    )
+    return list(ids[: struct.unpack_from("I", back, 24)[0]])
 
 
 def _attach(target: int, prog_fd: int, kind: int, flags: int = 0, replaced_fd: int = 0) -> None:
@@ -217,6 +225,7 @@ def _error(error: OSError, what: str) -> errors.FibrilError:
     if error.errno == errno.ENODEV:
         return errors.NotFound(f"{what}: no such interface here")
     if error.errno in (errno.EPERM, errno.EACCES):
-        return errors.PermissionDenied(f"{what}: {error.strerror}",
-                                       fix="run as root with CAP_BPF and CAP_NET_ADMIN")
+        return errors.PermissionDenied(
+            f"{what}: {error.strerror}", fix="run as root with CAP_BPF and CAP_NET_ADMIN"
+        )
     return errors.FailedPrecondition(f"{what}: {error.strerror}")

@@ -17,35 +17,67 @@ from typing import Final
 
 _NR_BPF: Final = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 
-(MAP_CREATE, MAP_LOOKUP, MAP_UPDATE, MAP_DELETE, MAP_NEXT_KEY, PROG_LOAD, OBJ_PIN, OBJ_GET, PROG_ATTACH,
- PROG_DETACH, PROG_TEST_RUN, PROG_NEXT_ID, MAP_NEXT_ID, PROG_FD_BY_ID, MAP_FD_BY_ID, INFO_BY_FD,
- PROG_QUERY) = range(17)
+MAP_CREATE = 0
+MAP_LOOKUP = 1
+MAP_UPDATE = 2
+MAP_DELETE = 3
+MAP_NEXT_KEY = 4
+PROG_LOAD = 5
+OBJ_PIN = 6
+OBJ_GET = 7
+PROG_ATTACH = 8
+PROG_DETACH = 9
+PROG_TEST_RUN = 10
+PROG_NEXT_ID = 11
+MAP_NEXT_ID = 12
+PROG_FD_BY_ID = 13
+MAP_FD_BY_ID = 14
+INFO_BY_FD = 15
+PROG_QUERY = 16
 MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH = 24, 26, 27
 LINK_CREATE, ENABLE_STATS = 28, 32
 
+# fmt: off
 MAP_TYPES: Final = (
-    "unspec", "hash", "array", "prog_array", "perf_event_array", "percpu_hash", "percpu_array", "stack_trace",
-    "cgroup_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "array_of_maps", "hash_of_maps", "devmap",
-    "sockmap", "cpumap", "xskmap", "sockhash", "cgroup_storage", "reuseport_sockarray", "percpu_cgroup_storage",
-    "queue", "stack", "sk_storage", "devmap_hash", "struct_ops", "ringbuf", "inode_storage", "task_storage",
-    "bloom_filter", "user_ringbuf", "cgrp_storage", "arena",
+    "unspec", "hash", "array", "prog_array", "perf_event_array", "percpu_hash", "percpu_array",
+    "stack_trace", "cgroup_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "array_of_maps",
+    "hash_of_maps", "devmap", "sockmap", "cpumap", "xskmap", "sockhash", "cgroup_storage",
+    "reuseport_sockarray", "percpu_cgroup_storage", "queue", "stack", "sk_storage", "devmap_hash",
+    "struct_ops", "ringbuf", "inode_storage", "task_storage", "bloom_filter", "user_ringbuf",
+    "cgrp_storage", "arena",
 )
+# fmt: on
 PERCPU_TYPES: Final = frozenset({"percpu_hash", "percpu_array", "lru_percpu_hash", "percpu_cgroup_storage"})
+# fmt: off
 PROG_TYPES: Final = (
-    "unspec", "socket_filter", "kprobe", "sched_cls", "sched_act", "tracepoint", "xdp", "perf_event", "cgroup_skb",
-    "cgroup_sock", "lwt_in", "lwt_out", "lwt_xmit", "sock_ops", "sk_skb", "cgroup_device", "sk_msg",
-    "raw_tracepoint", "cgroup_sock_addr", "lwt_seg6local", "lirc_mode2", "sk_reuseport", "flow_dissector",
-    "cgroup_sysctl", "raw_tracepoint_writable", "cgroup_sockopt", "tracing", "struct_ops", "ext", "lsm",
-    "sk_lookup", "syscall", "netfilter",
+    "unspec", "socket_filter", "kprobe", "sched_cls", "sched_act", "tracepoint", "xdp", "perf_event",
+    "cgroup_skb", "cgroup_sock", "lwt_in", "lwt_out", "lwt_xmit", "sock_ops", "sk_skb", "cgroup_device",
+    "sk_msg", "raw_tracepoint", "cgroup_sock_addr", "lwt_seg6local", "lirc_mode2", "sk_reuseport",
+    "flow_dissector", "cgroup_sysctl", "raw_tracepoint_writable", "cgroup_sockopt", "tracing",
+    "struct_ops", "ext", "lsm", "sk_lookup", "syscall", "netfilter",
 )
+# fmt: on
 
 # Attach types used here, by the name a ProgramSpec gives (enum bpf_attach_type).
 ATTACH_TYPES: Final = {
-    "cgroup_inet_ingress": 0, "cgroup_inet_egress": 1, "cgroup_inet_sock_create": 2, "cgroup_sock_ops": 3,
-    "sk_skb_stream_parser": 4, "sk_skb_stream_verdict": 5, "sk_msg_verdict": 7, "cgroup_inet4_connect": 10,
-    "cgroup_inet6_connect": 11, "cgroup_udp4_sendmsg": 14, "cgroup_udp6_sendmsg": 15, "cgroup_udp4_recvmsg": 19,
-    "cgroup_udp6_recvmsg": 20, "cgroup_inet4_getpeername": 29, "cgroup_inet6_getpeername": 30,
-    "cgroup_inet_sock_release": 34, "tcx_ingress": 46, "tcx_egress": 47,
+    "cgroup_inet_ingress": 0,
+    "cgroup_inet_egress": 1,
+    "cgroup_inet_sock_create": 2,
+    "cgroup_sock_ops": 3,
+    "sk_skb_stream_parser": 4,
+    "sk_skb_stream_verdict": 5,
+    "sk_msg_verdict": 7,
+    "cgroup_inet4_connect": 10,
+    "cgroup_inet6_connect": 11,
+    "cgroup_udp4_sendmsg": 14,
+    "cgroup_udp6_sendmsg": 15,
+    "cgroup_udp4_recvmsg": 19,
+    "cgroup_udp6_recvmsg": 20,
+    "cgroup_inet4_getpeername": 29,
+    "cgroup_inet6_getpeername": 30,
+    "cgroup_inet_sock_release": 34,
+    "tcx_ingress": 46,
+    "tcx_egress": 47,
 }
 
 ANY, NOEXIST, EXIST = 0, 1, 2
@@ -100,8 +132,10 @@ class MapInfo:
 
     def shape(self) -> str:
         """What must agree before a pinned map may be adopted, for messages."""
-        return (f"{self.type}, key {self.key_size} bytes, value {self.value_size} bytes, "
-                f"{self.max_entries} entries, flags {self.flags:#x}")
+        return (
+            f"{self.type}, key {self.key_size} bytes, value {self.value_size} bytes, "
+            f"{self.max_entries} entries, flags {self.flags:#x}"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,8 +164,15 @@ def _info(fd: int, size: int) -> tuple[ct.Array[ct.c_char], bytes]:
 def map_info(fd: int) -> MapInfo:
     _, raw = _info(fd, 88)
     kind, ident, key, value, entries, flags = struct.unpack_from("6I", raw)
-    return MapInfo(MAP_TYPES[kind] if kind < len(MAP_TYPES) else str(kind), ident, key, value, entries, flags,
-                   raw[24:40].split(b"\0")[0].decode())
+    return MapInfo(
+        MAP_TYPES[kind] if kind < len(MAP_TYPES) else str(kind),
+        ident,
+        key,
+        value,
+        entries,
+        flags,
+        raw[24:40].split(b"\0")[0].decode(),
+    )
 
 
 def prog_info(fd: int) -> ProgInfo:
@@ -145,22 +186,49 @@ def prog_info(fd: int) -> ProgInfo:
         struct.pack_into("I", request, 52, count)
         struct.pack_into("Q", request, 56, ct.addressof(array))
         call(INFO_BY_FD, struct.pack("IIQ", fd, size, ct.addressof(request)), "program info")
-        ids = tuple(array[:min(count, struct.unpack_from("I", request.raw, 52)[0])])
+        ids = tuple(array[: min(count, struct.unpack_from("I", request.raw, 52)[0])])
     kind, ident = struct.unpack_from("II", raw)
     jited, xlated = struct.unpack_from("II", raw, 16)
     return ProgInfo(
-        type=PROG_TYPES[kind] if kind < len(PROG_TYPES) else str(kind), id=ident, tag=raw[8:16].hex(),
-        name=raw[64:80].split(b"\0")[0].decode(), load_time_ns=struct.unpack_from("Q", raw, 40)[0],
-        jited_bytes=jited, xlated_bytes=xlated, run_time_ns=struct.unpack_from("Q", raw, 192)[0],
-        run_cnt=struct.unpack_from("Q", raw, 200)[0], map_ids=ids,
-        verified_insns=struct.unpack_from("I", raw, 216)[0])
+        type=PROG_TYPES[kind] if kind < len(PROG_TYPES) else str(kind),
+        id=ident,
+        tag=raw[8:16].hex(),
+        name=raw[64:80].split(b"\0")[0].decode(),
+        load_time_ns=struct.unpack_from("Q", raw, 40)[0],
+        jited_bytes=jited,
+        xlated_bytes=xlated,
+        run_time_ns=struct.unpack_from("Q", raw, 192)[0],
+        run_cnt=struct.unpack_from("Q", raw, 200)[0],
+        map_ids=ids,
+        verified_insns=struct.unpack_from("I", raw, 216)[0],
+    )
 
 
-def map_create(kind: str, key_size: int, value_size: int, max_entries: int, flags: int = 0, name: str = "",
-               inner_fd: int = 0) -> int:
+def map_create(
+    kind: str,
+    key_size: int,
+    value_size: int,
+    max_entries: int,
+    flags: int = 0,
+    name: str = "",
+    inner_fd: int = 0,
+) -> int:
     """A new map's descriptor. `name` is cut to 15 characters."""
-    return call(MAP_CREATE, struct.pack("7I16s", MAP_TYPES.index(kind), key_size, value_size, max_entries, flags,
-                                        inner_fd, 0, name.encode()[:15]), f"map {name}")[0]
+    return call(
+        MAP_CREATE,
+        struct.pack(
+            "7I16s",
+            MAP_TYPES.index(kind),
+            key_size,
+            value_size,
+            max_entries,
+            flags,
+            inner_fd,
+            0,
+            name.encode()[:15],
+        ),
+        f"map {name}",
+    )[0]
 
 
 def map_elem(cmd: int, fd: int, key: int, value: int, flags: int = 0) -> None:
@@ -171,11 +239,20 @@ def map_elem(cmd: int, fd: int, key: int, value: int, flags: int = 0) -> None:
         raise OSError(errno, os.strerror(errno))
 
 
-def map_batch(cmd: int, fd: int, count: int, keys: int, values: int, in_batch: int = 0, out_batch: int = 0,
-              elem_flags: int = 0) -> tuple[int, int]:
+def map_batch(
+    cmd: int,
+    fd: int,
+    count: int,
+    keys: int,
+    values: int,
+    in_batch: int = 0,
+    out_batch: int = 0,
+    elem_flags: int = 0,
+) -> tuple[int, int]:
     """A batch command: (elements done, errno or 0). A partly done batch is not an exception."""
     buffer = ct.create_string_buffer(
-        struct.pack("QQQQIIQQ", in_batch, out_batch, keys, values, count, fd, elem_flags, 0), 56)
+        struct.pack("QQQQIIQQ", in_batch, out_batch, keys, values, count, fd, elem_flags, 0), 56
+    )
     if _syscall(_NR_BPF, cmd, ct.addressof(buffer), 56) < 0:
         return struct.unpack_from("I", buffer.raw, 32)[0], ct.get_errno()
     return struct.unpack_from("I", buffer.raw, 32)[0], 0
@@ -200,7 +277,10 @@ def slot_get(array: int, index: int) -> int:
 
 
 def slot_set(array: int, index: int, fd: int) -> None:
-    """Install a program; atomic for packets. EINVAL: the array holds another kind of program; E2BIG: no such slot."""
+    """Install a program; atomic for packets.
+
+    EINVAL: the array holds another kind of program; E2BIG: no such slot.
+    """
     key, value = ct.c_uint32(index), ct.c_uint32(fd)
     map_elem(MAP_UPDATE, array, ct.addressof(key), ct.addressof(value))
 

@@ -19,8 +19,9 @@ def mount_point() -> Path:
         _, where, kind, *_ = line.split(" ")
         if kind == "cgroup2":
             return Path(where.replace("\\040", " "))
-    raise errors.FailedPrecondition("no cgroup2 file system is mounted",
-                                    fix="mount -t cgroup2 none /sys/fs/cgroup/unified")
+    raise errors.FailedPrecondition(
+        "no cgroup2 file system is mounted", fix="mount -t cgroup2 none /sys/fs/cgroup/unified"
+    )
 
 
 def path_of(name: str) -> Path:
@@ -34,7 +35,9 @@ def create(name: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
-        raise errors.PermissionDenied(f"may not create cgroup {path}: {error.strerror}", fix="run as root") from None
+        raise errors.PermissionDenied(
+            f"may not create cgroup {path}: {error.strerror}", fix="run as root"
+        ) from None
     except OSError as error:
         raise errors.FailedPrecondition(f"cannot create cgroup {path}: {error.strerror}") from None
     return path
@@ -65,7 +68,9 @@ def move(path: Path, pid: int) -> None:
     except (FileNotFoundError, ProcessLookupError):
         raise errors.NotFound(f"cgroup {path} or process {pid} does not exist") from None
     except OSError as error:
-        raise errors.FailedPrecondition(f"cannot move process {pid} to cgroup {path}: {error.strerror}") from None
+        raise errors.FailedPrecondition(
+            f"cannot move process {pid} to cgroup {path}: {error.strerror}"
+        ) from None
 
 
 def processes(path: Path) -> list[int]:
@@ -83,22 +88,30 @@ def processes(path: Path) -> list[int]:
 async def remove(path: Path, kill: bool = False, timeout_s: float = 5.0) -> bool:
     """Remove a group and all below it; whether it was there.
 
-    With `kill` every process in it is killed first (cgroup.kill, which forks cannot outrun). FailedPrecondition with
-    the processes' ids if some remain.
+    With `kill` every process in it is killed first (cgroup.kill, which forks cannot outrun).
+    FailedPrecondition with the processes' ids if some remain.
     """
-    if not path.is_dir():
+    if not _exists(path) or (kill and not _kill(path)):
         return False
-    if kill:
-        try:
-            (path / "cgroup.kill").write_text("1")
-        except FileNotFoundError:
-            return False
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not _remove_tree(path):
         if not kill or asyncio.get_running_loop().time() > deadline:
-            raise errors.FailedPrecondition(f"cgroup {path} still has processes {processes(path)[:10]}",
-                                            fix="end them first")
+            raise errors.FailedPrecondition(
+                f"cgroup {path} still has processes {processes(path)[:10]}", fix="end them first"
+            )
         await asyncio.sleep(0.01)
+    return True
+
+
+def _exists(path: Path) -> bool:
+    return path.is_dir()
+
+
+def _kill(path: Path) -> bool:
+    try:
+        (path / "cgroup.kill").write_text("1")
+    except FileNotFoundError:
+        return False
     return True
 
 
@@ -111,5 +124,7 @@ def _remove_tree(path: Path) -> bool:
             if error.errno == errno.EBUSY:
                 return False
             if error.errno not in (errno.ENOENT, errno.ENODEV):
-                raise errors.FailedPrecondition(f"cannot remove cgroup {directory}: {error.strerror}") from None
+                raise errors.FailedPrecondition(
+                    f"cannot remove cgroup {directory}: {error.strerror}"
+                ) from None
     return True

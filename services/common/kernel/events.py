@@ -1,8 +1,8 @@
 """What changes among interfaces and qdiscs, as it happens.
 
-    with Events() as events:            # in the thread's namespace
-        links = ...list everything...   # after subscribing, so that nothing falls between
-        async for event in events: ...
+with Events() as events:            # in the thread's namespace
+    links = ...list everything...   # after subscribing, so that nothing falls between
+    async for event in events: ...
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 GROUP_LINK, GROUP_TC = 1, 4
 _RECEIVE_BUFFER: Final = 4 << 20
 _KINDS: Final[dict[int, Literal["link", "link-gone", "qdisc", "qdisc-gone"]]] = {
-    rtnl.NEWLINK: "link", rtnl.DELLINK: "link-gone", rtnl.NEWQDISC: "qdisc", rtnl.DELQDISC: "qdisc-gone"}
+    rtnl.NEWLINK: "link",
+    rtnl.DELLINK: "link-gone",
+    rtnl.NEWQDISC: "qdisc",
+    rtnl.DELQDISC: "qdisc-gone",
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class Events:
     """A subscription, used from the event loop's thread. Iterate it once."""
 
     def __init__(self, groups: tuple[int, ...] = (GROUP_LINK, GROUP_TC)) -> None:
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
-                                   socket.NETLINK_ROUTE)
+        self._sock = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC,
+            socket.NETLINK_ROUTE,
+        )
         # Beyond net.core.rmem_max this needs CAP_NET_ADMIN (option 33, SO_RCVBUFFORCE).
         self._sock.setsockopt(socket.SOL_SOCKET, 33, _RECEIVE_BUFFER)
         self._sock.bind((0, 0))

@@ -1,6 +1,7 @@
 """What Fibril needs of this host, each lack with a sentence that says what to do.
 
-Nothing here changes the host but `ensure_bpffs`. Probing takes a few ms and is done by trying, not by version.
+Nothing here changes the host but `ensure_bpffs`. Probing takes a few ms and is done by trying, not by
+version.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _libc.statfs.argtypes = [ct.c_char_p, ct.c_void_p]
 
 @dataclass(frozen=True)
 class Feature:
-    """One requirement. `message` says what there is or what is missing; `fix` is empty if there is nothing to do."""
+    """One requirement.
+
+    `message` says what there is or what is missing; `fix` is empty if there is nothing to do.
+    """
 
     name: str
     ok: bool
@@ -55,9 +59,14 @@ class Features:
         lacks = self.missing()
         if not lacks:
             return
-        kind = (errors.PermissionDenied if any(lack.name == "capabilities" for lack in lacks)
-                else errors.FailedPrecondition)
-        raise kind("; ".join(lack.message for lack in lacks), fix="; ".join(lack.fix for lack in lacks if lack.fix))
+        kind = (
+            errors.PermissionDenied
+            if any(lack.name == "capabilities" for lack in lacks)
+            else errors.FailedPrecondition
+        )
+        raise kind(
+            "; ".join(lack.message for lack in lacks), fix="; ".join(lack.fix for lack in lacks if lack.fix)
+        )
 
 
 def probe(bpffs: Path | str = "/sys/fs/bpf") -> Features:
@@ -67,30 +76,56 @@ def probe(bpffs: Path | str = "/sys/fs/bpf") -> Features:
 
 def _probe(bpffs: Path) -> Iterator[Feature]:
     lacking = [name for name, number in CAPABILITIES.items() if not capabilities() >> number & 1]
-    yield Feature("capabilities", not lacking,
-                  f"this process lacks {', '.join(lacking)}" if lacking else "all capabilities",
-                  "run it as root, or grant these (systemd: AmbientCapabilities=, containers: --cap-add)"
-                  if lacking else "")
+    yield Feature(
+        "capabilities",
+        not lacking,
+        f"this process lacks {', '.join(lacking)}" if lacking else "all capabilities",
+        "run it as root, or grant these (systemd: AmbientCapabilities=, containers: --cap-add)"
+        if lacking
+        else "",
+    )
     mounted = is_bpffs(bpffs)
-    yield Feature("bpffs", mounted, f"{bpffs} is {'a' if mounted else 'not a'} bpf file system",
-                  "" if mounted else f"mount -t bpf bpf {bpffs}")
+    yield Feature(
+        "bpffs",
+        mounted,
+        f"{bpffs} is {'a' if mounted else 'not a'} bpf file system",
+        "" if mounted else f"mount -t bpf bpf {bpffs}",
+    )
     yield _ring_buffer()
     yield _redirect_peer()
     tcx = attach.has_tcx()
-    yield Feature("tcx", tcx, "tcx is there" if tcx else "the kernel has no tcx, so interfaces with an ingress qdisc "
-                  "(bandwidth limits by the CNI bandwidth plugin) cannot be served",
-                  "" if tcx else "use kernel 6.6 or newer if you need that", required=False)
+    yield Feature(
+        "tcx",
+        tcx,
+        "tcx is there"
+        if tcx
+        else "the kernel has no tcx, so interfaces with an ingress qdisc "
+        "(bandwidth limits by the CNI bandwidth plugin) cannot be served",
+        "" if tcx else "use kernel 6.6 or newer if you need that",
+        required=False,
+    )
     yield _cgroup2()
     jit = _first_line("/proc/sys/net/core/bpf_jit_enable")
-    yield Feature("jit", jit not in ("0", None), "the BPF JIT is on" if jit not in ("0", None)
-                  else "the BPF JIT is off: the data path would be several times slower",
-                  "" if jit not in ("0", None) else "sysctl -w net.core.bpf_jit_enable=1", required=False)
+    yield Feature(
+        "jit",
+        jit not in ("0", None),
+        "the BPF JIT is on"
+        if jit not in ("0", None)
+        else "the BPF JIT is off: the data path would be several times slower",
+        "" if jit not in ("0", None) else "sysctl -w net.core.bpf_jit_enable=1",
+        required=False,
+    )
     yield _present("bcc", importlib.util.find_spec("bcc") is not None, "python3-bpfcc")
     yield _present("nft", shutil.which("nft") is not None, "nftables")
     yield _present("libbpf", _has_library("libbpf.so.1"), "libbpf1")
     ipv6 = Path("/proc/sys/net/ipv6").is_dir()
-    yield Feature("ipv6", ipv6, "IPv6 is there" if ipv6 else "the kernel has no IPv6: pods get IPv4 only",
-                  "" if ipv6 else "boot without ipv6.disable=1", required=False)
+    yield Feature(
+        "ipv6",
+        ipv6,
+        "IPv6 is there" if ipv6 else "the kernel has no IPv6: pods get IPv4 only",
+        "" if ipv6 else "boot without ipv6.disable=1",
+        required=False,
+    )
 
 
 def capabilities() -> int:
@@ -119,17 +154,22 @@ def ensure_bpffs(path: Path | str = "/sys/fs/bpf") -> bool:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise errors.FailedPrecondition(f"cannot make the mount point {path}: {error.strerror}",
-                                        fix="is /sys mounted read-only? mount it read-write") from None
+        raise errors.FailedPrecondition(
+            f"cannot make the mount point {path}: {error.strerror}",
+            fix="is /sys mounted read-only? mount it read-write",
+        ) from None
     if _libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700") == 0:
         return True
     number = ct.get_errno()
     if number == errno.EPERM:
-        raise errors.PermissionDenied(f"may not mount a bpf file system at {path}",
-                                      fix=f"run as root, or let an administrator `mount -t bpf bpf {path}`")
+        raise errors.PermissionDenied(
+            f"may not mount a bpf file system at {path}",
+            fix=f"run as root, or let an administrator `mount -t bpf bpf {path}`",
+        )
     raise errors.FailedPrecondition(
         f"cannot mount a bpf file system at {path}: {os.strerror(number)}",
-        fix="the kernel needs CONFIG_BPF_SYSCALL" if number == errno.ENODEV else "")
+        fix="the kernel needs CONFIG_BPF_SYSCALL" if number == errno.ENODEV else "",
+    )
 
 
 def _denied(error: OSError) -> bool:
@@ -148,18 +188,39 @@ def _ring_buffer() -> Feature:
 
 def _redirect_peer() -> Feature:
     """Load `return bpf_redirect_peer(1, 0)` as a tc program."""
-    code = struct.pack("=" + "BBhi" * 4, 0xB7, 1, 0, 1, 0xB7, 2, 0, 0, 0x85, 0, 0, _REDIRECT_PEER, 0x95, 0, 0, 0)
+    code = struct.pack(
+        "=" + "BBhi" * 4, 0xB7, 1, 0, 1, 0xB7, 2, 0, 0, 0x85, 0, 0, _REDIRECT_PEER, 0x95, 0, 0, 0
+    )
     instructions, licence = ct.create_string_buffer(code, len(code)), ct.create_string_buffer(b"GPL")
-    attr = struct.pack("IIQQIIQII16s", bpf.PROG_TYPES.index("sched_cls"), len(code) // 8, ct.addressof(instructions),
-                       ct.addressof(licence), 0, 0, 0, 0, 0, b"probe")
+    attr = struct.pack(
+        "IIQQIIQII16s",
+        bpf.PROG_TYPES.index("sched_cls"),
+        len(code) // 8,
+        ct.addressof(instructions),
+        ct.addressof(licence),
+        0,
+        0,
+        0,
+        0,
+        0,
+        b"probe",
+    )
     try:
         os.close(bpf.call(bpf.PROG_LOAD, attr)[0])
     except OSError as error:
         if _denied(error):
-            return Feature("redirect_peer", False, "may not load BPF programs",
-                           "run as root with CAP_BPF and CAP_NET_ADMIN")
-        return Feature("redirect_peer", False, "the kernel has no bpf_redirect_peer for tc programs",
-                       "use kernel 5.10 or newer with CONFIG_NET_CLS_ACT and CONFIG_NET_CLS_BPF")
+            return Feature(
+                "redirect_peer",
+                False,
+                "may not load BPF programs",
+                "run as root with CAP_BPF and CAP_NET_ADMIN",
+            )
+        return Feature(
+            "redirect_peer",
+            False,
+            "the kernel has no bpf_redirect_peer for tc programs",
+            "use kernel 5.10 or newer with CONFIG_NET_CLS_ACT and CONFIG_NET_CLS_BPF",
+        )
     return Feature("redirect_peer", True, "bpf_redirect_peer works")
 
 
@@ -171,8 +232,12 @@ def _cgroup2() -> Feature:
 
 
 def _present(name: str, there: bool, package: str) -> Feature:
-    return Feature(name, there, f"{name} is there" if there else f"{name} is missing",
-                   "" if there else f"apt-get install {package}")
+    return Feature(
+        name,
+        there,
+        f"{name} is there" if there else f"{name} is missing",
+        "" if there else f"apt-get install {package}",
+    )
 
 
 def _has_library(name: str) -> bool:

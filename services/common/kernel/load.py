@@ -3,14 +3,14 @@
 It exists because a process that has compiled with BCC holds over 100 MB; this one pins everything and exits.
 Use it through `services.common.kernel.loader`, which builds the spec and turns failures into typed errors.
 
-A load is all or nothing. Everything is compiled, checked and loaded first; only then maps and programs are pinned
-and program arrays updated, and a failure in that part takes back what it did. Loads below one pin directory
-are serialised by a lock on the directory itself.
+A load is all or nothing. Everything is compiled, checked and loaded first; only then maps and programs
+are pinned and program arrays updated, and a failure in that part takes back what it did. Loads below one
+pin directory are serialised by a lock on the directory itself.
 
-Maps: BCC creates each map the C code declares. If one is already pinned under the path the spec names and has the
-same shape, its descriptor takes the new one's number (dup2) before any program is loaded, so programs
-refer to the pinned map whatever its type. Otherwise the new map is pinned. A map the spec does not name is private
-to the programs of its file.
+Maps: BCC creates each map the C code declares. If one is already pinned under the path the spec names and
+has the same shape, its descriptor takes the new one's number (dup2) before any program is loaded, so
+programs refer to the pinned map whatever its type. Otherwise the new map is pinned. A map the spec does
+not name is private to the programs of its file.
 
 Exit code 0 and {"ok": true, ...}, or 1 and {"ok": false, "code", "message", "fix", "log"}.
 """
@@ -88,9 +88,12 @@ class Loader:
             self.seconds["commit"] = round(time.monotonic() - start, 4)
         finally:
             os.close(lock)
-        return {"ok": True, "seconds": self.seconds,
-                "programs": {path: _summary(bpf.prog_info(fd)) for path, fd in self.programs.items()},
-                "maps": {path: "created" if path in self.new_maps else "adopted" for path in self.maps}}
+        return {
+            "ok": True,
+            "seconds": self.seconds,
+            "programs": {path: _summary(bpf.prog_info(fd)) for path, fd in self.programs.items()},
+            "maps": {path: "created" if path in self.new_maps else "adopted" for path in self.maps},
+        }
 
     def _load_unit(self, unit: dict[str, Any]) -> None:
         from bcc import BPF, lib
@@ -103,15 +106,17 @@ class Loader:
             raise LoadError("INVALID_ARGUMENT", f"cannot read BPF source {source}: {error}") from error
         flags = [*self.spec["cflags"], *(f"-D{name}={value}" for name, value in unit["defines"].items())]
         module = None
-        with captured_stderr() as log:
-            # BCC reports with a bare Exception; what went wrong is on stderr.
-            with contextlib.suppress(Exception):
-                module = BPF(text=text.encode(), cflags=flags)
+        # BCC reports with a bare Exception; what went wrong is on stderr.
+        with captured_stderr() as log, contextlib.suppress(Exception):
+            module = BPF(text=text.encode(), cflags=flags)
         if module is None:
             refused = "Operation not permitted" in log[0]
-            raise LoadError("PERMISSION_DENIED" if refused else "INTERNAL",
-                            f"cannot compile {source.name} or create its maps",
-                            "run as root with CAP_BPF and CAP_NET_ADMIN" if refused else "", _tail(log[0]))
+            raise LoadError(
+                "PERMISSION_DENIED" if refused else "INTERNAL",
+                f"cannot compile {source.name} or create its maps",
+                "run as root with CAP_BPF and CAP_NET_ADMIN" if refused else "",
+                _tail(log[0]),
+            )
         if log[0].strip():
             print(log[0], file=sys.stderr)
         for name, path in unit["maps"].items():
@@ -121,7 +126,9 @@ class Loader:
             self._adopt(name, path, fd)
         self.seconds[f"compile {source.name}"] = round(time.monotonic() - start, 4)
         start = time.monotonic()
-        fds = {name: self._load_function(module, source, name, kind) for name, kind in unit["functions"].items()}
+        fds = {
+            name: self._load_function(module, source, name, kind) for name, kind in unit["functions"].items()
+        }
         self.seconds[f"verify {source.name}"] = round(time.monotonic() - start, 4)
         for name, fd in fds.items():
             self.programs[str(self.pin_dir / "prog" / unit["service"] / name)] = fd
@@ -143,30 +150,45 @@ class Loader:
                 return
         theirs = bpf.map_info(known)
         if mine.shape() != theirs.shape():
-            raise LoadError("FAILED_PRECONDITION", f"map {name}: {path} is pinned as ({theirs.shape()}) but the "
-                            f"program wants ({mine.shape()})",
-                            "the ABI version belongs into the pin path: raise it, or remove the old pin with "
-                            "`fibril down`")
+            raise LoadError(
+                "FAILED_PRECONDITION",
+                f"map {name}: {path} is pinned as ({theirs.shape()}) but the program wants ({mine.shape()})",
+                "the ABI version belongs into the pin path: raise it, or remove the old pin with "
+                "`fibril down`",
+            )
         os.dup2(known, fd)
         self.maps[path] = known
 
     def _load_function(self, module: Any, source: Path, name: str, kind: str) -> int:
         kind, _, attach = kind.partition("/")
         if kind not in bpf.PROG_TYPES or (attach and attach not in bpf.ATTACH_TYPES):
-            raise LoadError("INVALID_ARGUMENT", f"{source.name}: {name} has unknown program type {kind}/{attach}")
+            raise LoadError(
+                "INVALID_ARGUMENT", f"{source.name}: {name} has unknown program type {kind}/{attach}"
+            )
         function, failure = None, ""
         with captured_stderr() as log:
             try:
-                function = module.load_func(name.encode(), bpf.PROG_TYPES.index(kind),
-                                            attach_type=bpf.ATTACH_TYPES[attach] if attach else -1)
+                function = module.load_func(
+                    name.encode(),
+                    bpf.PROG_TYPES.index(kind),
+                    attach_type=bpf.ATTACH_TYPES[attach] if attach else -1,
+                )
             except Exception as error:  # BCC raises nothing narrower
                 failure = str(error)
         if function is None:
             if "super-user" in failure:
-                raise LoadError("PERMISSION_DENIED", f"may not load BPF program {name} of {source.name}",
-                                "run as root with CAP_BPF and CAP_NET_ADMIN", _tail(log[0]))
-            raise LoadError("FAILED_PRECONDITION", f"the kernel refused program {name} of {source.name}: {failure}",
-                            "the verifier's last lines follow", _tail(log[0]))
+                raise LoadError(
+                    "PERMISSION_DENIED",
+                    f"may not load BPF program {name} of {source.name}",
+                    "run as root with CAP_BPF and CAP_NET_ADMIN",
+                    _tail(log[0]),
+                )
+            raise LoadError(
+                "FAILED_PRECONDITION",
+                f"the kernel refused program {name} of {source.name}: {failure}",
+                "the verifier's last lines follow",
+                _tail(log[0]),
+            )
         return os.dup(function.fd)
 
     def _commit(self) -> None:
@@ -188,9 +210,12 @@ class Loader:
                     undo.callback(_restore_slot, array, index, bpf.slot_get(array, index))
                     bpf.slot_set(array, index, fd)
                 except OSError as error:
-                    raise LoadError("FAILED_PRECONDITION", f"slot {index} of {path} refused the program: {error}",
-                                    "all programs of one array must have the same type and attach type; an index "
-                                    "must be below the array's size") from error
+                    raise LoadError(
+                        "FAILED_PRECONDITION",
+                        f"slot {index} of {path} refused the program: {error}",
+                        "all programs of one array must have the same type and attach type; an index "
+                        "must be below the array's size",
+                    ) from error
             for path in self.programs:
                 os.rename(path + "~", path)
             undo.pop_all()
@@ -202,8 +227,13 @@ def _unlink_if_there(path: str) -> None:
 
 
 def _summary(info: bpf.ProgInfo) -> dict[str, Any]:
-    return {"id": info.id, "tag": info.tag, "type": info.type, "insns": info.verified_insns,
-            "jited_bytes": info.jited_bytes}
+    return {
+        "id": info.id,
+        "tag": info.tag,
+        "type": info.type,
+        "insns": info.verified_insns,
+        "jited_bytes": info.jited_bytes,
+    }
 
 
 def _restore_slot(array: int, index: int, ident: int) -> None:
@@ -221,13 +251,24 @@ def main() -> int:
     try:
         answer = Loader(json.load(sys.stdin)).run()
     except LoadError as error:
-        answer = {"ok": False, "code": error.code, "message": error.message, "fix": error.fix, "log": error.log}
+        answer = {
+            "ok": False,
+            "code": error.code,
+            "message": error.message,
+            "fix": error.fix,
+            "log": error.log,
+        }
     except OSError as error:
         denied = error.errno in (errno.EPERM, errno.EACCES)
-        answer = {"ok": False, "code": "PERMISSION_DENIED" if denied else "FAILED_PRECONDITION",
-                  "message": f"BPF object store: {error}", "log": "",
-                  "fix": "run as root with CAP_BPF and CAP_NET_ADMIN" if denied
-                  else "is a bpf file system mounted there? `mount -t bpf bpf /sys/fs/bpf`"}
+        answer = {
+            "ok": False,
+            "code": "PERMISSION_DENIED" if denied else "FAILED_PRECONDITION",
+            "message": f"BPF object store: {error}",
+            "log": "",
+            "fix": "run as root with CAP_BPF and CAP_NET_ADMIN"
+            if denied
+            else "is a bpf file system mounted there? `mount -t bpf bpf /sys/fs/bpf`",
+        }
     print(json.dumps(answer), flush=True)
     return 0 if answer["ok"] else 1
 

@@ -37,7 +37,10 @@ class ProgramSpec:
     service: str
     """Owner: programs are pinned as <pin_dir>/prog/<service>/<function>."""
     maps: Mapping[str, str] = field(default_factory=dict)
-    """C map -> pin path, relative to pin_dir or absolute: adopted or created. Others are private to the unit."""
+    """C map -> pin path, relative to pin_dir or absolute: adopted or created.
+
+    Others are private to the unit.
+    """
     slots: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """C program array (named in `maps`) -> {index: C function}, installed after every unit has loaded."""
     defines: Mapping[str, str | int] = field(default_factory=dict)
@@ -65,23 +68,34 @@ class LoadResult:
 def _spec_json(specs: Sequence[ProgramSpec], pin_dir: Path) -> bytes:
     root = bpf_root()
     triplet = f"{os.uname().machine}-linux-gnu"
-    return json.dumps({
-        "pin_dir": str(pin_dir),
-        "include": [str(root)],
-        "cflags": [f"-I{root}", "-I/usr/include", f"-I/usr/include/{triplet}"],
-        "units": [{
-            "source": str(root / spec.source), "service": spec.service, "functions": dict(spec.functions),
-            "maps": {name: str(pin_dir / path) for name, path in spec.maps.items()},
-            "slots": {array: dict(entries) for array, entries in spec.slots.items()},
-            "defines": {name: str(value) for name, value in spec.defines.items()},
-        } for spec in specs],
-    }).encode()
+    return json.dumps(
+        {
+            "pin_dir": str(pin_dir),
+            "include": [str(root)],
+            "cflags": [f"-I{root}", "-I/usr/include", f"-I/usr/include/{triplet}"],
+            "units": [
+                {
+                    "source": str(root / spec.source),
+                    "service": spec.service,
+                    "functions": dict(spec.functions),
+                    "maps": {name: str(pin_dir / path) for name, path in spec.maps.items()},
+                    "slots": {array: dict(entries) for array, entries in spec.slots.items()},
+                    "defines": {name: str(value) for name, value in spec.defines.items()},
+                }
+                for spec in specs
+            ],
+        }
+    ).encode()
 
 
 def _environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "BCC_KERNEL_SOURCE": str(bpf_root() / "headers"), "LC_ALL": "C",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *([path] if path else [])])}
+    return {
+        **os.environ,
+        "BCC_KERNEL_SOURCE": str(bpf_root() / "headers"),
+        "LC_ALL": "C",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *([path] if path else [])]),
+    }
 
 
 def _parse(stdout: bytes, stderr: bytes, returncode: int | None) -> LoadResult:
@@ -92,25 +106,39 @@ def _parse(stdout: bytes, stderr: bytes, returncode: int | None) -> LoadResult:
         missing = any("No module named 'bcc'" in line for line in tail)
         raise errors.FailedPrecondition(
             f"the BPF loader process failed ({returncode}): " + "\n".join(tail),
-            fix="install Debian's python3-bpfcc and let this Python see it" if missing else "") from None
+            fix="install Debian's python3-bpfcc and let this Python see it" if missing else "",
+        ) from None
     if answer["ok"]:
-        return LoadResult({path: LoadedProgram(**info) for path, info in answer["programs"].items()},
-                          answer["maps"], answer["seconds"])
+        return LoadResult(
+            {path: LoadedProgram(**info) for path, info in answer["programs"].items()},
+            answer["maps"],
+            answer["seconds"],
+        )
     message = answer["message"] + ("\n" + answer["log"] if answer["log"] else "")
-    kind = {"PERMISSION_DENIED": errors.PermissionDenied, "INVALID_ARGUMENT": errors.InvalidArgument,
-            "FAILED_PRECONDITION": errors.FailedPrecondition}.get(answer["code"], errors.Internal)
+    kind = {
+        "PERMISSION_DENIED": errors.PermissionDenied,
+        "INVALID_ARGUMENT": errors.InvalidArgument,
+        "FAILED_PRECONDITION": errors.FailedPrecondition,
+    }.get(answer["code"], errors.Internal)
     raise kind(message, fix=answer["fix"])
 
 
 async def load(specs: Sequence[ProgramSpec], pin_dir: Path) -> LoadResult:
     """Compile, check, load and pin; all or nothing, serialised per pin_dir.
 
-    Raises FailedPrecondition (verifier refusal, or a pinned map of another shape), PermissionDenied, InvalidArgument
-    (no such map, function or file), DeadlineExceeded after 60 s; messages carry the verifier's last lines.
+    Raises FailedPrecondition (verifier refusal, or a pinned map of another shape), PermissionDenied,
+    InvalidArgument (no such map, function or file), DeadlineExceeded after 60 s; messages carry the
+    verifier's last lines.
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.common.kernel.load", env=_environment(), stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        sys.executable,
+        "-m",
+        "services.common.kernel.load",
+        env=_environment(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     try:
         async with asyncio.timeout(TIMEOUT_S):
             stdout, stderr = await process.communicate(_spec_json(specs, pin_dir))

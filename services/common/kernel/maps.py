@@ -25,10 +25,16 @@ _FULL = frozenset({errno.E2BIG, errno.ENOSPC, errno.ENOMEM})
 
 
 class BpfMap(Generic[K, V]):
-    """One open map. Iteration over a map that is being changed may miss or repeat elements, as the kernel's does."""
+    """One open map.
+
+    Iteration over a map that is being changed may miss or repeat elements, as the kernel's does.
+    """
 
     def __init__(self, fd: int, key: type[K], value: type[V], label: str) -> None:
-        """Take over descriptor `fd` (closed by `close`). FailedPrecondition if sizes differ from the map's."""
+        """Take over descriptor `fd` (closed by `close`).
+
+        FailedPrecondition if sizes differ from the map's.
+        """
         self.fd, self.label = fd, label
         self._key: Any = key
         self._value: Any = value
@@ -37,8 +43,10 @@ class BpfMap(Generic[K, V]):
         if (ct.sizeof(key), ct.sizeof(value)) != (self.info.key_size, self.info.value_size):
             os.close(fd)
             raise errors.FailedPrecondition(
-                f"map {label} has {self.info.key_size}-byte keys and {self.info.value_size}-byte values, this program "
-                f"expects {ct.sizeof(key)} and {ct.sizeof(value)}", fix="loader and service must be of one version")
+                f"map {label} has {self.info.key_size}-byte keys and {self.info.value_size}-byte values, "
+                f"this program expects {ct.sizeof(key)} and {ct.sizeof(value)}",
+                fix="loader and service must be of one version",
+            )
         self._cpus = bpf.possible_cpus() if self.percpu else 1
         # The kernel pads each CPU's value to 8 bytes.
         self._stride = (ct.sizeof(value) + 7) // 8 * 8 if self.percpu else ct.sizeof(value)
@@ -49,15 +57,19 @@ class BpfMap(Generic[K, V]):
         try:
             fd = bpf.get(str(path))
         except FileNotFoundError:
-            raise errors.NotFound(f"no BPF map pinned at {path}", fix="start the service that creates it") from None
+            raise errors.NotFound(
+                f"no BPF map pinned at {path}", fix="start the service that creates it"
+            ) from None
         except PermissionError as error:
-            raise errors.PermissionDenied(f"may not open BPF map {path}: {error.strerror}",
-                                          fix="run as root with CAP_BPF") from None
+            raise errors.PermissionDenied(
+                f"may not open BPF map {path}: {error.strerror}", fix="run as root with CAP_BPF"
+            ) from None
         return cls(fd, key, value, str(path))
 
     @classmethod
-    def create(cls, kind: str, key: type[K], value: type[V], max_entries: int, flags: int = 0,
-               name: str = "") -> Self:
+    def create(
+        cls, kind: str, key: type[K], value: type[V], max_entries: int, flags: int = 0, name: str = ""
+    ) -> Self:
         """A new unpinned map (`kind` from bpf.MAP_TYPES), e.g. the inner one of a hash of maps."""
         fd = bpf.map_create(kind, ct.sizeof(key), ct.sizeof(value), max_entries, flags, name)
         return cls(fd, key, value, name)
@@ -122,8 +134,12 @@ class BpfMap(Generic[K, V]):
         while True:
             following: K = self._key()
             try:
-                bpf.map_elem(bpf.MAP_NEXT_KEY, self.fd, ct.addressof(current) if current is not None else 0,
-                             ct.addressof(following))
+                bpf.map_elem(
+                    bpf.MAP_NEXT_KEY,
+                    self.fd,
+                    ct.addressof(current) if current is not None else 0,
+                    ct.addressof(following),
+                )
             except FileNotFoundError:
                 return
             yield following
@@ -152,11 +168,17 @@ class BpfMap(Generic[K, V]):
         done = 0
         pending = list(pairs)
         while done < len(pending):
-            chunk = pending[done:done + BATCH]
+            chunk = pending[done : done + BATCH]
             keys = (self._key * len(chunk))(*(k for k, _ in chunk))
             values = (self._value * len(chunk))(*(v for _, v in chunk))
-            count, failure = bpf.map_batch(bpf.MAP_UPDATE_BATCH, self.fd, len(chunk), ct.addressof(keys),
-                                           ct.addressof(values), elem_flags=flags)
+            count, failure = bpf.map_batch(
+                bpf.MAP_UPDATE_BATCH,
+                self.fd,
+                len(chunk),
+                ct.addressof(keys),
+                ct.addressof(values),
+                elem_flags=flags,
+            )
             if (failure in _NO_BATCH and not count) or (failure and count >= len(chunk)):
                 for key, value in chunk:
                     self.update(key, value, flags)
@@ -177,12 +199,12 @@ class BpfMap(Generic[K, V]):
             if failure == errno.ENOENT and count < len(chunk):
                 # The batch stops at an absent key: count those before it and go on behind it.
                 deleted += count
-                pending = pending[count + 1:]
+                pending = pending[count + 1 :]
                 continue
             if failure:
                 count = sum(self.delete(key) for key in chunk)
             deleted += count
-            pending = pending[len(chunk):]
+            pending = pending[len(chunk) :]
         return deleted
 
     def _as_key(self, key: K | int) -> K:
@@ -214,8 +236,14 @@ class BpfMap(Generic[K, V]):
         while True:
             keys, values = (self._key * size)(), ct.create_string_buffer(width * size)
             count, failure = bpf.map_batch(
-                bpf.MAP_LOOKUP_BATCH, self.fd, size, ct.addressof(keys), ct.addressof(values),
-                0 if first else ct.addressof(token), ct.addressof(token))
+                bpf.MAP_LOOKUP_BATCH,
+                self.fd,
+                size,
+                ct.addressof(keys),
+                ct.addressof(values),
+                0 if first else ct.addressof(token),
+                ct.addressof(token),
+            )
             if failure == errno.ENOSPC and size < 1 << 20:  # one bucket holds more than `size`
                 size *= 4
                 continue
@@ -241,11 +269,14 @@ class BpfMap(Generic[K, V]):
             count = self.count()
             return errors.ResourceExhausted(
                 f"map {self.label} is full: {count} of {self.info.max_entries} entries"
-                if number != errno.ENOMEM else f"no memory for an element of map {self.label} ({count} entries)",
-                fix="remove entries or raise the size of the map")
+                if number != errno.ENOMEM
+                else f"no memory for an element of map {self.label} ({count} entries)",
+                fix="remove entries or raise the size of the map",
+            )
         if number == errno.EEXIST:
             return errors.AlreadyExists(f"map {self.label} already has this key")
         if number == errno.ENOENT:
             return errors.NotFound(f"map {self.label} has no such key")
-        return errors.FailedPrecondition(f"{operation} in map {self.label} ({self.info.shape()}): "
-                                         f"{os.strerror(number)}")
+        return errors.FailedPrecondition(
+            f"{operation} in map {self.label} ({self.info.shape()}): {os.strerror(number)}"
+        )

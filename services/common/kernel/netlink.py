@@ -101,37 +101,72 @@ def mac_text(data: bytes) -> str:
 
 # Requests as values, so that callers batch them.
 
+
 def link_up(ifindex: int, what: str = "") -> Message:
-    return Message(rtnl.SETLINK, {"index": ifindex, "flags": IFF_UP, "change": IFF_UP}, [],
-                   what=what or f"set interface {ifindex} up")
+    return Message(
+        rtnl.SETLINK,
+        {"index": ifindex, "flags": IFF_UP, "change": IFF_UP},
+        [],
+        what=what or f"set interface {ifindex} up",
+    )
 
 
 def no_link_local(ifindex: int, what: str = "") -> Message:
-    """Make no IPv6 link-local address: no duplicate address detection, no router solicitation, no MLD reports."""
+    """Make no IPv6 link-local address: no duplicate address detection, router solicitation or MLD report."""
     inet6 = ("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})
-    return Message(rtnl.SETLINK, {"index": ifindex}, [("IFLA_AF_SPEC", {"attrs": [inet6]})],
-                   what=what or f"turn link-local addresses of interface {ifindex} off")
+    return Message(
+        rtnl.SETLINK,
+        {"index": ifindex},
+        [("IFLA_AF_SPEC", {"attrs": [inet6]})],
+        what=what or f"turn link-local addresses of interface {ifindex} off",
+    )
 
 
 def address_add(ifindex: int, address: IPAddress, prefix: int | None = None, what: str = "") -> Message:
     """Add an address (default: a host prefix) without duplicate address detection; there already is fine."""
     return Message(
-        rtnl.NEWADDR, {"family": family_of(address), "prefixlen": address.max_prefixlen if prefix is None else prefix,
-                       "flags": _PERMANENT | (_NODAD if address.version == 6 else 0), "index": ifindex},
+        rtnl.NEWADDR,
+        {
+            "family": family_of(address),
+            "prefixlen": address.max_prefixlen if prefix is None else prefix,
+            "flags": _PERMANENT | (_NODAD if address.version == 6 else 0),
+            "index": ifindex,
+        },
         [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
-        rtnl.CREATE | rtnl.REPLACE, what or f"add address {address} to interface {ifindex}", frozenset({errno.EEXIST}))
+        rtnl.CREATE | rtnl.REPLACE,
+        what or f"add address {address} to interface {ifindex}",
+        frozenset({errno.EEXIST}),
+    )
 
 
 def address_del(ifindex: int, address: IPAddress, prefix: int | None = None) -> Message:
     return Message(
-        rtnl.DELADDR, {"family": family_of(address), "prefixlen": address.max_prefixlen if prefix is None else prefix,
-                       "index": ifindex}, [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
-        what=f"delete address {address} from interface {ifindex}", tolerate=_GONE)
+        rtnl.DELADDR,
+        {
+            "family": family_of(address),
+            "prefixlen": address.max_prefixlen if prefix is None else prefix,
+            "index": ifindex,
+        },
+        [("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
+        what=f"delete address {address} from interface {ifindex}",
+        tolerate=_GONE,
+    )
 
 
-def _route(kind: int, destination: IPNetwork, ifindex: int, gateway: IPAddress | None, source: IPAddress | None,
-           route_type: int, scope: int, table: int, mtu: int, flags: int, what: str,
-           tolerate: frozenset[int]) -> Message:
+def _route(
+    kind: int,
+    destination: IPNetwork,
+    ifindex: int,
+    gateway: IPAddress | None,
+    source: IPAddress | None,
+    route_type: int,
+    scope: int,
+    table: int,
+    mtu: int,
+    flags: int,
+    what: str,
+    tolerate: frozenset[int],
+) -> Message:
     attrs: list[tuple[str, Any]] = [("RTA_DST", str(destination.network_address))]
     if ifindex:
         attrs.append(("RTA_OIF", ifindex))
@@ -143,73 +178,142 @@ def _route(kind: int, destination: IPNetwork, ifindex: int, gateway: IPAddress |
         attrs.append(("RTA_TABLE", table))
     if mtu:
         attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", mtu)]}))
-    return Message(kind, {"family": family_of(destination), "dst_len": destination.prefixlen,
-                          "table": table if table <= 255 else 0, "proto": PROTO_FIBRIL, "scope": scope,
-                          "type": route_type}, attrs, flags, what, tolerate)
+    return Message(
+        kind,
+        {
+            "family": family_of(destination),
+            "dst_len": destination.prefixlen,
+            "table": table if table <= 255 else 0,
+            "proto": PROTO_FIBRIL,
+            "scope": scope,
+            "type": route_type,
+        },
+        attrs,
+        flags,
+        what,
+        tolerate,
+    )
 
 
-def route_put(destination: IPNetwork, ifindex: int = 0, gateway: IPAddress | None = None,
-              source: IPAddress | None = None, route_type: int = UNICAST, table: int = TABLE_MAIN, mtu: int = 0,
-              what: str = "") -> Message:
+def route_put(
+    destination: IPNetwork,
+    ifindex: int = 0,
+    gateway: IPAddress | None = None,
+    source: IPAddress | None = None,
+    route_type: int = UNICAST,
+    table: int = TABLE_MAIN,
+    mtu: int = 0,
+    what: str = "",
+) -> Message:
     """Add a route or replace the one with the same destination. Without gateway its scope is link."""
     scope = SCOPE_LINK if gateway is None and ifindex and destination.version == 4 else SCOPE_UNIVERSE
-    return _route(rtnl.NEWROUTE, destination, ifindex, gateway, source, route_type, scope, table, mtu,
-                  rtnl.CREATE | rtnl.REPLACE, what or f"set route to {destination}", frozenset())
+    return _route(
+        rtnl.NEWROUTE,
+        destination,
+        ifindex,
+        gateway,
+        source,
+        route_type,
+        scope,
+        table,
+        mtu,
+        rtnl.CREATE | rtnl.REPLACE,
+        what or f"set route to {destination}",
+        frozenset(),
+    )
 
 
-def route_del(destination: IPNetwork, ifindex: int = 0, route_type: int = 0, table: int = TABLE_MAIN) -> Message:
+def route_del(
+    destination: IPNetwork, ifindex: int = 0, route_type: int = 0, table: int = TABLE_MAIN
+) -> Message:
     """Delete our route to a destination; absent is success."""
     # Scope nowhere (255) matches any.
-    return _route(rtnl.DELROUTE, destination, ifindex, None, None, route_type, 255, table, 0, 0,
-                  f"delete route to {destination}", _GONE)
+    return _route(
+        rtnl.DELROUTE,
+        destination,
+        ifindex,
+        None,
+        None,
+        route_type,
+        255,
+        table,
+        0,
+        0,
+        f"delete route to {destination}",
+        _GONE,
+    )
 
 
 def neighbour_put(ifindex: int, address: IPAddress, mac: str, what: str = "") -> Message:
     """A permanent neighbour entry: the address is never asked for by ARP or ND."""
-    return Message(rtnl.NEWNEIGH, {"family": family_of(address), "ifindex": ifindex, "state": _PERMANENT},
-                   [("NDA_DST", str(address)), ("NDA_LLADDR", mac)], rtnl.CREATE | rtnl.REPLACE,
-                   what or f"set neighbour {address} of interface {ifindex}")
+    return Message(
+        rtnl.NEWNEIGH,
+        {"family": family_of(address), "ifindex": ifindex, "state": _PERMANENT},
+        [("NDA_DST", str(address)), ("NDA_LLADDR", mac)],
+        rtnl.CREATE | rtnl.REPLACE,
+        what or f"set neighbour {address} of interface {ifindex}",
+    )
 
 
 def neighbour_del(ifindex: int, address: IPAddress) -> Message:
-    return Message(rtnl.DELNEIGH, {"family": family_of(address), "ifindex": ifindex},
-                   [("NDA_DST", str(address))], what=f"delete neighbour {address} of interface {ifindex}",
-                   tolerate=_GONE)
+    return Message(
+        rtnl.DELNEIGH,
+        {"family": family_of(address), "ifindex": ifindex},
+        [("NDA_DST", str(address))],
+        what=f"delete neighbour {address} of interface {ifindex}",
+        tolerate=_GONE,
+    )
 
 
 def link_del(ifindex: int) -> Message:
     return Message(rtnl.DELLINK, {"index": ifindex}, [], what=f"delete interface {ifindex}", tolerate=_GONE)
 
 
-def veth_add(name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None) -> Message:
+def veth_add(
+    name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None
+) -> Message:
     """A veth pair, both ends down; the peer is born in `peer_netns`. EEXIST if either name is taken."""
     other: list[tuple[str, Any]] = [("IFLA_IFNAME", peer), ("IFLA_ADDRESS", peer_mac), ("IFLA_MTU", mtu)]
     if peer_netns is not None:
         other.append(("IFLA_NET_NS_FD", peer_netns.fd))
     data = {"attrs": [("VETH_INFO_PEER", {"attrs": other})]}
     return Message(
-        rtnl.NEWLINK, {}, [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu),
-                           ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]})],
-        rtnl.CREATE | rtnl.EXCL, f"create veth pair {name} and {peer}")
+        rtnl.NEWLINK,
+        {},
+        [
+            ("IFLA_IFNAME", name),
+            ("IFLA_ADDRESS", mac),
+            ("IFLA_MTU", mtu),
+            ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}),
+        ],
+        rtnl.CREATE | rtnl.EXCL,
+        f"create veth pair {name} and {peer}",
+    )
 
 
 class Rtnl(RtnlSocket):
-    """Operations in the namespace of this socket; blocking. All changes are idempotent unless they say otherwise."""
+    """Operations in the namespace of this socket; blocking.
+
+    All changes are idempotent unless they say otherwise.
+    """
 
     def links(self, prefix: str = "") -> list[Link]:
         """Interfaces whose name starts with `prefix`."""
         # Statistics would be most of the answer.
         request = Message(rtnl.GETLINK, {}, [("IFLA_EXT_MASK", _EXT_SKIP_STATS)], what="list interfaces")
         wanted = prefix.encode()
-        return [parse_link(answer) for answer in self.dump(request) if answer.attrs.get(3, b"").startswith(wanted)]
+        return [
+            parse_link(answer) for answer in self.dump(request) if answer.attrs.get(3, b"").startswith(wanted)
+        ]
 
     def link(self, name: str) -> Link | None:
         """One interface by name, None if there is none."""
         index = self.ifindex(name)
         return next((link for link in self.links(name) if link.ifindex == index), None) if index else None
 
-    def create_veth(self, name: str, mac: str, peer: str, peer_mac: str, mtu: int,
-                    peer_netns: NetNs | None = None) -> int:
+    def create_veth(
+        self, name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None
+    ) -> int:
         """Create a veth pair (see veth_add); the index of `name`. AlreadyExists if either name is taken."""
         self.apply([veth_add(name, mac, peer, peer_mac, mtu, peer_netns)])
         return self.ifindex(name)
@@ -236,8 +340,12 @@ class Rtnl(RtnlSocket):
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
             attrs = [("RTA_OIF", ifindex)] if ifindex else []
-            request = Message(rtnl.GETROUTE, {"family": family, "proto": proto},
-                              [*attrs, ("RTA_TABLE", table)], what="list routes")
+            request = Message(
+                rtnl.GETROUTE,
+                {"family": family, "proto": proto},
+                [*attrs, ("RTA_TABLE", table)],
+                what="list routes",
+            )
             found += [route for answer in self.dump(request) if (route := _parse_route(answer)) is not None]
         return found
 
@@ -248,8 +356,14 @@ class Rtnl(RtnlSocket):
         for answer in self.dump(Message(rtnl.GETNEIGH, {}, attrs, what="list neighbours")):
             family, index, state = struct.unpack_from("BxxxiH", answer.fixed)
             if family in (socket.AF_INET, socket.AF_INET6) and 1 in answer.attrs:
-                found.append(Neighbour(index, ip_address(answer.attrs[1]), mac_text(answer.attrs.get(2, b"")),
-                                       bool(state & _PERMANENT)))
+                found.append(
+                    Neighbour(
+                        index,
+                        ip_address(answer.attrs[1]),
+                        mac_text(answer.attrs.get(2, b"")),
+                        bool(state & _PERMANENT),
+                    )
+                )
         return found
 
     def qdiscs(self, ifindex: int = 0) -> list[Qdisc]:
@@ -260,6 +374,7 @@ class Rtnl(RtnlSocket):
     def netns_cookie(self) -> int:
         """The cookie of this socket's namespace."""
         from services.common.kernel.netns import socket_cookie
+
         return socket_cookie(self.raw)
 
 
@@ -270,11 +385,16 @@ def parse_link(answer: rtnl.Answer) -> Link:
     info = rtnl.attributes(attrs.get(18, b""))
     nsid = attrs.get(37)
     return Link(
-        ifindex=index, name=attrs[3].rstrip(b"\0").decode(), up=bool(flags & IFF_UP),
-        carrier=attrs.get(33, b"\1")[0] == 1, mtu=struct.unpack("I", attrs.get(4, b"\0" * 4))[0],
-        mac=mac_text(attrs.get(1, b"")), kind=info.get(1, b"").rstrip(b"\0").decode(),
+        ifindex=index,
+        name=attrs[3].rstrip(b"\0").decode(),
+        up=bool(flags & IFF_UP),
+        carrier=attrs.get(33, b"\1")[0] == 1,
+        mtu=struct.unpack("I", attrs.get(4, b"\0" * 4))[0],
+        mac=mac_text(attrs.get(1, b"")),
+        kind=info.get(1, b"").rstrip(b"\0").decode(),
         peer_ifindex=struct.unpack("I", attrs[5])[0] if 5 in attrs else 0,
-        peer_nsid=struct.unpack("i", nsid)[0] if nsid else None)
+        peer_nsid=struct.unpack("i", nsid)[0] if nsid else None,
+    )
 
 
 def _parse_route(answer: rtnl.Answer) -> Route | None:
@@ -284,12 +404,21 @@ def _parse_route(answer: rtnl.Answer) -> Route | None:
     attrs = answer.attrs
     empty = b"\0" * (4 if family == socket.AF_INET else 16)
     destination = ip_address(attrs.get(1, empty))
-    network: IPNetwork = (IPv4Network((int(destination), length)) if destination.version == 4
-                          else IPv6Network((int(destination), length)))
-    return Route(network, ip_address(attrs[5]) if 5 in attrs else None,
-                 struct.unpack("I", attrs[4])[0] if 4 in attrs else 0,
-                 ip_address(attrs[7]) if 7 in attrs else None, kind, scope, proto,
-                 struct.unpack("I", attrs[15])[0] if 15 in attrs else table)
+    network: IPNetwork = (
+        IPv4Network((int(destination), length))
+        if destination.version == 4
+        else IPv6Network((int(destination), length))
+    )
+    return Route(
+        network,
+        ip_address(attrs[5]) if 5 in attrs else None,
+        struct.unpack("I", attrs[4])[0] if 4 in attrs else 0,
+        ip_address(attrs[7]) if 7 in attrs else None,
+        kind,
+        scope,
+        proto,
+        struct.unpack("I", attrs[15])[0] if 15 in attrs else table,
+    )
 
 
 def parse_qdisc(answer: rtnl.Answer) -> Qdisc:
@@ -321,18 +450,28 @@ class Netlink:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run any blocking function on the thread. A cancelled caller does not stop it."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._thread, lambda: function(*args, **kwargs))
+            self._thread, lambda: function(*args, **kwargs)
+        )
 
-    async def call(self, operation: Callable[Concatenate[Rtnl, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def call(
+        self, operation: Callable[Concatenate[Rtnl, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         """Run an operation of Rtnl, or a function taking one first, in the node's namespace."""
         return await self.run(lambda: operation(self._node(), *args, **kwargs))
 
-    async def call_in(self, path: Path | str, operation: Callable[Concatenate[Rtnl, P], T], *args: P.args,
-                      **kwargs: P.kwargs) -> T:
+    async def call_in(
+        self,
+        path: Path | str,
+        operation: Callable[Concatenate[Rtnl, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         """The same in another namespace. NotFound if there is none at `path`."""
+
         def inside() -> T:
             with NetNs.open(path) as netns, Rtnl(netns) as there:
                 return operation(there, *args, **kwargs)
+
         return await self.run(inside)
 
     async def apply(self, messages: Sequence[Message]) -> None:
@@ -343,5 +482,3 @@ class Netlink:
         if self._rtnl is None:
             self._rtnl = Rtnl()
         return self._rtnl
-
-

@@ -1,7 +1,7 @@
 """Network namespaces: check, identify and enter them.
 
-Entering changes the calling thread only, so it happens on the netlink thread (`netlink.Netlink`), which always
-returns to the node's own namespace. A socket made inside stays inside, whoever uses it later.
+Entering changes the calling thread only, so it happens on the netlink thread (`netlink.Netlink`), which
+always returns to the node's own namespace. A socket made inside stays inside, whoever uses it later.
 """
 
 from __future__ import annotations
@@ -62,14 +62,22 @@ class NetNs:
         except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
             raise errors.NotFound(f"network namespace {path} does not exist", field="netns") from None
         except PermissionError as error:
-            raise errors.PermissionDenied(f"may not open network namespace {path}: {error.strerror}",
-                                          field="netns", fix="run as root with CAP_SYS_ADMIN") from None
+            raise errors.PermissionDenied(
+                f"may not open network namespace {path}: {error.strerror}",
+                field="netns",
+                fix="run as root with CAP_SYS_ADMIN",
+            ) from None
         except OSError as error:
-            raise errors.InvalidArgument(f"network namespace {path}: {error.strerror}", field="netns") from None
+            raise errors.InvalidArgument(
+                f"network namespace {path}: {error.strerror}", field="netns"
+            ) from None
         if not is_netns(fd):
             os.close(fd)
-            raise errors.InvalidArgument(f"{path} is not a network namespace", field="netns",
-                                         fix="name a file such as /run/netns/NAME or /proc/PID/ns/net")
+            raise errors.InvalidArgument(
+                f"{path} is not a network namespace",
+                field="netns",
+                fix="name a file such as /run/netns/NAME or /proc/PID/ns/net",
+            )
         return cls(fd, str(path))
 
     @classmethod
@@ -114,8 +122,10 @@ class NetNs:
             try:
                 _check(_libc.setns(self.fd, CLONE_NEWNET), f"enter {self.path}")
             except PermissionError as error:
-                raise errors.PermissionDenied(f"may not enter network namespace {self.path}: {error.strerror}",
-                                              fix="run as root with CAP_SYS_ADMIN") from None
+                raise errors.PermissionDenied(
+                    f"may not enter network namespace {self.path}: {error.strerror}",
+                    fix="run as root with CAP_SYS_ADMIN",
+                ) from None
             try:
                 yield
             finally:
@@ -140,7 +150,7 @@ def socket_cookie(sock: socket.socket) -> int:
 
 
 def add(path: Path) -> None:
-    """Make a new namespace and mount it at `path`, as `ip netns add` does. AlreadyExists if the file is there.
+    """Make a new namespace and mount it at `path`, as `ip netns add` does. AlreadyExists if there is a file.
 
     Changes the calling thread's namespace for a moment: netlink thread only.
     """
@@ -153,20 +163,27 @@ def add(path: Path) -> None:
         with NetNs.current() as home:
             _check(_libc.unshare(CLONE_NEWNET), "make a network namespace")
             try:
-                _check(_libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", _MS_BIND, None),
-                       f"mount {path}")
+                _check(
+                    _libc.mount(b"/proc/thread-self/ns/net", os.fsencode(path), b"none", _MS_BIND, None),
+                    f"mount {path}",
+                )
             finally:
                 _check(_libc.setns(home.fd, CLONE_NEWNET), "return to the node's network namespace")
     except OSError as error:
         os.unlink(path)
         denied = error.errno == errno.EPERM
         kind = errors.PermissionDenied if denied else errors.FailedPrecondition
-        raise kind(f"cannot add network namespace {path}: {error.strerror}",
-                   fix="run as root with CAP_SYS_ADMIN" if denied else "") from None
+        raise kind(
+            f"cannot add network namespace {path}: {error.strerror}",
+            fix="run as root with CAP_SYS_ADMIN" if denied else "",
+        ) from None
 
 
 def remove(path: Path) -> bool:
-    """Unmount and remove what `add` made; whether it was there. The kernel frees it when its last user is gone."""
+    """Unmount and remove what `add` made; whether it was there.
+
+    The kernel frees it when its last user is gone.
+    """
     try:
         _check(_libc.umount2(os.fsencode(path), _MNT_DETACH), f"unmount {path}")
     except FileNotFoundError:

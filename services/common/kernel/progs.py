@@ -37,22 +37,40 @@ def open_prog(path: Path | str) -> int:
     try:
         return bpf.get(str(path))
     except FileNotFoundError:
-        raise errors.NotFound(f"no BPF program pinned at {path}", fix="start the service that loads it") from None
+        raise errors.NotFound(
+            f"no BPF program pinned at {path}", fix="start the service that loads it"
+        ) from None
     except PermissionError as error:
-        raise errors.PermissionDenied(f"may not open BPF program {path}: {error.strerror}",
-                                      fix="run as root with CAP_BPF") from None
+        raise errors.PermissionDenied(
+            f"may not open BPF program {path}: {error.strerror}", fix="run as root with CAP_BPF"
+        ) from None
 
 
-def test_run(prog_fd: int, data: bytes, repeat: int = 1, ctx: bytes | None = None, out_size: int = 4096) -> TestRun:
-    """Run a program on `data` `repeat` times. `ctx` is a struct __sk_buff or xdp_md (only some fields may be set).
+def test_run(
+    prog_fd: int, data: bytes, repeat: int = 1, ctx: bytes | None = None, out_size: int = 4096
+) -> TestRun:
+    """Run a program on `data` `repeat` times; `ctx` is a struct __sk_buff or xdp_md.
 
     OSError from the kernel: EINVAL for a packet shorter than 14 bytes, ENOSPC if the result exceeds out_size.
     """
     packet = ct.create_string_buffer(data, len(data))
     out = ct.create_string_buffer(out_size)
     context = ct.create_string_buffer(ctx, len(ctx)) if ctx else None
-    attr = struct.pack("IIIIQQIIIIQQ", prog_fd, 0, len(data), out_size, ct.addressof(packet), ct.addressof(out),
-                       repeat, 0, len(ctx) if ctx else 0, 0, ct.addressof(context) if context else 0, 0)
+    attr = struct.pack(
+        "IIIIQQIIIIQQ",
+        prog_fd,
+        0,
+        len(data),
+        out_size,
+        ct.addressof(packet),
+        ct.addressof(out),
+        repeat,
+        0,
+        len(ctx) if ctx else 0,
+        0,
+        ct.addressof(context) if context else 0,
+        0,
+    )
     _, back = bpf.call(bpf.PROG_TEST_RUN, attr, "test run")
     _, retval, _, size, _, _, _, duration = struct.unpack_from("IIIIQQII", back)
     return TestRun(retval, out.raw[:size], duration)
@@ -75,7 +93,8 @@ def set_slot(array: Path | str, index: int, prog_fd: int) -> None:
         except OSError as error:
             raise errors.FailedPrecondition(
                 f"slot {index} of {array} refused the program: {error.strerror}",
-                fix="all programs of one array must have one type, and the index must be in range") from None
+                fix="all programs of one array must have one type, and the index must be in range",
+            ) from None
 
 
 def clear_slot(array: Path | str, index: int) -> None:
@@ -96,8 +115,9 @@ def _array(path: Path | str) -> Iterator[int]:
     try:
         fd = bpf.get(str(path))
     except FileNotFoundError:
-        raise errors.FailedPrecondition(f"no program array pinned at {path}",
-                                        fix="start the service that loads the pipeline") from None
+        raise errors.FailedPrecondition(
+            f"no program array pinned at {path}", fix="start the service that loads the pipeline"
+        ) from None
     try:
         yield fd
     finally:

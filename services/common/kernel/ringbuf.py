@@ -58,7 +58,9 @@ class RingBuffer:
         try:
             return cls(bpf.get(str(path)), str(path))
         except FileNotFoundError:
-            raise errors.NotFound(f"no BPF map pinned at {path}", fix="start the service that creates it") from None
+            raise errors.NotFound(
+                f"no BPF map pinned at {path}", fix="start the service that creates it"
+            ) from None
 
     def close(self) -> None:
         """Not while a read is under way."""

@@ -1,8 +1,9 @@
 """A route netlink socket that sends requests by the batch.
 
-Requests are encoded by pyroute2's message classes; socket, batching and reading are here, because pyroute2's own
-sockets bring an event loop each (8 ms to open one in another namespace, where a plain socket takes 0.1) and send
-message by message. Answers are read by a walker that takes only the attributes asked for.
+Requests are encoded by pyroute2's message classes; socket, batching and reading are here, because
+pyroute2's own sockets bring an event loop each (8 ms to open one in another namespace, where a plain
+socket takes 0.1) and send message by message. Answers are read by a walker that takes only the attributes
+asked for.
 
 `import pyroute2` alone runs 300 modules of all its features (80 ms, 13 MB); the message classes need 37 of
 them (13 ms, 2 MB), so these are imported under a bare package object that is gone afterwards.
@@ -42,11 +43,24 @@ _NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN = 2, 3, 4
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK, _GET_STRICT_CHK = 270, 10, 11, 12
 _SIOCGIFINDEX: Final = 0x8933
 _CODECS: Final = {
-    NEWLINK: "ifinfmsg.ifinfmsg", NEWADDR: "ifaddrmsg.ifaddrmsg", NEWROUTE: "rtmsg.rtmsg", NEWNEIGH: "ndmsg.ndmsg",
-    NEWRULE: "fibmsg.fibmsg", NEWQDISC: "tcmsg.tcmsg", NEWTFILTER: "tcmsg.tcmsg",
+    NEWLINK: "ifinfmsg.ifinfmsg",
+    NEWADDR: "ifaddrmsg.ifaddrmsg",
+    NEWROUTE: "rtmsg.rtmsg",
+    NEWNEIGH: "ndmsg.ndmsg",
+    NEWRULE: "fibmsg.fibmsg",
+    NEWQDISC: "tcmsg.tcmsg",
+    NEWTFILTER: "tcmsg.tcmsg",
 }
 # Sizes of the fixed part each family of messages starts with.
-FIXED: Final = {NEWLINK: 16, NEWADDR: 8, NEWROUTE: 12, NEWNEIGH: 12, NEWRULE: 12, NEWQDISC: 20, NEWTFILTER: 20}
+FIXED: Final = {
+    NEWLINK: 16,
+    NEWADDR: 8,
+    NEWROUTE: 12,
+    NEWNEIGH: 12,
+    NEWRULE: 12,
+    NEWQDISC: 20,
+    NEWTFILTER: 20,
+}
 
 
 @functools.cache
@@ -57,7 +71,9 @@ def _codec(kind: int) -> Any:
     if real is None:
         spec = importlib.util.find_spec("pyroute2")
         if spec is None or spec.submodule_search_locations is None:
-            raise errors.FailedPrecondition("the Python package pyroute2 is missing", fix="run `make install`")
+            raise errors.FailedPrecondition(
+                "the Python package pyroute2 is missing", fix="run `make install`"
+            )
         bare = types.ModuleType("pyroute2")
         bare.__path__ = list(spec.submodule_search_locations)
         sys.modules["pyroute2"] = bare
@@ -70,7 +86,7 @@ def _codec(kind: int) -> Any:
 
 @dataclass(frozen=True)
 class Message:
-    """One request: fields of the fixed part and attributes as pyroute2 names them, and words for error messages."""
+    """One request: fixed fields and attributes as pyroute2 names them, and words for error messages."""
 
     kind: int
     fields: Mapping[str, Any]
@@ -108,7 +124,7 @@ def attributes(data: bytes) -> dict[int, bytes]:
         length, number = struct.unpack_from("HH", data, at)
         if length < 4:
             break
-        found[number & 0x3FFF] = data[at + 4:at + length]
+        found[number & 0x3FFF] = data[at + 4 : at + length]
         at += (length + 3) & ~3
     return found
 
@@ -120,7 +136,7 @@ def parse(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         length, kind, flags, sequence, _ = struct.unpack_from("IHHII", data, at)
         if length < 16:
             break
-        yield kind, flags, sequence, data[at + 16:at + length]
+        yield kind, flags, sequence, data[at + 16 : at + length]
         at += (length + 3) & ~3
 
 
@@ -197,8 +213,9 @@ class RtnlSocket:
 
     def try_apply(self, messages: Sequence[Message]) -> list[errors.FibrilError]:
         """As apply, but returns the failures."""
-        return [typed_error(number, message.what, detail)
-                for number, detail, message in self._transact(messages)]
+        return [
+            typed_error(number, message.what, detail) for number, detail, message in self._transact(messages)
+        ]
 
     def _transact(self, messages: Sequence[Message]) -> list[tuple[int, str, Message]]:
         first, out = self._sequence + 1, []
@@ -221,13 +238,17 @@ class RtnlSocket:
         return failures
 
     def dump(self, message: Message) -> list[Answer]:
-        """All objects the kernel has for a GET request. Starts over if they changed meanwhile (at most 10 times)."""
+        """All objects the kernel has for a GET request.
+
+        Starts over if they changed meanwhile (at most 10 times).
+        """
         for _ in range(10):
             found, consistent = self._dump(message)
             if consistent:
                 return found
-        raise errors.Unavailable(f"{message.what}: the kernel's table kept changing while it was read",
-                                 fix="try again")
+        raise errors.Unavailable(
+            f"{message.what}: the kernel's table kept changing while it was read", fix="try again"
+        )
 
     def _dump(self, message: Message) -> tuple[list[Answer], bool]:
         self._sequence += 1

@@ -32,7 +32,9 @@ def flatten(path: Path, search: Sequence[Path] = ()) -> str:
 
 def _expand(path: Path, search: Sequence[Path], seen: set[Path], out: list[str]) -> None:
     seen.add(path)
-    label = next((str(path.relative_to(root.parent)) for root in search if path.is_relative_to(root)), str(path))
+    label = next(
+        (str(path.relative_to(root.parent)) for root in search if path.is_relative_to(root)), str(path)
+    )
     out.append(f'#line 1 "{label}"')
     for number, line in enumerate(path.read_text().split("\n"), 1):
         match = _INCLUDE.match(line)

@@ -33,7 +33,9 @@ def ensure(name: str, value: str | int) -> str | None:
     try:
         _path(name).write_text(str(value))
     except PermissionError:
-        raise errors.PermissionDenied(f"may not set {name}", fix=f"run as root, or `sysctl -w {name}={value}`") from None
+        raise errors.PermissionDenied(
+            f"may not set {name}", fix=f"run as root, or `sysctl -w {name}={value}`"
+        ) from None
     except OSError as error:
         raise errors.FailedPrecondition(f"cannot set {name} to {value}: {error.strerror}") from None
     return before

@@ -25,12 +25,29 @@ Direction = Literal["ingress", "egress"]
 _GONE: Final = frozenset({errno.ENOENT, errno.ENODEV, errno.EINVAL})
 
 
-def _filter(kind: int, ifindex: int, direction: Direction, attrs: list[tuple[str, object]], flags: int,
-            tolerate: frozenset[int] = frozenset()) -> Message:
+def _filter(
+    kind: int,
+    ifindex: int,
+    direction: Direction,
+    attrs: list[tuple[str, object]],
+    flags: int,
+    tolerate: frozenset[int] = frozenset(),
+) -> Message:
     info = PRIORITY << 16 | socket.htons(_ETH_P_ALL)
-    return Message(kind, {"family": socket.AF_UNSPEC, "index": ifindex, "handle": 1 if kind != rtnl.GETTFILTER else 0,
-                          "parent": _PARENT[direction], "info": info}, attrs, flags,
-                   f"tc filter on {direction} of interface {ifindex}", tolerate)
+    return Message(
+        kind,
+        {
+            "family": socket.AF_UNSPEC,
+            "index": ifindex,
+            "handle": 1 if kind != rtnl.GETTFILTER else 0,
+            "parent": _PARENT[direction],
+            "info": info,
+        },
+        attrs,
+        flags,
+        f"tc filter on {direction} of interface {ifindex}",
+        tolerate,
+    )
 
 
 class HookTaken(Exception):
@@ -46,14 +63,27 @@ def attach(ifindex: int, programs: Mapping[Direction, int]) -> None:
 
     HookTaken if an ingress qdisc is in the way, else typed errors as of any netlink request.
     """
-    clsact = Message(rtnl.NEWQDISC, {"family": socket.AF_UNSPEC, "index": ifindex, "handle": _HANDLE,
-                                     "parent": _CLSACT}, [("TCA_KIND", "clsact")], rtnl.CREATE | rtnl.EXCL,
-                     f"add clsact qdisc to interface {ifindex}")
+    clsact = Message(
+        rtnl.NEWQDISC,
+        {"family": socket.AF_UNSPEC, "index": ifindex, "handle": _HANDLE, "parent": _CLSACT},
+        [("TCA_KIND", "clsact")],
+        rtnl.CREATE | rtnl.EXCL,
+        f"add clsact qdisc to interface {ifindex}",
+    )
     filters = []
     for direction, fd in programs.items():
-        options = {"attrs": [("TCA_BPF_FD", fd), ("TCA_BPF_NAME", bpf.prog_info(fd).name), ("TCA_BPF_FLAGS", 1)]}
-        filters.append(_filter(rtnl.NEWTFILTER, ifindex, direction, [("TCA_KIND", "bpf"), ("TCA_OPTIONS", options)],
-                               rtnl.CREATE | rtnl.REPLACE))
+        options = {
+            "attrs": [("TCA_BPF_FD", fd), ("TCA_BPF_NAME", bpf.prog_info(fd).name), ("TCA_BPF_FLAGS", 1)]
+        }
+        filters.append(
+            _filter(
+                rtnl.NEWTFILTER,
+                ifindex,
+                direction,
+                [("TCA_KIND", "bpf"), ("TCA_OPTIONS", options)],
+                rtnl.CREATE | rtnl.REPLACE,
+            )
+        )
     with RtnlSocket() as netlink:
         try:
             netlink.apply([clsact, *filters])
