@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from services.common import errors
-from services.common.kernel import bpf, tc_classic
+from services.common.kernel import bpf, netlink, rtnl, tc_classic
 
 Direction = Literal["ingress", "egress"]
 Via = Literal["auto", "clsact", "tcx"]
@@ -141,6 +141,22 @@ def _detach_tcx(ifindex: int, direction: Direction, name: str) -> bool:
             return False
         raise _error(error, f"detach {name} from {direction} of interface {ifindex}") from None
     return False
+
+
+def attach_xdp(ifindex: int, prog_fd: int) -> None:
+    """Set the XDP program of an interface, in place of any other. NotFound if the interface is gone."""
+    with rtnl.RtnlSocket() as socket:
+        socket.apply([netlink.xdp_set(ifindex, prog_fd)])
+
+
+def detach_xdp(ifindex: int) -> bool:
+    """Remove the XDP program of an interface; whether the interface was there."""
+    with rtnl.RtnlSocket() as socket:
+        try:
+            socket.apply([netlink.xdp_set(ifindex, -1)])
+        except errors.NotFound:
+            return False
+    return True
 
 
 def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int) -> None:

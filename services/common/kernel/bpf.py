@@ -84,7 +84,10 @@ ANY, NOEXIST, EXIST = 0, 1, 2
 F_ALLOW_MULTI: Final = 1 << 1
 F_REPLACE: Final = 1 << 2
 
+_BPFFS_MAGIC: Final = 0xCAFE4A11
+
 _libc = ct.CDLL(None, use_errno=True)
+_libc.statfs.argtypes = [ct.c_char_p, ct.c_void_p]
 _syscall = _libc.syscall
 _syscall.restype = ct.c_long
 _syscall.argtypes = [ct.c_long, ct.c_int, ct.c_void_p, ct.c_uint]
@@ -104,6 +107,14 @@ def possible_cpus() -> int:
     """How many values a per-CPU map element has (possible CPUs, not online ones)."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")[-1]
     return int(last.split("-")[-1]) + 1
+
+
+def is_bpffs(path: Path | str) -> bool:
+    """Whether `path` lies on a mounted bpf file system."""
+    answer = ct.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), answer) < 0:
+        return False
+    return int(struct.unpack_from("q", answer.raw)[0]) & 0xFFFFFFFF == _BPFFS_MAGIC
 
 
 def pin(fd: int, path: str) -> None:

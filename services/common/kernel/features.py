@@ -20,13 +20,11 @@ from typing import Final
 from services.common import errors
 from services.common.kernel import attach, bpf, cgroup
 
-BPFFS_MAGIC: Final = 0xCAFE4A11
 CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _REDIRECT_PEER: Final = 155
 
 _libc = ct.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ct.c_char_p, ct.c_char_p, ct.c_char_p, ct.c_ulong, ct.c_char_p]
-_libc.statfs.argtypes = [ct.c_char_p, ct.c_void_p]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _probe(bpffs: Path) -> Iterator[Feature]:
         if lacking
         else "",
     )
-    mounted = is_bpffs(bpffs)
+    mounted = bpf.is_bpffs(bpffs)
     yield Feature(
         "bpffs",
         mounted,
@@ -136,20 +134,12 @@ def capabilities() -> int:
     return 0
 
 
-def is_bpffs(path: Path | str) -> bool:
-    """Whether `path` lies on a mounted bpf file system."""
-    answer = ct.create_string_buffer(256)
-    if _libc.statfs(os.fsencode(path), answer) < 0:
-        return False
-    return int(struct.unpack_from("q", answer.raw)[0]) & 0xFFFFFFFF == BPFFS_MAGIC
-
-
 def ensure_bpffs(path: Path | str = "/sys/fs/bpf") -> bool:
     """Mount a bpf file system at `path` unless one is there; whether it did.
 
     PermissionDenied without CAP_SYS_ADMIN, FailedPrecondition if the kernel has none.
     """
-    if is_bpffs(path):
+    if bpf.is_bpffs(path):
         return False
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

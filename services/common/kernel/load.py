@@ -77,6 +77,13 @@ class Loader:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
+        existing = next(path for path in (self.pin_dir, *self.pin_dir.parents) if path.exists())
+        if not bpf.is_bpffs(existing):
+            raise LoadError(
+                "FAILED_PRECONDITION",
+                f"{self.pin_dir} is not on a bpf file system",
+                "mount -t bpf bpf /sys/fs/bpf",
+            )
         self.pin_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(self.pin_dir, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -265,9 +272,7 @@ def main() -> int:
             "code": "PERMISSION_DENIED" if denied else "FAILED_PRECONDITION",
             "message": f"BPF object store: {error}",
             "log": "",
-            "fix": "run as root with CAP_BPF and CAP_NET_ADMIN"
-            if denied
-            else "is a bpf file system mounted there? `mount -t bpf bpf /sys/fs/bpf`",
+            "fix": "run as root with CAP_BPF and CAP_NET_ADMIN" if denied else "",
         }
     print(json.dumps(answer), flush=True)
     return 0 if answer["ok"] else 1

@@ -47,6 +47,7 @@ class Link:
     name: str
     up: bool
     carrier: bool
+    xdp_prog_id: int
     mtu: int
     mac: str
     kind: str
@@ -269,6 +270,16 @@ def link_del(ifindex: int) -> Message:
     return Message(rtnl.DELLINK, {"index": ifindex}, [], what=f"delete interface {ifindex}", tolerate=_GONE)
 
 
+def xdp_set(ifindex: int, prog_fd: int, what: str = "") -> Message:
+    """Set the XDP program of an interface, in place of any; prog_fd -1 removes it."""
+    return Message(
+        rtnl.SETLINK,
+        {"index": ifindex},
+        [("IFLA_XDP", {"attrs": [("IFLA_XDP_FD", prog_fd)]})],
+        what=what or f"set XDP program of interface {ifindex}",
+    )
+
+
 def veth_add(
     name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None
 ) -> Message:
@@ -383,11 +394,13 @@ def parse_link(answer: rtnl.Answer) -> Link:
     index, flags = struct.unpack_from("4xiI", answer.fixed)
     attrs = answer.attrs
     info = rtnl.attributes(attrs.get(18, b""))
+    xdp = rtnl.attributes(attrs.get(43, b""))
     nsid = attrs.get(37)
     return Link(
         ifindex=index,
         name=attrs[3].rstrip(b"\0").decode(),
         up=bool(flags & IFF_UP),
+        xdp_prog_id=struct.unpack("I", xdp[4])[0] if 4 in xdp else 0,
         carrier=attrs.get(33, b"\1")[0] == 1,
         mtu=struct.unpack("I", attrs.get(4, b"\0" * 4))[0],
         mac=mac_text(attrs.get(1, b"")),
@@ -435,6 +448,7 @@ class Netlink:
         self._rtnl: Rtnl | None = None
 
     async def __aenter__(self) -> Self:
+        await self.run(rtnl.preload)
         return self
 
     async def __aexit__(self, *_: object) -> None:
