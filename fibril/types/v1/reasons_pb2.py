@@ -24,13 +24,13 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66ibril/types/v1/reasons.proto\x12\x0f\x66ibril.types.v1*)\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66ibril/types/v1/reasons.proto\x12\x0f\x66ibril.types.v1*\xf7\x03\n\nDropReason\x12\x1b\n\x17\x44ROP_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44ROP_REASON_NO_ENDPOINT\x10\x01\x12\x1b\n\x17\x44ROP_REASON_SPOOFED_MAC\x10\x02\x12\x1c\n\x18\x44ROP_REASON_SPOOFED_IPV4\x10\x03\x12\x1c\n\x18\x44ROP_REASON_SPOOFED_IPV6\x10\x04\x12\x19\n\x15\x44ROP_REASON_TRUNCATED\x10\x05\x12\x19\n\x15\x44ROP_REASON_MALFORMED\x10\x06\x12\x1b\n\x17\x44ROP_REASON_EXT_HEADERS\x10\x07\x12\x14\n\x10\x44ROP_REASON_VLAN\x10\x08\x12\x19\n\x15\x44ROP_REASON_ETHERTYPE\x10\t\x12\x13\n\x0f\x44ROP_REASON_ARP\x10\n\x12\x19\n\x15\x44ROP_REASON_NEIGHBOUR\x10\x0b\x12\x19\n\x15\x44ROP_REASON_BROADCAST\x10\x0c\x12\x19\n\x15\x44ROP_REASON_MULTICAST\x10\r\x12\x19\n\x15\x44ROP_REASON_WRONG_MAC\x10\x0e\x12\x1a\n\x16\x44ROP_REASON_LINK_LOCAL\x10\x0f\x12\x17\n\x13\x44ROP_REASON_MARTIAN\x10\x10\x12\x1c\n\x18\x44ROP_REASON_SLOT_MISSING\x10\x11\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fibril.types.v1.reasons_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DROPREASON']._serialized_start=50
-  _globals['_DROPREASON']._serialized_end=91
+  _globals['_DROPREASON']._serialized_start=51
+  _globals['_DROPREASON']._serialized_end=554
 # @@protoc_insertion_point(module_scope)

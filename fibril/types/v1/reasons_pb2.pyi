@@ -24,10 +24,146 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DESCRIPTOR: _descriptor.EnumDescriptor
     DROP_REASON_UNSPECIFIED: _DropReason.ValueType  # 0
     """Not dropped."""
+    DROP_REASON_NO_ENDPOINT: _DropReason.ValueType  # 1
+    """The interface has no entry in the endpoint map.
+    Seen for a moment while a pod is removed; otherwise `fibril endpoint check`.
+    """
+    DROP_REASON_SPOOFED_MAC: _DropReason.ValueType  # 2
+    """The source MAC is not the pod's.
+    The pod changed its MAC, or bridges other machines' frames; neither is supported.
+    """
+    DROP_REASON_SPOOFED_IPV4: _DropReason.ValueType  # 3
+    """The IPv4 source is not the pod's address.
+    The pod uses an address it was not given, or routes for others.
+    """
+    DROP_REASON_SPOOFED_IPV6: _DropReason.ValueType  # 4
+    """The IPv6 source is not the pod's address.
+    As SPOOFED_IPV4; link-local sources count too, except in neighbour discovery.
+    """
+    DROP_REASON_TRUNCATED: _DropReason.ValueType  # 5
+    """The packet ends before its headers do.
+    A broken sender.
+    """
+    DROP_REASON_MALFORMED: _DropReason.ValueType  # 6
+    """A header field contradicts itself (IP version, header length).
+    A broken sender.
+    """
+    DROP_REASON_EXT_HEADERS: _DropReason.ValueType  # 7
+    """More than six IPv6 extension headers.
+    Such packets are never needed; look at the sender.
+    """
+    DROP_REASON_VLAN: _DropReason.ValueType  # 8
+    """The pod sent a VLAN-tagged frame.
+    Remove the VLAN device in the pod; pods are connected by IP, not by Ethernet.
+    """
+    DROP_REASON_ETHERTYPE: _DropReason.ValueType  # 9
+    """Neither IPv4, IPv6 nor ARP.
+    Pods are connected by IP only.
+    """
+    DROP_REASON_ARP: _DropReason.ValueType  # 10
+    """ARP that needs no answer: a reply, or about the pod's own address.
+    None: neighbours are permanent entries, and requests for others are answered.
+    """
+    DROP_REASON_NEIGHBOUR: _DropReason.ValueType  # 11
+    """Neighbour discovery that needs no answer: advertisements, duplicate address detection.
+    None: neighbours are permanent entries, and solicitations of others are answered.
+    """
+    DROP_REASON_BROADCAST: _DropReason.ValueType  # 12
+    """Broadcast, DHCP included.
+    Nothing broadcasts between pods; a pod's addresses are given to it, it must not ask by DHCP.
+    """
+    DROP_REASON_MULTICAST: _DropReason.ValueType  # 13
+    """Multicast; also a pod's router solicitations and multicast listener reports.
+    None for the latter two; applications need unicast.
+    """
+    DROP_REASON_WRONG_MAC: _DropReason.ValueType  # 14
+    """A unicast frame for another MAC than the gateway's.
+    The pod's neighbour entry for its gateway was changed; `fibril endpoint check`.
+    """
+    DROP_REASON_LINK_LOCAL: _DropReason.ValueType  # 15
+    """Destination is an IPv6 link-local address.
+    Address the other pod by its pod address.
+    """
+    DROP_REASON_MARTIAN: _DropReason.ValueType  # 16
+    """Destination is an address no router forwards to (unspecified, loopback, reserved).
+    Look at the sender.
+    """
+    DROP_REASON_SLOT_MISSING: _DropReason.ValueType  # 17
+    """The program a packet should go to next is not installed.
+    Restart the service that owns it; `fibril bpf` shows which slots are filled.
+    """
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why the data path dropped a packet."""
 
 DROP_REASON_UNSPECIFIED: DropReason.ValueType  # 0
 """Not dropped."""
+DROP_REASON_NO_ENDPOINT: DropReason.ValueType  # 1
+"""The interface has no entry in the endpoint map.
+Seen for a moment while a pod is removed; otherwise `fibril endpoint check`.
+"""
+DROP_REASON_SPOOFED_MAC: DropReason.ValueType  # 2
+"""The source MAC is not the pod's.
+The pod changed its MAC, or bridges other machines' frames; neither is supported.
+"""
+DROP_REASON_SPOOFED_IPV4: DropReason.ValueType  # 3
+"""The IPv4 source is not the pod's address.
+The pod uses an address it was not given, or routes for others.
+"""
+DROP_REASON_SPOOFED_IPV6: DropReason.ValueType  # 4
+"""The IPv6 source is not the pod's address.
+As SPOOFED_IPV4; link-local sources count too, except in neighbour discovery.
+"""
+DROP_REASON_TRUNCATED: DropReason.ValueType  # 5
+"""The packet ends before its headers do.
+A broken sender.
+"""
+DROP_REASON_MALFORMED: DropReason.ValueType  # 6
+"""A header field contradicts itself (IP version, header length).
+A broken sender.
+"""
+DROP_REASON_EXT_HEADERS: DropReason.ValueType  # 7
+"""More than six IPv6 extension headers.
+Such packets are never needed; look at the sender.
+"""
+DROP_REASON_VLAN: DropReason.ValueType  # 8
+"""The pod sent a VLAN-tagged frame.
+Remove the VLAN device in the pod; pods are connected by IP, not by Ethernet.
+"""
+DROP_REASON_ETHERTYPE: DropReason.ValueType  # 9
+"""Neither IPv4, IPv6 nor ARP.
+Pods are connected by IP only.
+"""
+DROP_REASON_ARP: DropReason.ValueType  # 10
+"""ARP that needs no answer: a reply, or about the pod's own address.
+None: neighbours are permanent entries, and requests for others are answered.
+"""
+DROP_REASON_NEIGHBOUR: DropReason.ValueType  # 11
+"""Neighbour discovery that needs no answer: advertisements, duplicate address detection.
+None: neighbours are permanent entries, and solicitations of others are answered.
+"""
+DROP_REASON_BROADCAST: DropReason.ValueType  # 12
+"""Broadcast, DHCP included.
+Nothing broadcasts between pods; a pod's addresses are given to it, it must not ask by DHCP.
+"""
+DROP_REASON_MULTICAST: DropReason.ValueType  # 13
+"""Multicast; also a pod's router solicitations and multicast listener reports.
+None for the latter two; applications need unicast.
+"""
+DROP_REASON_WRONG_MAC: DropReason.ValueType  # 14
+"""A unicast frame for another MAC than the gateway's.
+The pod's neighbour entry for its gateway was changed; `fibril endpoint check`.
+"""
+DROP_REASON_LINK_LOCAL: DropReason.ValueType  # 15
+"""Destination is an IPv6 link-local address.
+Address the other pod by its pod address.
+"""
+DROP_REASON_MARTIAN: DropReason.ValueType  # 16
+"""Destination is an address no router forwards to (unspecified, loopback, reserved).
+Look at the sender.
+"""
+DROP_REASON_SLOT_MISSING: DropReason.ValueType  # 17
+"""The program a packet should go to next is not installed.
+Restart the service that owns it; `fibril bpf` shows which slots are filled.
+"""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015

@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Generated from bpf/abi/reasons.tsv; do not edit. */
+#pragma once
+
+enum drop_reason {
+	REASON_NONE = 0, /* Not dropped. */
+	REASON_NO_ENDPOINT = 1, /* The interface has no entry in the endpoint map. */
+	REASON_SPOOFED_MAC = 2, /* The source MAC is not the pod's. */
+	REASON_SPOOFED_IPV4 = 3, /* The IPv4 source is not the pod's address. */
+	REASON_SPOOFED_IPV6 = 4, /* The IPv6 source is not the pod's address. */
+	REASON_TRUNCATED = 5, /* The packet ends before its headers do. */
+	REASON_MALFORMED = 6, /* A header field contradicts itself (IP version, header length). */
+	REASON_EXT_HEADERS = 7, /* More than six IPv6 extension headers. */
+	REASON_VLAN = 8, /* The pod sent a VLAN-tagged frame. */
+	REASON_ETHERTYPE = 9, /* Neither IPv4, IPv6 nor ARP. */
+	REASON_ARP = 10, /* ARP that needs no answer: a reply, or about the pod's own address. */
+	REASON_NEIGHBOUR = 11, /* Neighbour discovery that needs no answer: advertisements, duplicate address detection. */
+	REASON_BROADCAST = 12, /* Broadcast, DHCP included. */
+	REASON_MULTICAST = 13, /* Multicast; also a pod's router solicitations and multicast listener reports. */
+	REASON_WRONG_MAC = 14, /* A unicast frame for another MAC than the gateway's. */
+	REASON_LINK_LOCAL = 15, /* Destination is an IPv6 link-local address. */
+	REASON_MARTIAN = 16, /* Destination is an address no router forwards to (unspecified, loopback, reserved). */
+	REASON_SLOT_MISSING = 17, /* The program a packet should go to next is not installed. */
+	REASON_COUNT = 128, /* room, not a reason */
+};

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* What a router does to the hop count. */
+#pragma once
+
+#include <uapi/linux/bpf.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+
+/* Takes one off and mends the header checksum (RFC 1624). The header's sum, checksum included, stays what it was, so this
+ * also holds for packets whose checksum the hardware has summed up. The caller has checked that ttl is above one. */
+static __always_inline void ttl_decrement_v4(struct iphdr *ip)
+{
+	__u32 check = ip->check;
+
+	check += bpf_htons(0x0100);
+	ip->check = check + (check >= 0xffff);
+	ip->ttl--;
+}
+
+/* Not for packets with CHECKSUM_COMPLETE, which come from hardware but never from a pod. */
+static __always_inline void ttl_decrement_v6(struct ipv6hdr *ip)
+{
+	ip->hop_limit--;
+}

@@ -1,0 +1,120 @@
+"""Drop reasons. Generated from bpf/abi/reasons.tsv; do not edit."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+
+class Reason(enum.IntEnum):
+    """Why the data path dropped a packet. Numbers as in fibril.types.v1.DropReason."""
+
+    NONE = 0
+    NO_ENDPOINT = 1
+    SPOOFED_MAC = 2
+    SPOOFED_IPV4 = 3
+    SPOOFED_IPV6 = 4
+    TRUNCATED = 5
+    MALFORMED = 6
+    EXT_HEADERS = 7
+    VLAN = 8
+    ETHERTYPE = 9
+    ARP = 10
+    NEIGHBOUR = 11
+    BROADCAST = 12
+    MULTICAST = 13
+    WRONG_MAC = 14
+    LINK_LOCAL = 15
+    MARTIAN = 16
+    SLOT_MISSING = 17
+
+    @property
+    def label(self) -> str:
+        """What metrics and people call it: "spoofed_mac"."""
+        return self.name.lower()
+
+    @property
+    def text(self) -> str:
+        """One sentence: what was wrong."""
+        return TEXTS[self][0]
+
+    @property
+    def fix(self) -> str:
+        """One sentence: what to do about it."""
+        return TEXTS[self][1]
+
+
+COUNT: Final = 128
+"""Room in the counters' map; every reason's number is below."""
+
+TEXTS: Final[dict[int, tuple[str, str]]] = {
+    0: ("Not dropped.", ""),
+    1: (
+        "The interface has no entry in the endpoint map.",
+        "Seen for a moment while a pod is removed; otherwise `fibril endpoint check`.",
+    ),
+    2: (
+        "The source MAC is not the pod's.",
+        "The pod changed its MAC, or bridges other machines' frames; neither is supported.",
+    ),
+    3: (
+        "The IPv4 source is not the pod's address.",
+        "The pod uses an address it was not given, or routes for others.",
+    ),
+    4: (
+        "The IPv6 source is not the pod's address.",
+        "As SPOOFED_IPV4; link-local sources count too, except in neighbour discovery.",
+    ),
+    5: (
+        "The packet ends before its headers do.",
+        "A broken sender.",
+    ),
+    6: (
+        "A header field contradicts itself (IP version, header length).",
+        "A broken sender.",
+    ),
+    7: (
+        "More than six IPv6 extension headers.",
+        "Such packets are never needed; look at the sender.",
+    ),
+    8: (
+        "The pod sent a VLAN-tagged frame.",
+        "Remove the VLAN device in the pod; pods are connected by IP, not by Ethernet.",
+    ),
+    9: (
+        "Neither IPv4, IPv6 nor ARP.",
+        "Pods are connected by IP only.",
+    ),
+    10: (
+        "ARP that needs no answer: a reply, or about the pod's own address.",
+        "None: neighbours are permanent entries, and requests for others are answered.",
+    ),
+    11: (
+        "Neighbour discovery that needs no answer: advertisements, duplicate address detection.",
+        "None: neighbours are permanent entries, and solicitations of others are answered.",
+    ),
+    12: (
+        "Broadcast, DHCP included.",
+        "Nothing broadcasts between pods; a pod's addresses are given to it, it must not ask by DHCP.",
+    ),
+    13: (
+        "Multicast; also a pod's router solicitations and multicast listener reports.",
+        "None for the latter two; applications need unicast.",
+    ),
+    14: (
+        "A unicast frame for another MAC than the gateway's.",
+        "The pod's neighbour entry for its gateway was changed; `fibril endpoint check`.",
+    ),
+    15: (
+        "Destination is an IPv6 link-local address.",
+        "Address the other pod by its pod address.",
+    ),
+    16: (
+        "Destination is an address no router forwards to (unspecified, loopback, reserved).",
+        "Look at the sender.",
+    ),
+    17: (
+        "The program a packet should go to next is not installed.",
+        "Restart the service that owns it; `fibril bpf` shows which slots are filled.",
+    ),
+}
