@@ -144,9 +144,9 @@ def by_code(name: str) -> type[FibrilError]:
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> FibrilError:
     """The error a server raised, rebuilt from the status a client received: message, field and fix."""
-    from services.common.rpc import status
+    from services.common.rpc.status import decode
 
-    return status.decode(error)
+    return decode(error)
 
 
 def _rebuild(cls: type[FibrilError], message: str, field: str, fix: str) -> FibrilError:

@@ -65,7 +65,7 @@ class Service(Protocol):
         """Lower-case letters only ("ipam")."""
 
     async def start(self, ctx: HostContext) -> None:
-        """Adopt what exists, add servicers to `ctx.rpc`, spawn background work. Raising gives the start up."""
+        """Adopt what exists, add servicers to `ctx.rpc`, spawn background work. Raising ends the start."""
 
     async def stop(self) -> None:
         """Release what `start` took, also after a start that raised. The data path stays as it is."""

@@ -223,6 +223,11 @@ def setup(service: str, cfg: TelemetryConfig | None = None, instance: str = "") 
     return made
 
 
+def current() -> Telemetry:
+    """The process's telemetry; everything off before `setup`."""
+    return _current
+
+
 def metrics() -> Meter:
     """The process's meter."""
     return _current.meter
