@@ -1,0 +1,50 @@
+"""`fibril up`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from services.ctl.context import Ctl, pass_ctl
+
+UP_TIMEOUT = 30.0
+
+
+def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",") if word.strip())
+
+
+@click.command()
+@click.option(
+    "--services", default="all", callback=_words, metavar="NAME,…", help="Services to run. [default: all]"
+)
+@click.option("--in-process", is_flag=True, help="All services in one process, for small nodes.")
+@click.option(
+    "--etcd",
+    default="",
+    callback=_words,
+    metavar="URL,…",
+    help="Use this etcd instead of a child of our own.",
+)
+@click.option("--cluster", default="", metavar="NAME", help="Cluster the node belongs to.")
+@click.option("--foreground", is_flag=True, help="Become the supervisor, for service managers.")
+@pass_ctl
+def command(
+    ctl: Ctl,
+    services: tuple[str, ...],
+    in_process: bool,
+    etcd: tuple[str, ...],
+    cluster: str,
+    foreground: bool,
+) -> None:
+    """Start the node and wait until all of it is well; again is harmless and repairs what has died."""
+    from services.ctl import node
+    from services.ctl.commands.status import show
+
+    chosen = tuple(node.SERVICES) if services in ((), ("all",)) else services
+    config = "" if ctl.config is None else str(Path(ctl.config).absolute())
+    options = node.Options(services=chosen, in_process=in_process, etcd=etcd, config=config, cluster=cluster)
+    if foreground:
+        node.foreground(ctl.instance, options)
+    show(ctl, node.up(ctl.instance, options, UP_TIMEOUT if ctl.timeout is None else ctl.timeout))

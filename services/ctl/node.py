@@ -1,0 +1,298 @@
+"""Bringing a node up and down: what `fibril up` and `fibril down` do.
+
+Up starts the supervisor (or finds it) and waits until every service says it is well; again is harmless.
+Down ends the processes first, then removes what they left in the kernel and on disk, found by the
+instance's name and not by what a process remembers; so it works when everything is dead, when files are
+missing, and twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from services.common.errors import FailedPrecondition, FibrilError, InvalidArgument, Unavailable
+from services.common.instance import Instance
+from services.ctl import health, procs, supervisor
+from services.ctl.progress import Progress
+
+# Service -> module that runs it; in order of start.
+SERVICES = {"ipam": "services.ipam"}
+POLL_S = 0.02
+HOPELESS_RESTARTS = 4  # a child that died this often while coming up will not come up
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a node is run. Kept by the supervisor; another `up` with other options starts the processes
+    anew."""
+
+    services: tuple[str, ...] = tuple(SERVICES)
+    in_process: bool = False
+    etcd: tuple[str, ...] = ()
+    config: str = ""
+    cluster: str = ""
+
+    def __post_init__(self) -> None:
+        # Lists come from JSON.
+        object.__setattr__(self, "services", tuple(self.services))
+        object.__setattr__(self, "etcd", tuple(self.etcd))
+        unknown = [s for s in self.services if s not in SERVICES]
+        if unknown or not self.services:
+            raise InvalidArgument(
+                f"there is no service {', '.join(unknown) or 'named'}",
+                field="services",
+                fix=f"choose from: {', '.join(SERVICES)}",
+            )
+
+
+def up(instance: Instance, options: Options, timeout: float) -> health.NodeHealth:
+    """Start what does not run and wait until all is well.
+
+    Raises FailedPrecondition when the kernel lacks something, naming it, or a process keeps dying;
+    Unavailable when the node is not well within `timeout` seconds. What has been started keeps running
+    then: `fibril status` tells more."""
+    with Progress(f"starting instance {instance.name!r}") as progress:
+        prepare(instance)
+        _same_netns(instance)
+        state = health.supervisor_state(instance)
+        if state is not None and state["options"] != _plain(options):
+            progress.step("options have changed: restarting the processes")
+            _stop_processes(instance)
+            state = None
+        started = None
+        if state is None:
+            started = _spawn_supervisor(instance, options)
+        return _wait_healthy(instance, options, started, time.monotonic() + timeout, progress)
+
+
+def prepare(instance: Instance) -> None:
+    """What every node needs of the kernel. Raises FailedPrecondition naming what is missing and the
+    remedy."""
+    from services.common.kernel import features
+
+    if os.geteuid() != 0:
+        raise FailedPrecondition("a node can only be started by root", fix="run it with sudo")
+    features.ensure_bpffs(instance.bpffs)
+    features.probe(instance.bpffs).require()
+
+
+def _plain(options: Options) -> dict[str, object]:
+    """As JSON gives them back."""
+    plain: dict[str, object] = json.loads(json.dumps(asdict(options)))
+    return plain
+
+
+def _spawn_supervisor(instance: Instance, options: Options) -> subprocess.Popen[bytes]:
+    """Start it in a session of its own, so that it outlives this command and its terminal."""
+    log = instance.run_dir / "log" / "supervisor.log"
+    log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    supervisor.trim(log)
+    env = {**os.environ, procs.MARK: procs.mark(instance.run_dir, "supervisor")}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            supervisor_argv(instance, options),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def supervisor_argv(instance: Instance, options: Options) -> list[str]:
+    """Command line of the supervisor."""
+    return [
+        sys.executable,
+        "-m",
+        "services.ctl.supervisor",
+        "--instance",
+        instance.name,
+        "--options",
+        json.dumps(_plain(options)),
+    ]
+
+
+def foreground(instance: Instance, options: Options) -> None:
+    """Become the supervisor; for service managers."""
+    prepare(instance)
+    _same_netns(instance)
+    os.environ[procs.MARK] = procs.mark(instance.run_dir, "supervisor")
+    os.execv(sys.executable, supervisor_argv(instance, options))
+
+
+def _wait_healthy(
+    instance: Instance,
+    options: Options,
+    started: subprocess.Popen[bytes] | None,
+    deadline: float,
+    progress: Progress,
+) -> health.NodeHealth:
+    while True:
+        state = health.supervisor_state(instance)
+        if state is None and started is not None and started.poll() is not None:
+            _died(instance, "supervisor")
+        for child in state["children"] if state is not None else []:
+            if child["restarts"] >= HOPELESS_RESTARTS and child["state"] != "running":
+                _died(instance, child["name"])
+        # Asking costs an import of gRPC: only when there is somebody to ask.
+        if state is not None and all(instance.socket(s).exists() for s in state["services"]):
+            node = health.ask(instance, options.services)
+            if node.ok:
+                return node
+            progress.step(f"waiting for {node.trouble() or 'the services to be ready'}")
+        if time.monotonic() > deadline:
+            node = health.ask(instance, options.services)
+            raise Unavailable(
+                f"instance {instance.name!r} did not become healthy: {node.trouble() or 'not ready'}",
+                fix=f"it keeps trying; see: fibril --instance {instance.name} status",
+            )
+        time.sleep(POLL_S)
+
+
+def _died(instance: Instance, name: str) -> None:
+    log = instance.run_dir / "log" / f"{name}.log"
+    raise FailedPrecondition(
+        f"{name} does not stay up: {_last_line(log) or 'it left no message'}", fix=f"its log is {log}"
+    )
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return ""
+    return lines[-1] if lines else ""
+
+
+def _same_netns(instance: Instance) -> None:
+    """A node lives in one network namespace; working on it from another would miss all its links."""
+    here = os.stat("/proc/self/ns/net").st_ino
+    for process in procs.find(instance.run_dir):
+        with process:
+            try:
+                there = os.stat(f"/proc/{process.pid}/ns/net").st_ino
+            except OSError:
+                continue
+            if there != here:
+                raise FailedPrecondition(
+                    f"instance {instance.name!r} runs in another network namespace (process {process.pid})",
+                    fix=f"enter it first: nsenter --net=/proc/{process.pid}/ns/net",
+                )
+
+
+def down(instance: Instance, keep_state: bool = False) -> list[str]:
+    """Remove every trace of a node; gives what could not be removed, one sentence each."""
+    _same_netns(instance)
+    with Progress(f"stopping instance {instance.name!r}") as progress:
+        failures = [f"process {pid}: it does not end" for pid in _stop_processes(instance)]
+        with _locked(instance):
+            failures += asyncio.run(_remove(_removals(instance, keep_state), progress))
+    return failures
+
+
+async def _remove(steps: Iterable[tuple[str, Callable[[], object]]], progress: Progress) -> list[str]:
+    """Every step, whether or not those before it succeeded."""
+    failures = []
+    for what, step in steps:
+        progress.step(f"removing {what}")
+        try:
+            result = step()
+            if inspect.isawaitable(result):
+                await result
+        except (FibrilError, OSError) as error:
+            failures.append(f"{what}: {error}")
+    return failures
+
+
+@contextmanager
+def _locked(instance: Instance) -> Iterator[None]:
+    """Keep a supervisor from starting meanwhile."""
+    held = supervisor.lock(instance)
+    if held is None:
+        raise FailedPrecondition(
+            f"instance {instance.name!r} is being started by somebody else", fix="try again"
+        )
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _stop_processes(instance: Instance) -> list[int]:
+    """The supervisor first, so that it neither restarts what is ended nor leaves an order of its own;
+    then what is left, until nothing is. Gives what cannot be ended."""
+    for name, grace in (("supervisor", 2 * supervisor.GRACE_S), ("", 5.0), ("", 1.0)):
+        found = procs.find(instance.run_dir)
+        try:
+            procs.end([p for p in found if name in ("", p.name)], grace)
+        finally:
+            for process in found:
+                process.close()
+    left = procs.find(instance.run_dir)
+    for process in left:
+        process.signal(signal.SIGKILL)
+        process.close()
+    return [p.pid for p in left]
+
+
+def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a node leaves outside its processes, in the order it may be removed."""
+    from services.ctl import cnidirs, pods
+    from services.ipam.cni import install
+    from services.ipam.endpoints import teardown
+
+    for name in pods.names(instance):
+        yield f"pod {name}", partial(pods.remove, instance, name)
+    yield "links, routes and rules", partial(teardown.remove, instance)
+    yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)
+    yield "cgroups", partial(_remove_cgroups, instance)
+    for bins, confs in cnidirs.known(instance):
+        yield "CNI plugin", partial(install.uninstall, instance, bins, confs)
+    if not keep_state:
+        yield str(instance.state_dir), partial(remove_tree, instance.state_dir)
+    yield str(instance.run_dir), partial(remove_tree, instance.run_dir)
+
+
+async def _remove_cgroups(instance: Instance) -> None:
+    from services.common.kernel import cgroup
+
+    path = cgroup.path_of(instance.cgroup)
+    await cgroup.remove(path, kill=True)
+    _remove_if_empty(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory with all in it, and its parent if that was the last; one that is not there is
+    fine."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    _remove_if_empty(path.parent)
+
+
+def _remove_if_empty(path: Path) -> None:
+    """The directory all instances share goes with the last of them."""
+    try:
+        path.rmdir()
+    except OSError:
+        return  # not empty, not there, or not ours to remove
+
+
+def specs(instance: Instance, options: Options) -> Sequence[supervisor.ChildSpec]:
+    """The processes of a node, in order of start."""
+    raise NotImplementedError

@@ -1,0 +1,339 @@
+"""The supervisor of a node: `python -m services.ctl.supervisor --instance NAME`, started by `fibril up`.
+
+It starts the embedded etcd (unless `--etcd` names a cluster) and one process a service, and starts each
+again when it dies, waiting longer each time. It never touches the data path: neither its own death nor a
+child's changes what the kernel does.
+
+Killed, its children run on. The next supervisor finds them by the marker in their environment (see
+procs.py) and watches them through pidfds as if it had started them. One supervisor an instance: a lock
+file decides.
+
+First SIGTERM or SIGINT: children are ended in the reverse order of their start, then it exits. Second: it
+exits at once and leaves them running. What it knows is written to `<run dir>/supervisor.json` for `fibril
+status`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from services.common.instance import Instance
+from services.ctl import procs
+
+log = logging.getLogger("fibril.supervisor")
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 30.0
+STEADY_S = 10.0  # a child that lived this long starts again without delay
+GRACE_S = 10.0  # for a child to drain after SIGTERM
+LOG_LIMIT = 16 << 20  # bytes of one log file; it is cut back to nothing then, its end kept as .1
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """One process to keep running. `env` is added to the supervisor's own environment."""
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, process: procs.Process) -> bool:
+        """Whether that process is one of ours by name and command line."""
+        return process.name == self.name and process.argv == self.argv
+
+
+@dataclass
+class ChildState:
+    """What is told of a child in supervisor.json. `state`: running, waiting (to be started again),
+    stopped."""
+
+    name: str
+    state: str = "stopped"
+    pid: int = 0
+    start_ticks: int = 0
+    adopted: bool = False
+    restarts: int = 0
+    last_exit: str = ""
+
+
+class Child:
+    """Keeps one process running until it is told to stop."""
+
+    def __init__(self, spec: ChildSpec, run_dir: Path, changed: asyncio.Event) -> None:
+        self.spec = spec
+        self.state = ChildState(spec.name)
+        self._run_dir = run_dir
+        self._changed = changed
+        self._stopping = asyncio.Event()
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._adopted: procs.Process | None = None
+
+    def adopt(self, process: procs.Process) -> None:
+        """Before `run`: keep this one, which an earlier supervisor left, instead of starting one."""
+        self._adopted = process
+        self.state.adopted = True
+        self.state.pid = process.pid
+        log.info("adopted %s, pid %d", self.spec.name, process.pid)
+
+    @property
+    def log_file(self) -> Path:
+        """Where its standard output and error go."""
+        return self._run_dir / "log" / f"{self.spec.name}.log"
+
+    async def run(self) -> None:
+        """Adopt or start; wait for the end; start again. Returns after stop()."""
+        delay = BACKOFF_FIRST
+        process, self._adopted = self._adopted, None
+        while not self._stopping.is_set():
+            if process is None:
+                process = self._start()
+            began = time.monotonic()
+            if process is not None:
+                self._set("running", process.pid, process.start_ticks)
+                try:
+                    await self._watch(process)
+                finally:
+                    process.close()
+                self.state.last_exit = self._reap()
+                process = None
+            if self._stopping.is_set():
+                break
+            if time.monotonic() - began >= STEADY_S:
+                delay = BACKOFF_FIRST
+            self.state.restarts += 1
+            log.warning(
+                "%s ended (%s); starting it again in %.1f s, its log is %s",
+                self.spec.name,
+                self.state.last_exit,
+                delay,
+                self.log_file,
+            )
+            self._set("waiting")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), delay)
+            delay = min(delay * 2, BACKOFF_MOST)
+        self._set("stopped")
+
+    def stop(self) -> None:
+        """Ask it to end; `run` returns when it has, at the latest GRACE_S later."""
+        self._stopping.set()
+
+    def _set(self, state: str, pid: int = 0, start_ticks: int = 0) -> None:
+        self.state.state, self.state.pid, self.state.start_ticks = state, pid, start_ticks
+        self._changed.set()
+
+    def _start(self) -> procs.Process | None:
+        self.state.adopted = False
+        self.log_file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        env = {**os.environ, **self.spec.env, procs.MARK: procs.mark(self._run_dir, self.spec.name)}
+        try:
+            with self.log_file.open("ab") as output:
+                # A session of its own: Ctrl-C of a supervisor in the foreground must not reach it out of
+                # order.
+                self._popen = subprocess.Popen(
+                    self.spec.argv,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self.state.last_exit = f"cannot be started: {error}"
+            return None
+        process = procs.hold(self._popen.pid, self.spec.name)
+        if process is None:
+            self.state.last_exit = self._reap()
+        else:
+            log.info("started %s, pid %d", self.spec.name, process.pid)
+        return process
+
+    def _reap(self) -> str:
+        """How our child ended; nobody tells how an adopted one did."""
+        if self._popen is None:
+            return "ended (adopted: exit code unknown)"
+        code = self._popen.wait()
+        self._popen = None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def _watch(self, process: procs.Process) -> None:
+        """Until it has ended; after stop() it is told to, and killed when it does not within GRACE_S."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(process.fd, ended.set)
+        end = asyncio.ensure_future(ended.wait())
+        stop = asyncio.ensure_future(self._stopping.wait())
+        try:
+            await asyncio.wait((end, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not end.done():
+                process.signal(signal.SIGTERM)
+                done, _ = await asyncio.wait((end,), timeout=GRACE_S)
+                if not done:
+                    log.warning("%s did not end within %.0f s; killing it", self.spec.name, GRACE_S)
+                    process.signal(signal.SIGKILL)
+                    await end
+        finally:
+            loop.remove_reader(process.fd)
+            end.cancel()
+            stop.cancel()
+
+
+class Supervisor:
+    """All children of one instance, in order of start."""
+
+    def __init__(
+        self,
+        instance: Instance,
+        specs: Sequence[ChildSpec],
+        services: Sequence[str],
+        options: Mapping[str, object],
+    ) -> None:
+        self.run_dir = instance.run_dir
+        self._changed = asyncio.Event()
+        self._told = {"pid": os.getpid(), "services": list(services), "options": dict(options)}
+        self._children = [Child(spec, self.run_dir, self._changed) for spec in specs]
+        self._state_file = state_file(instance)
+        self._ended = False
+
+    async def run(self) -> None:
+        """Until the first signal has been worked off."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def on_signal() -> None:
+            if stop.is_set():
+                log.warning("second signal: leaving the children as they are")
+                os._exit(1)
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        await self._take_over()
+        tasks = [asyncio.create_task(child.run(), name=child.spec.name) for child in self._children]
+        keeper = asyncio.create_task(self._keep_state())
+        try:
+            waiter = asyncio.create_task(stop.wait())
+            done, _ = await asyncio.wait((waiter, keeper, *tasks), return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {waiter}:
+                task.result()  # a bug in here ends the supervisor with its traceback; children run on
+            for child, task in reversed(list(zip(self._children, tasks, strict=True))):
+                child.stop()
+                await task
+        finally:
+            self._ended = True
+            self._changed.set()
+            await asyncio.wait((keeper,))
+            self._state_file.unlink(missing_ok=True)
+
+    async def _take_over(self) -> None:
+        """Give each child the process an earlier supervisor left for it (our marker, the same command
+        line), and end whatever else it left: a loader half-way, a service of other options."""
+        strays = []
+        for process in procs.find(self.run_dir):
+            child = next((c for c in self._children if c.spec.matches(process)), None)
+            if child is not None and child.state.adopted is False:
+                child.adopt(process)
+            else:
+                strays.append(process)
+        kept = {c.state.pid for c in self._children}
+        for process in strays:
+            found = procs.stat(process.pid)
+            # What an adopted service has started itself is its own business.
+            if found is not None and found.parent not in kept:
+                log.warning("ending %s, pid %d, left by an earlier supervisor", process.name, process.pid)
+                await asyncio.to_thread(procs.end, [process], 2.0)
+            process.close()
+
+    async def _keep_state(self) -> None:
+        """Write supervisor.json on every change; keep logs from growing for ever."""
+        while not self._ended:
+            self._changed.clear()
+            write_atomically(
+                self._state_file,
+                json.dumps({**self._told, "children": [asdict(child.state) for child in self._children]}),
+            )
+            for child in self._children:
+                trim(child.log_file)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 60)
+
+
+def state_file(instance: Instance) -> Path:
+    """Where the supervisor tells what it knows."""
+    return instance.run_dir / "supervisor.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new, never half of it."""
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def trim(path: Path) -> None:
+    """Empty a log that has grown past LOG_LIMIT, keeping its last MiB beside it. Writers append, so none
+    is disturbed."""
+    try:
+        if path.stat().st_size <= LOG_LIMIT:
+            return
+        with path.open("rb+") as file:
+            file.seek(-(1 << 20), os.SEEK_END)
+            path.with_suffix(".log.1").write_bytes(file.read())
+            file.truncate(0)
+    except FileNotFoundError:
+        return
+
+
+def lock(instance: Instance) -> int | None:
+    """The lock that makes a supervisor the only one of its instance; None when another holds it.
+
+    The kernel drops it with the process that holds the descriptor; children do not inherit it."""
+    instance.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    fd = os.open(instance.run_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the supervisor; 3 when the instance has one already."""
+    from services.ctl.node import Options, specs
+
+    parser = argparse.ArgumentParser(
+        prog="python -m services.ctl.supervisor", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--instance", default="node", help="instance name")
+    parser.add_argument("--options", default="{}", help="what `fibril up` was told, as JSON")
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    instance = Instance.from_env(args.instance)
+    options = Options(**json.loads(args.options))
+    held = lock(instance)
+    if held is None:
+        log.error("instance %r has a supervisor already", instance.name)
+        return 3
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asyncio.run(Supervisor(instance, specs(instance, options), options.services, asdict(options)).run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
