@@ -1,0 +1,409 @@
+"""Calls to etcd: bounded in time, transactional, over several servers.
+
+A client connects with the first call and again whenever a connection is gone; nobody has to tell it that etcd
+is back. Calls go to one server until that fails, then to the next. A call that finds no server within the
+timeout raises Unavailable and has had no effect. A *write* whose connection breaks under way raises
+Unavailable too, and may have had its effect: it is not repeated here, since a repeated `create` would take
+its own first attempt for a stranger's. Callers put their name into what they write and read it again.
+
+Keys are str (UTF-8 in etcd), values bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+from aetcd import rpc
+
+from services.common.errors import (
+    Aborted,
+    FibrilError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    by_code,
+)
+from services.common.etcd.endpoint import Endpoint, EtcdTls, endpoints
+
+__all__ = ["Compacted", "EtcdClient", "EtcdTls", "KeyValue", "Listing"]
+
+log = logging.getLogger(__name__)
+
+# etcd's own default of --max-txn-ops.
+TXN_OPS_MAX = 128
+_PAGE = 2000
+
+
+class Compacted(Aborted):
+    """The revision asked for is no longer kept; list again."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """A key as it was at some revision.
+
+    mod_revision: of its last change; create_revision: of its creation; lease: id, 0 for none.
+    """
+
+    key: str
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Every key below a prefix, by key, all as of `revision`; and which cluster said so."""
+
+    kvs: tuple[KeyValue, ...]
+    revision: int
+    cluster_id: int
+
+
+class EtcdClient:
+    """A session with an etcd cluster; used from one event loop. See the module's text for failures."""
+
+    def __init__(self, urls: Sequence[str], *, tls: EtcdTls | None = None, timeout_s: float = 3.0) -> None:
+        """urls: https://host:port, http://host:port or unix:/path, of as many members as may be asked.
+
+        timeout_s: the most any call takes. Raises InvalidArgument for a malformed URL; connects to nothing.
+        """
+        self._endpoints = endpoints(urls, tls)
+        self._timeout_s = timeout_s
+        self._current = 0
+        self._healthy = False
+        self._error = "not connected yet"
+        self._since = time.time()
+
+    async def __aenter__(self) -> EtcdClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every call and watch. The client may be used again."""
+        for endpoint in self._endpoints:
+            await endpoint.close()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last call or watch reached etcd."""
+        return self._healthy
+
+    @property
+    def error(self) -> str:
+        """Why not healthy, one sentence; "" when healthy."""
+        return self._error
+
+    @property
+    def since(self) -> float:
+        """Unix time of the last change of `healthy`."""
+        return self._since
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The endpoints, as given."""
+        return tuple(endpoint.address.url for endpoint in self._endpoints)
+
+    # Reading
+
+    async def check(self) -> None:
+        """A read that needs a quorum. Raises Unavailable."""
+        await self._range(rpc.RangeRequest(key=b"\0", count_only=True))
+
+    async def get(self, key: str) -> KeyValue | None:
+        """The key, or None. Linearizable, as every read here."""
+        request = rpc.RangeRequest(key=encode(key))
+        answer = await self._range(request)
+        return key_value(answer.kvs[0]) if answer.kvs else None
+
+    async def get_prefix(self, prefix: str, *, keys_only: bool = False) -> Listing:
+        """Every key that begins with `prefix`, read in pages that all show the same revision."""
+        start, end = encode(prefix) or b"\0", range_end(encode(prefix))
+        while True:
+            try:
+                return await self._list(start, end, keys_only)
+            except Compacted:
+                continue  # between two pages; possible only with thousands of keys, so rare
+
+    async def _list(self, start: bytes, end: bytes, keys_only: bool) -> Listing:
+        found: list[KeyValue] = []
+        revision = cluster = 0
+        while True:
+            request = rpc.RangeRequest(
+                key=start, range_end=end, limit=_PAGE, revision=revision, keys_only=keys_only
+            )
+            answer = await self._range(request)
+            revision, cluster = revision or answer.header.revision, answer.header.cluster_id
+            found += map(key_value, answer.kvs)
+            if not answer.more:
+                return Listing(tuple(found), revision, cluster)
+            start = answer.kvs[-1].key + b"\0"
+
+    async def _range(self, request: Any) -> Any:
+        return await self._read(lambda endpoint, limit_s: endpoint.kv.Range(request, timeout=limit_s))
+
+    # Writing
+
+    async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
+        """Set the key whatever it was; its new revision. Raises NotFound for a lease that has ended."""
+        request = rpc.PutRequest(key=encode(key), value=value, lease=lease)
+        answer = await self._write(lambda e, t: e.kv.Put(request, timeout=t))
+        return int(answer.header.revision)
+
+    async def delete(self, key: str) -> bool:
+        """Delete the key; whether there was one."""
+        request = rpc.DeleteRangeRequest(key=encode(key))
+        answer = await self._write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
+        return bool(answer.deleted)
+
+    async def delete_prefix(self, prefix: str) -> int:
+        """Delete every key that begins with `prefix`; how many."""
+        start = encode(prefix)
+        request = rpc.DeleteRangeRequest(key=start or b"\0", range_end=range_end(start))
+        answer = await self._write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
+        return int(answer.deleted)
+
+    async def create(self, items: Mapping[str, bytes], *, lease: int = 0) -> bool:
+        """Create all these keys, or none and give False because at least one exists."""
+        return await self.transact(dict.fromkeys(items, 0), put=items, lease=lease) is not None
+
+    async def cas(self, key: str, mod_revision: int, value: bytes, *, lease: int = 0) -> int | None:
+        """Set the key if its last change is `mod_revision` (0: it must not exist); its new revision, else
+        None.
+        """
+        return await self.transact({key: mod_revision}, put={key: value}, lease=lease)
+
+    async def delete_if(self, key: str, mod_revision: int) -> bool:
+        """Delete the key if its last change is `mod_revision`; whether it was deleted by this call."""
+        return await self.transact({key: mod_revision}, delete=(key,)) is not None
+
+    async def transact(
+        self,
+        expect: Mapping[str, int],
+        *,
+        put: Mapping[str, bytes] | None = None,
+        delete: Collection[str] = (),
+        lease: int = 0,
+    ) -> int | None:
+        """If every key of `expect` was last changed at the revision given (0: does not exist), put and delete
+        all these; the revision at which it happened, else None and nothing has changed.
+
+        Raises InvalidArgument above 128 keys in `expect`, or in `put` and `delete` together, and for a key
+        named twice; NotFound for a lease that has ended.
+        """
+        puts = put or {}
+        for what, count in (("conditions", len(expect)), ("changes", len(puts) + len(delete))):
+            if count > TXN_OPS_MAX:
+                raise InvalidArgument(
+                    f"an etcd transaction of {count} {what} exceeds the limit of {TXN_OPS_MAX}"
+                )
+        compare = [
+            rpc.Compare(key=encode(k), target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=r)
+            for k, r in expect.items()
+        ]
+        changes = [
+            rpc.RequestOp(request_put=rpc.PutRequest(key=encode(k), value=v, lease=lease))
+            for k, v in puts.items()
+        ]
+        changes += [rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=encode(k))) for k in delete]
+        request = rpc.TxnRequest(compare=compare, success=changes)
+        answer = await self._write(lambda e, t: e.kv.Txn(request, timeout=t))
+        return int(answer.header.revision) if answer.succeeded else None
+
+    # Leases; see lease.py for one that is kept alive.
+
+    async def grant(self, ttl_s: int) -> int:
+        """A new lease's id. Keys attached to it vanish when it is not renewed for `ttl_s` seconds."""
+        answer = await self._write(
+            lambda e, t: e.lease.LeaseGrant(rpc.LeaseGrantRequest(TTL=ttl_s), timeout=t)
+        )
+        return int(answer.ID)
+
+    async def renew(self, lease: int) -> int:
+        """Renew it; seconds it now lasts, 0 when it has ended already."""
+
+        async def once(endpoint: Endpoint, limit_s: float) -> int:
+            stream = endpoint.lease.LeaseKeepAlive(timeout=limit_s)
+            try:
+                await stream.write(rpc.LeaseKeepAliveRequest(ID=lease))
+                answer = await stream.read()
+                if answer is grpc.aio.EOF:
+                    # The status says why; a stream that ends well without an answer is a broken one too.
+                    raise _Failed(await stream.code(), await stream.details() or "no answer")
+                return int(answer.TTL)
+            finally:
+                stream.cancel()
+
+        return int(await self._read(once))
+
+    async def revoke(self, lease: int) -> None:
+        """End it and delete its keys; one that has ended is fine."""
+        try:
+            await self._write(lambda e, t: e.lease.LeaseRevoke(rpc.LeaseRevokeRequest(ID=lease), timeout=t))
+        except NotFound:
+            pass
+
+    async def watch_stream(self, prefix: str, revision: int) -> AsyncIterator[Any]:
+        """One watch of a prefix from `revision` on, as etcd's WatchResponse messages, until it breaks: then
+        raises Unavailable. `watch.watch_prefix` is what mends it.
+        """
+        start = encode(prefix)
+        create = rpc.WatchCreateRequest(
+            key=start or b"\0", range_end=range_end(start), start_revision=revision
+        )
+        endpoint = await self._connect(time.monotonic() + self._timeout_s)
+        # A server cut off from its cluster ends the watch instead of keeping it silent.
+        call = endpoint.watch.Watch(metadata=(("hasleader", "true"),))
+        try:
+            await call.write(rpc.WatchRequest(create_request=create))
+            # A server that hangs accepts the connection and never answers.
+            answer = await asyncio.wait_for(call.read(), self._timeout_s)
+            while answer is not grpc.aio.EOF:
+                self._reached()
+                yield answer
+                answer = await call.read()
+            raise _Failed(await call.code(), await call.details() or "the server ended the watch")
+        except (grpc.aio.AioRpcError, _Failed, TimeoutError, asyncio.InvalidStateError) as error:
+            self._rotate(endpoint)
+            raise self._translate(error, endpoint, ambiguous=False) from error
+        finally:
+            call.cancel()
+
+    # The way to a server
+
+    async def _read(self, call: Callable[[Endpoint, float], Awaitable[Any]]) -> Any:
+        """Repeat a call without effect (or one that may be repeated) on any server until it succeeds."""
+        deadline = time.monotonic() + self._timeout_s
+        # A hanging server must leave time to ask another.
+        share = self._timeout_s / len(self._endpoints)
+        while True:
+            endpoint = await self._connect(deadline)
+            left = deadline - time.monotonic()
+            try:
+                answer = await call(endpoint, max(0.01, min(left, share)))
+            except (grpc.aio.AioRpcError, _Failed) as error:
+                translated = self._translate(error, endpoint, ambiguous=False)
+                if not isinstance(translated, Unavailable):
+                    raise translated from error
+                self._rotate(endpoint)
+                if time.monotonic() + 0.01 >= deadline:
+                    raise translated from error
+                await asyncio.sleep(0.01)
+            else:
+                self._reached()
+                return answer
+
+    async def _write(self, call: Callable[[Endpoint, float], Awaitable[Any]]) -> Any:
+        """Make a call once, as soon as there is a connection."""
+        deadline = time.monotonic() + self._timeout_s
+        endpoint = await self._connect(deadline)
+        try:
+            answer = await call(endpoint, max(0.01, deadline - time.monotonic()))
+        except grpc.aio.AioRpcError as error:
+            translated = self._translate(error, endpoint, ambiguous=True)
+            if isinstance(translated, Unavailable):
+                self._rotate(endpoint)
+            raise translated from error
+        self._reached()
+        return answer
+
+    async def _connect(self, deadline: float) -> Endpoint:
+        """The current server, or the next one that can be reached. Raises Unavailable at `deadline`."""
+        alone = len(self._endpoints) == 1
+        while True:
+            for _ in self._endpoints:
+                endpoint = self._endpoints[self._current]
+                # An address that swallows packets must leave time for the others.
+                limit = deadline if alone else min(deadline, time.monotonic() + self._timeout_s / 3)
+                if await endpoint.ready(limit, patient=alone):
+                    return endpoint
+                self._rotate(endpoint)
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(0.02)
+        reasons = [f"{e.address.url}: {await e.why()}" for e in self._endpoints]
+        raise self._unreachable(f"etcd cannot be reached ({'; '.join(reasons)})")
+
+    def _rotate(self, failed: Endpoint) -> None:
+        """Turn to the next server, unless another call has done so already."""
+        if self._endpoints[self._current] is failed:
+            self._current = (self._current + 1) % len(self._endpoints)
+
+    def _reached(self) -> None:
+        if not self._healthy:
+            log.info("etcd is reachable", extra={"endpoint": self._endpoints[self._current].address.url})
+            self._healthy, self._error, self._since = True, "", time.time()
+
+    def _unreachable(self, message: str) -> Unavailable:
+        if self._healthy:
+            log.warning("etcd is not reachable", extra={"error": message})
+            self._healthy, self._since = False, time.time()
+        self._error = message
+        return Unavailable(message, fix="check that etcd runs and the endpoints are right; it is tried again")
+
+    def _translate(self, error: Exception, endpoint: Endpoint, *, ambiguous: bool) -> FibrilError:
+        code, details = grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time"
+        if isinstance(error, (grpc.aio.AioRpcError, _Failed)):
+            code, details = error.code(), error.details() or code.name
+        url = endpoint.address.url
+        if code in (
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.CANCELLED,
+        ):
+            doubt = "; whether the change was made is unknown" if ambiguous else ""
+            return self._unreachable(f"etcd at {url} failed: {details}{doubt}")
+        if code is grpc.StatusCode.OUT_OF_RANGE:
+            return Compacted(f"etcd at {url}: {details}")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return ResourceExhausted(
+                f"etcd at {url} refuses changes: {details}",
+                fix="compact and defragment it and disarm its alarm with etcdctl, or raise its quota",
+            )
+        return by_code(code.name)(f"etcd at {url}: {details}")
+
+
+class _Failed(Exception):
+    """A stream ended with this status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        # A stream that the server ended without complaint has still ended.
+        self._code = grpc.StatusCode.UNAVAILABLE if code is grpc.StatusCode.OK else code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return str(self)
+
+
+def encode(key: str) -> bytes:
+    """The key in etcd's bytes; what was not UTF-8 there comes back unchanged."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def key_value(kv: Any) -> KeyValue:
+    """From etcd's message."""
+    return KeyValue(
+        kv.key.decode("utf-8", "surrogateescape"), kv.value, kv.mod_revision, kv.create_revision, kv.lease
+    )
+
+
+def range_end(prefix: bytes) -> bytes:
+    """The first key after all that begin with `prefix`; b"\\0", etcd's "to the end", when there is none."""
+    stem = prefix.rstrip(b"\xff")
+    return stem[:-1] + bytes((stem[-1] + 1,)) if stem else b"\0"
