@@ -214,8 +214,9 @@ class Loader:
             for path, index, fd in self.slots:
                 array = self.maps[path]
                 try:
-                    undo.callback(_restore_slot, array, index, bpf.slot_get(array, index))
+                    before = bpf.slot_get(array, index)
                     bpf.slot_set(array, index, fd)
+                    undo.callback(_restore_slot, array, index, before)
                 except OSError as error:
                     raise LoadError(
                         "FAILED_PRECONDITION",

@@ -7,13 +7,18 @@ from services.common.kernel.features import Feature, Features
 
 
 def test_everything_missing_is_named_with_its_remedy() -> None:
-    found = Features((Feature("bpffs", False, "/x is not a bpf file system", "mount -t bpf bpf /x"),
-                      Feature("ringbuf", True, "fine"),
-                      Feature("nft", False, "nft is missing", "apt-get install nftables")))
+    found = Features(
+        (
+            Feature("bpffs", False, "/x is not a bpf file system", "mount -t bpf bpf /x"),
+            Feature("ringbuf", True, "fine"),
+            Feature("nft", False, "nft is missing", "apt-get install nftables"),
+        )
+    )
     with pytest.raises(errors.FailedPrecondition) as caught:
         found.require()
-    assert str(caught.value) == ("/x is not a bpf file system; nft is missing; "
-                                 "mount -t bpf bpf /x; apt-get install nftables")
+    assert str(caught.value) == (
+        "/x is not a bpf file system; nft is missing; mount -t bpf bpf /x; apt-get install nftables"
+    )
 
 
 def test_an_optional_feature_may_be_missing() -> None:

@@ -3,22 +3,39 @@
 import subprocess
 import sys
 
-MODULES = ("maps", "progs", "ringbuf", "loader", "attach", "features", "netns", "netlink", "podlink", "events",
-           "cgroup", "sysctl", "nft")
+MODULES = (
+    "maps",
+    "progs",
+    "ringbuf",
+    "loader",
+    "attach",
+    "features",
+    "netns",
+    "netlink",
+    "podlink",
+    "events",
+    "cgroup",
+    "sysctl",
+    "nft",
+)
 
 
 def test_importing_the_adapters_loads_neither_bcc_nor_pyroute2_nor_grpc() -> None:
-    script = (f"import sys\nfrom services.common.kernel import {', '.join(MODULES)}\n"
-              "print(sorted({m.split('.')[0] for m in sys.modules} & {'bcc', 'pyroute2', 'grpc'}))")
+    script = (
+        f"import sys\nfrom services.common.kernel import {', '.join(MODULES)}\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'bcc', 'pyroute2', 'grpc'}))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_message_classes_come_without_the_rest_of_pyroute2() -> None:
-    script = ("import sys\nfrom services.common.kernel import netlink\n"
-              "netlink.link_up(1).encode(1, 0)\n"
-              "print(len([m for m in sys.modules if m.startswith('pyroute2')]), 'pyroute2.ndb' in sys.modules)\n"
-              "import pyroute2\nprint(pyroute2.IPRoute.__name__)")
+    script = (
+        "import sys\nfrom services.common.kernel import netlink\n"
+        "netlink.link_up(1).encode(1, 0)\n"
+        "print(len([m for m in sys.modules if m.startswith('pyroute2')]), 'pyroute2.ndb' in sys.modules)\n"
+        "import pyroute2\nprint(pyroute2.IPRoute.__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     modules, rest = done.stdout.split("\n")[0].split()
     assert int(modules) < 60

@@ -19,11 +19,14 @@ def code(text: str) -> list[str]:
 
 
 def test_a_header_included_twice_appears_once(tmp_path: Path) -> None:
-    write(tmp_path, {
-        "lib/a.h": "#pragma once\nstruct a;\n",
-        "lib/b.h": '#pragma once\n#include "a.h"\nstruct b;\n',
-        "m.c": '#include "lib/a.h"\n#include "lib/b.h"  /* both */\nint f;\n',
-    })
+    write(
+        tmp_path,
+        {
+            "lib/a.h": "#pragma once\nstruct a;\n",
+            "lib/b.h": '#pragma once\n#include "a.h"\nstruct b;\n',
+            "m.c": '#include "lib/a.h"\n#include "lib/b.h"  /* both */\nint f;\n',
+        },
+    )
     assert code(flatten(tmp_path / "m.c")) == ["struct a;", "struct b;", "int f;"]
 
 
@@ -33,8 +36,15 @@ def test_headers_that_include_each_other_end(tmp_path: Path) -> None:
 
 
 def test_the_search_path_comes_after_the_includers_directory(tmp_path: Path) -> None:
-    write(tmp_path, {"root/x.h": "far\n", "root/y.h": "found\n", "src/x.h": "near\n",
-                     "src/m.c": '#include "x.h"\n#include "y.h"\n'})
+    write(
+        tmp_path,
+        {
+            "root/x.h": "far\n",
+            "root/y.h": "found\n",
+            "src/x.h": "near\n",
+            "src/m.c": '#include "x.h"\n#include "y.h"\n',
+        },
+    )
     assert code(flatten(tmp_path / "src/m.c", [tmp_path / "root"])) == ["near", "found"]
 
 

@@ -54,17 +54,29 @@ def test_an_ipv6_address_is_added_without_duplicate_detection() -> None:
 
 
 def test_messages_are_padded_so_that_they_can_be_joined() -> None:
-    for request in (netlink.veth_add("abc", "02:00:00:00:00:01", "defgh", "02:00:00:00:00:02", 1500),
-                    netlink.link_up(1), netlink.no_link_local(1)):
+    for request in (
+        netlink.veth_add("abc", "02:00:00:00:00:01", "defgh", "02:00:00:00:00:02", 1500),
+        netlink.link_up(1),
+        netlink.no_link_local(1),
+    ):
         assert len(request.encode(1, 0)) % 4 == 0
 
 
-@pytest.mark.parametrize(("number", "kind"), [
-    (errno.EEXIST, errors.AlreadyExists), (errno.ENODEV, errors.NotFound), (errno.ESRCH, errors.NotFound),
-    (errno.EPERM, errors.PermissionDenied), (errno.ENOBUFS, errors.ResourceExhausted),
-    (errno.EBUSY, errors.Unavailable), (errno.EINVAL, errors.FailedPrecondition),
-])
-def test_an_errno_becomes_its_error_and_names_the_operation(number: int, kind: type[errors.FibrilError]) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EEXIST, errors.AlreadyExists),
+        (errno.ENODEV, errors.NotFound),
+        (errno.ESRCH, errors.NotFound),
+        (errno.EPERM, errors.PermissionDenied),
+        (errno.ENOBUFS, errors.ResourceExhausted),
+        (errno.EBUSY, errors.Unavailable),
+        (errno.EINVAL, errors.FailedPrecondition),
+    ],
+)
+def test_an_errno_becomes_its_error_and_names_the_operation(
+    number: int, kind: type[errors.FibrilError]
+) -> None:
     error = rtnl.typed_error(number, "set route to 10.0.0.1/32", "Invalid prefsrc address")
     assert type(error) is kind
     assert "set route to 10.0.0.1/32" in str(error)
@@ -74,9 +86,13 @@ def test_an_errno_becomes_its_error_and_names_the_operation(number: int, kind: t
 def test_link_events_are_decoded_and_bridge_ones_skipped() -> None:
     def link(family: int, name: bytes) -> bytes:
         return struct.pack("BxHiII", family, 1, 12, netlink.IFF_UP, 0) + attribute(3, name + b"\0")
+
     data = message(rtnl.NEWLINK, link(socket.AF_UNSPEC, b"fb1")) + message(rtnl.NEWLINK, link(7, b"fb2"))
     [event] = events.decode(data + message(rtnl.DELLINK, link(socket.AF_UNSPEC, b"fb3")))[:1]
     assert event.kind == "link"
     assert event.link is not None
     assert (event.link.name, event.link.ifindex, event.link.up) == ("fb1", 12, True)
-    assert [e.kind for e in events.decode(data + message(rtnl.DELLINK, link(0, b"fb3")))] == ["link", "link-gone"]
+    assert [e.kind for e in events.decode(data + message(rtnl.DELLINK, link(0, b"fb3")))] == [
+        "link",
+        "link-gone",
+    ]

@@ -1,0 +1,28 @@
+/* Programs for the tests of the kernel adapters: count_packets counts under key 0, sends a sample of the
+ * packet's length and tail-calls slot 1, where `second` counts under key 1 + STEP. */
+#include <linux/pkt_cls.h>
+
+#ifndef COUNTS_MAX
+#define COUNTS_MAX 128
+#endif
+#ifndef STEP
+#define STEP 0
+#endif
+
+#include "programs.h"
+
+int second(struct __sk_buff *skb)
+{
+	count(1 + STEP);
+	return TC_ACT_UNSPEC;
+}
+
+int count_packets(struct __sk_buff *skb)
+{
+	u32 length = skb->len;
+
+	count(0);
+	samples.ringbuf_output(&length, sizeof(length), 0);
+	slots.call(skb, 1);
+	return TC_ACT_UNSPEC;
+}
