@@ -1,0 +1,21 @@
+"""One node for a module's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.node import node
+from tests.e2e.cni.netkit import Fibril
+
+
+@pytest.fixture(scope="module")
+def fibril() -> Iterator[Fibril]:
+    with node() as fresh:
+        fresh.fibril("up")
+        made = Fibril(fresh)
+        try:
+            yield made
+        finally:
+            made.close()
