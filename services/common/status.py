@@ -65,7 +65,7 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         )
 
     def components(self) -> list[ComponentStatus]:
-        """All parts, sorted by name, `since` filled in. A service that cannot say how it is counts as failed."""
+        """All parts by name, `since` filled in. A service that cannot say how it is counts as failed."""
         found: list[ComponentStatus] = []
         for service in self._services:
             try:

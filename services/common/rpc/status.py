@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 DOMAIN = "fibril"
 DETAILS_KEY = "grpc-status-details-bin"
-# Trailing metadata is limited to 8 KiB by default on the receiving side; the sentence is in there three
-# times.
-_MAX_MESSAGE = 1500
+# A receiver refuses more than 8 KiB of trailing metadata. On the wire the sentence is percent-encoded (up to three times
+# its bytes) and the details, which hold message and field twice, are base64: with these limits, in bytes of UTF-8, it
+# always fits.
+_MAX_SENTENCE = 1000
+_MAX_MESSAGE = 800
+_MAX_FIX = 300
+_MAX_FIELD = 200
 
 
 def encode(error: FibrilError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
@@ -27,23 +31,23 @@ def encode(error: FibrilError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, b
     from google.protobuf import any_pb2
     from google.rpc import error_details_pb2, status_pb2
 
-    message = _shorten(error.message)
+    message = _shorten(error.message, _MAX_MESSAGE)
     info = error_details_pb2.ErrorInfo(reason=error.code_name, domain=DOMAIN, metadata={"message": message})
     if error.fix:
-        info.metadata["fix"] = _shorten(error.fix)
+        info.metadata["fix"] = _shorten(error.fix, _MAX_FIX)
     packed = any_pb2.Any()
     packed.Pack(info)
     details = [packed]
     if error.field:
-        info.metadata["field"] = _shorten(error.field)
+        info.metadata["field"] = _shorten(error.field, _MAX_FIELD)
         packed.Pack(info)
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=_shorten(error.field), description=message
+            field=_shorten(error.field, _MAX_FIELD), description=message
         )
         request = any_pb2.Any()
         request.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         details.append(request)
-    text = _shorten(str(error))
+    text = _shorten(str(error), _MAX_SENTENCE)
     status = status_pb2.Status(code=error.code.value[0], message=text, details=details)
     return error.code, text, ((DETAILS_KEY, status.SerializeToString()),)
 
@@ -69,5 +73,6 @@ def decode(error: grpc.aio.AioRpcError) -> FibrilError:
     return cls(error.details() or error.code().name.lower().replace("_", " "))
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _MAX_MESSAGE else text[: _MAX_MESSAGE - 1] + "…"
+def _shorten(text: str, limit: int) -> str:
+    data = text.encode(errors="replace")
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"
