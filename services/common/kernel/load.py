@@ -193,7 +193,7 @@ class Loader:
             raise LoadError(
                 "FAILED_PRECONDITION",
                 f"the kernel refused program {name} of {source.name}: {failure}",
-                "the verifier's last lines follow",
+                "",
                 _tail(log[0]),
             )
         return os.dup(function.fd)

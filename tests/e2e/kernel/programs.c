@@ -1,5 +1,5 @@
 /* Programs for the tests of the kernel adapters: count_packets counts under key 0, sends a sample of the
- * packet's length and tail-calls slot 1, where `second` counts under key 1 + STEP. */
+ * packet's length and tail-calls slot 1, where `second` counts under key 1 + STEP and returns RESULT. */
 #include <linux/pkt_cls.h>
 
 #ifndef COUNTS_MAX
@@ -9,12 +9,16 @@
 #define STEP 0
 #endif
 
+#ifndef RESULT
+#define RESULT TC_ACT_UNSPEC
+#endif
+
 #include "programs.h"
 
 int second(struct __sk_buff *skb)
 {
 	count(1 + STEP);
-	return TC_ACT_UNSPEC;
+	return RESULT;
 }
 
 int count_packets(struct __sk_buff *skb)
