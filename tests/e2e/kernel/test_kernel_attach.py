@@ -156,7 +156,7 @@ async def test_an_xdp_program_is_set_replaced_and_removed(
 
 
 async def test_a_cgroup_program_is_attached_once_and_replaced(pin_dir: Path, prefix: str) -> None:
-    group = cgroup.create(f"fibril-test/{prefix}")
+    group = cgroup.create(f"fibril-test-{prefix}")
     try:
         for _ in range(2):
             await load_counter(pin_dir, functions={"second": "cgroup_skb"}, slots={}, defines={"RESULT": 1})
