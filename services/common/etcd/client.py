@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -256,7 +256,7 @@ class EtcdClient:
         except NotFound:
             pass
 
-    async def watch_stream(self, prefix: str, revision: int) -> AsyncIterator[Any]:
+    async def watch_stream(self, prefix: str, revision: int) -> AsyncGenerator[Any, None]:
         """One watch of a prefix from `revision` on, as etcd's WatchResponse messages, until it breaks: then
         raises Unavailable. `watch.watch_prefix` is what mends it.
         """
