@@ -312,22 +312,10 @@ class EndpointManager:
         if existing.netns_cookie != place.netns_cookie:
             if await self._kernel.present(existing):
                 raise errors.AlreadyExists(
-                    f"endpoint
-                    {spec.ifname}
-                    of
-                    container
-                    {spec.container_id}
-                    is
-                    in
-                    another
-                    network
-                    namespace,
-                    "
-                    f"{existing.netns}",
+                    f"endpoint {spec.ifname} of container {spec.container_id} is in another network "
+                    f"namespace, {existing.netns}",
                     field="netns",
-                    fix="delete
-                    it
-                    first",
+                    fix="delete it first",
                 )
             await self._remove(existing)
             return None

@@ -1,9 +1,8 @@
 """What a node needs besides its pods: gateway addresses, routes for its blocks, forwarding, masquerade.
 
-    fb<tag>host -- fb<tag>peer      a veth pair in the node's own namespace; the gateway of every block is
-    on fb<tag>host unreachable <block>             pods have host routes; what is not a pod must not leave
-    by the default route table inet fibril-<instance>    masquerades what pods send to anything but pods,
-    IPv4 and IPv6
+    fb<tag>host -- fb<tag>peer    a veth pair in the node's own namespace; fb<tag>host has every gateway
+    unreachable <block>           pods have host routes; what is no pod must not leave by the default route
+    table inet fibril-<instance>  masquerades what pods send to anything but pods, IPv4 and IPv6
 
 All of it is idempotent, and found again by names and addresses, so that nothing depends on what a process
 remembers. Routes for addresses outside blocks (cloud mode) have no unreachable cover. Functions block:

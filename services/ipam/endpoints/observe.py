@@ -110,14 +110,8 @@ def differences(record: EndpointRecord, seen: Observed) -> Iterator[str]:
         if str(host_network(ipaddress.ip_address(address))) not in routes:
             yield f"route to {address} through {name} is missing"
         if neighbours.get(address) != record.mac:
-            yield
-            f"neighbour
-            {address}
-            of
-            {name} is {neighbours.get(address, 'missing')}
-            instead
-            of
-            {record.mac}"
+            have = neighbours.get(address, "missing")
+            yield f"neighbour {address} of {name} is {have} instead of {record.mac}"
     if seen.maps is not None:
         yield from map_differences(record, link.ifindex, seen.flags.get(link.ifindex, 0), seen.maps)
 

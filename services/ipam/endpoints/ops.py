@@ -181,8 +181,7 @@ class PodOps:
                 if inner and pod.netns_cookie() == record.netns_cookie:
                     podlink.pod_side(pod, netns, link, inner)
         except (errors.NotFound, errors.InvalidArgument):
-            pass  # the path is gone, the namespace is not, as the link is there: the pod's side is out of
-            reach
+            pass  # the path is gone but not the namespace, as the link is there: out of reach
         return ifindex
 
     def _wire_again(self, node: Rtnl, record: EndpointRecord) -> int:
