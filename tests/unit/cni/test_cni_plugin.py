@@ -165,27 +165,27 @@ def test_a_service_that_hangs_is_try_again_later(plugin: Plugin) -> None:
 def test_a_service_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     plugin = Plugin(tmp_path, retry_seconds=10)
 
-    with socket.socket(socket.AF_UNIX) as listener:
-        process = subprocess.Popen(
-            [sys.executable, "-IS", plugin.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={"CNI_COMMAND": "ADD"},
-        )
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.close()
-        # It has tried in vain once it sleeps between two tries.
-        deadline = time.monotonic() + 10
-        while "nanosleep" not in Path(f"/proc/{process.pid}/wchan").read_text():
-            assert time.monotonic() < deadline
-        listener.bind(str(plugin.socket))
-        listener.listen()
-        connection, _ = listener.accept()
-        with connection:
-            assert connection.recv(65536)
-            connection.sendall(framed(0, b"done"))
+    def serve_once(answer: bytes) -> None:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(plugin.socket))
+            listener.listen()
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.recv(65536)
+                plugin.socket.unlink()
+                connection.sendall(answer)
+
+    process = subprocess.Popen(
+        [sys.executable, "-IS", plugin.path],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={"CNI_COMMAND": "ADD"},
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        serve_once(b"")  # dies in the middle of the call; its socket is gone
+        serve_once(framed(0, b"done"))
         assert process.stdout.read() == b"done" and process.wait() == 0
-        process.stdout.close()
 
 
 def test_without_a_command_it_says_what_it_is(plugin: Plugin) -> None:
