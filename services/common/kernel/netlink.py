@@ -357,7 +357,12 @@ class Rtnl(RtnlSocket):
                 [*attrs, ("RTA_TABLE", table)],
                 what="list routes",
             )
-            found += [route for answer in self.dump(request) if (route := _parse_route(answer)) is not None]
+            try:
+                answers = self.dump(request)
+            except errors.NotFound:
+                # A table begins to exist with its first route: a new namespace has not even a main one.
+                continue
+            found += [route for answer in answers if (route := _parse_route(answer)) is not None]
         return found
 
     def neighbours(self, ifindex: int = 0) -> list[Neighbour]:
