@@ -20,6 +20,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
+from services.common import errors
 from services.common.kernel import rtnl
 from services.common.kernel.netns import NetNs
 from services.common.kernel.rtnl import Message, RtnlSocket
