@@ -17,19 +17,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from services.common.errors import FailedPrecondition, FibrilError, InvalidArgument, Unavailable
 from services.common.instance import Instance
 from services.ctl import health, procs, supervisor
 from services.ctl.progress import Progress
 
+if TYPE_CHECKING:
+    from services.common.etcd.embedded import EmbeddedEtcd
+
 # Service -> module that runs it; in order of start.
 SERVICES = {"ipam": "services.ipam"}
+ETCD = "etcd"  # name of the child process, its directory and its log
 POLL_S = 0.02
 HOPELESS_RESTARTS = 4  # a child that died this often while coming up will not come up
 
@@ -66,6 +71,7 @@ def up(instance: Instance, options: Options, timeout: float) -> health.NodeHealt
     then: `fibril status` tells more."""
     with Progress(f"starting instance {instance.name!r}") as progress:
         prepare(instance)
+        specs(instance, options)
         _same_netns(instance)
         state = health.supervisor_state(instance)
         if state is not None and state["options"] != _plain(options):
@@ -100,7 +106,7 @@ def _spawn_supervisor(instance: Instance, options: Options) -> subprocess.Popen[
     log = instance.run_dir / "log" / "supervisor.log"
     log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     supervisor.trim(log)
-    env = {**os.environ, procs.MARK: procs.mark(instance.run_dir, "supervisor")}
+    env = procs.environment(instance.run_dir, "supervisor")
     with log.open("ab") as output:
         return subprocess.Popen(
             supervisor_argv(instance, options),
@@ -130,8 +136,9 @@ def foreground(instance: Instance, options: Options) -> None:
     """Become the supervisor; for service managers."""
     prepare(instance)
     _same_netns(instance)
-    os.environ[procs.MARK] = procs.mark(instance.run_dir, "supervisor")
-    os.execv(sys.executable, supervisor_argv(instance, options))
+    os.execve(
+        sys.executable, supervisor_argv(instance, options), procs.environment(instance.run_dir, "supervisor")
+    )
 
 
 def _wait_healthy(
@@ -143,7 +150,9 @@ def _wait_healthy(
 ) -> health.NodeHealth:
     while True:
         state = health.supervisor_state(instance)
-        if state is None and started is not None and started.poll() is not None:
+        # Another `up` may have been quicker: then its supervisor is the one to wait for.
+        gone = started.poll() if started is not None else None
+        if state is None and gone not in (None, supervisor.HAS_ONE):
             _died(instance, "supervisor")
         for child in state["children"] if state is not None else []:
             if child["restarts"] >= HOPELESS_RESTARTS and child["state"] != "running":
@@ -163,8 +172,10 @@ def _wait_healthy(
         time.sleep(POLL_S)
 
 
-def _died(instance: Instance, name: str) -> None:
+def _died(instance: Instance, name: str) -> NoReturn:
     log = instance.run_dir / "log" / f"{name}.log"
+    if name == ETCD:
+        raise embedded_etcd(instance).explain(log)
     raise FailedPrecondition(
         f"{name} does not stay up: {_last_line(log) or 'it left no message'}", fix=f"its log is {log}"
     )
@@ -293,6 +304,39 @@ def _remove_if_empty(path: Path) -> None:
         return  # not empty, not there, or not ours to remove
 
 
-def specs(instance: Instance, options: Options) -> Sequence[supervisor.ChildSpec]:
-    """The processes of a node, in order of start."""
-    raise NotImplementedError
+def embedded_etcd(instance: Instance) -> EmbeddedEtcd:
+    """The etcd a node has when it is given none."""
+    from services.common.etcd.embedded import EmbeddedEtcd
+
+    return EmbeddedEtcd(instance.state_dir / "etcd", instance.run_dir / ETCD)
+
+
+def specs(instance: Instance, options: Options) -> list[supervisor.ChildSpec]:
+    """The processes of a node, in order of start. Raises FailedPrecondition when etcd is not installed."""
+    children = []
+    urls = options.etcd
+    if not urls:
+        etcd = embedded_etcd(instance)
+        urls = (etcd.endpoint,)
+        socket = Path(etcd.endpoint.removeprefix("unix:"))
+        children.append(supervisor.ChildSpec(ETCD, etcd.argv, etcd.env, etcd.cwd, etcd.prepare, socket))
+    words = ["--instance", instance.name, "--etcd", ",".join(urls)]
+    if options.config:
+        words += ["--config", options.config]
+    if options.cluster:
+        words += ["--cluster", options.cluster]
+    if options.in_process:
+        argv = (
+            sys.executable,
+            "-m",
+            "services.ctl.together",
+            "--services",
+            ",".join(options.services),
+            *words,
+        )
+        socket = instance.socket(options.services[-1])
+        return [*children, supervisor.ChildSpec("together", argv, socket=socket)]
+    for service in options.services:
+        argv = (sys.executable, "-m", SERVICES[service], *words)
+        children.append(supervisor.ChildSpec(service, argv, socket=instance.socket(service)))
+    return children

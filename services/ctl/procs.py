@@ -19,6 +19,13 @@ from pathlib import Path
 MARK = "FIBRIL_PROCESS"
 
 
+def environment(run_dir: Path, name: str) -> dict[str, str]:
+    """What a process `name` of the instance is started with: marked, and finding this very Fibril wherever it runs."""
+    root = str(Path(__file__).parents[2])
+    path = [root, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != root)]
+    return {**os.environ, MARK: mark(run_dir, name), "PYTHONPATH": os.pathsep.join(path)}
+
+
 def mark(run_dir: Path, name: str) -> str:
     """The marker's value for process `name` of the instance that has this run directory."""
     return f"{run_dir}#{name}"
@@ -60,6 +67,10 @@ class Process:
             signal.pidfd_send_signal(self.fd, number)
         except ProcessLookupError:
             pass
+
+    def age(self) -> float:
+        """Seconds since its start."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_ticks / os.sysconf("SC_CLK_TCK")
 
     def wait(self, seconds: float) -> bool:
         """Wait for its end; whether it ended within that time. A dead child that nobody reaped counts as

@@ -26,10 +26,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from services.common.errors import FibrilError
 from services.common.instance import Instance
 from services.ctl import procs
 
@@ -37,21 +38,36 @@ log = logging.getLogger("fibril.supervisor")
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 30.0
 STEADY_S = 10.0  # a child that lived this long starts again without delay
+HAS_ONE = 3  # exit code of a supervisor that finds another
+STARTING_S = 10.0  # a service has made its socket by then
 GRACE_S = 10.0  # for a child to drain after SIGTERM
 LOG_LIMIT = 16 << 20  # bytes of one log file; it is cut back to nothing then, its end kept as .1
 
 
 @dataclass(frozen=True)
 class ChildSpec:
-    """One process to keep running. `env` is added to the supervisor's own environment."""
+    """One process to keep running.
+
+    env: added to the supervisor's own environment.
+    prepare: run before each start, not before an adoption; what it raises counts as a start that failed.
+    socket: what it is reached by.
+    """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path = Path("/")
+    prepare: Callable[[], None] | None = None
+    socket: Path | None = None
 
     def matches(self, process: procs.Process) -> bool:
         """Whether that process is one of ours by name and command line."""
         return process.name == self.name and process.argv == self.argv
+
+    def cut_off(self, process: procs.Process) -> bool:
+        """Whether nobody can reach it any more: its socket was removed, and only a new start makes
+        another."""
+        return self.socket is not None and not self.socket.exists() and process.age() > STARTING_S
 
 
 @dataclass
@@ -137,20 +153,23 @@ class Child:
     def _start(self) -> procs.Process | None:
         self.state.adopted = False
         self.log_file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        env = {**os.environ, **self.spec.env, procs.MARK: procs.mark(self._run_dir, self.spec.name)}
+        env = {**procs.environment(self._run_dir, self.spec.name), **self.spec.env}
         try:
+            if self.spec.prepare is not None:
+                self.spec.prepare()
             with self.log_file.open("ab") as output:
                 # A session of its own: Ctrl-C of a supervisor in the foreground must not reach it out of
                 # order.
                 self._popen = subprocess.Popen(
                     self.spec.argv,
                     env=env,
+                    cwd=self.spec.cwd,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
                 )
-        except OSError as error:
+        except (OSError, FibrilError) as error:
             self.state.last_exit = f"cannot be started: {error}"
             return None
         process = procs.hold(self._popen.pid, self.spec.name)
@@ -241,17 +260,24 @@ class Supervisor:
         """Give each child the process an earlier supervisor left for it (our marker, the same command
         line), and end whatever else it left: a loader half-way, a service of other options."""
         strays = []
-        for process in procs.find(self.run_dir):
+        found = procs.find(self.run_dir)
+        # Possible only where somebody removed the lock file. Killed, so that it leaves its children to us.
+        for process in (p for p in found if p.name == "supervisor"):
+            log.warning("killing supervisor %d, whose lock file is gone", process.pid)
+            process.signal(signal.SIGKILL)
+            await asyncio.to_thread(process.wait, 5.0)
+            process.close()
+        for process in (p for p in found if p.name != "supervisor"):
             child = next((c for c in self._children if c.spec.matches(process)), None)
-            if child is not None and child.state.adopted is False:
+            if child is not None and not child.state.adopted and not child.spec.cut_off(process):
                 child.adopt(process)
             else:
                 strays.append(process)
         kept = {c.state.pid for c in self._children}
         for process in strays:
-            found = procs.stat(process.pid)
+            now = procs.stat(process.pid)
             # What an adopted service has started itself is its own business.
-            if found is not None and found.parent not in kept:
+            if now is not None and now.parent not in kept:
                 log.warning("ending %s, pid %d, left by an earlier supervisor", process.name, process.pid)
                 await asyncio.to_thread(procs.end, [process], 2.0)
             process.close()
@@ -312,7 +338,7 @@ def lock(instance: Instance) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the supervisor; 3 when the instance has one already."""
+    """Run the supervisor; HAS_ONE when the instance has one already."""
     from services.ctl.node import Options, specs
 
     parser = argparse.ArgumentParser(
@@ -329,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     held = lock(instance)
     if held is None:
         log.error("instance %r has a supervisor already", instance.name)
-        return 3
+        return HAS_ONE
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     asyncio.run(Supervisor(instance, specs(instance, options), options.services, asdict(options)).run())
     return 0

@@ -117,10 +117,10 @@ def _up_words(node: Node) -> list[str]:
     if node.number > 1:
         from lab.topology import Node as AnyNode
         from services.common.instance import Instance
-        from services.ctl.node import etcd_endpoint
+        from services.ctl.node import embedded_etcd
 
         first = AnyNode(node.lab, node.cluster, 1)
-        words += ["--etcd", etcd_endpoint(Instance.from_env(first.instance))]
+        words += ["--etcd", embedded_etcd(Instance.from_env(first.instance)).endpoint]
     return words
 
 
@@ -158,6 +158,15 @@ def _show(ctl: Ctl, labs: list[str]) -> None:
     for lab in labs:
         for node in build.nodes(lab):
             found = health.ask(Instance.from_env(node.instance), list(SERVICES))
-            rows.append({"lab": lab, "node": node.name, "instance": node.instance, "cluster": node.cluster_name,
-                         "addresses": list(node.addresses), "netns": node.netns, "health": found.health})  # fmt: skip
+            rows.append(
+                {
+                    "lab": lab,
+                    "node": node.name,
+                    "instance": node.instance,
+                    "cluster": node.cluster_name,
+                    "addresses": list(node.addresses),
+                    "netns": node.netns,
+                    "health": found.health,
+                }
+            )
     ctl.show(rows, NODES, "no lab; make one with: fibril lab up")

@@ -103,7 +103,8 @@ def test_a_closed_pipe_is_not_an_error_message(tmp_path: Path) -> None:
 def test_events_are_shown_with_names() -> None:
     event = {
         "time_unix_nanos": 1_700_000_000_123_456_789, "verdict": "VERDICT_DROPPED", "protocol": 6,
-        "tcp_flags": 0x12, "ethertype": 0x0800, "reason": "DROP_REASON_SPOOFED_MAC", "direction": "DIRECTION_FROM_POD",
+        "tcp_flags": 0x12, "ethertype": 0x0800,
+        "reason": "DROP_REASON_SPOOFED_MAC", "direction": "DIRECTION_FROM_POD",
         "source": "fd00::1", "source_port": 80, "source_pod": "shop/cart-0",
         "destination": "10.0.0.1", "destination_port": 0, "destination_pod": "",
     }  # fmt: skip
