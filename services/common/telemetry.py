@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 Value = str | int | float | bool
 # What a gauge reports when it is read: value and attributes, once for every combination of attributes.
 Reading = tuple[float, Mapping[str, Value]]
+# Seconds an export may take, retries included: a process that stops must not wait long for a dead collector.
+_EXPORT_TIMEOUT_S = 2
 # Seconds. RPCs over a unix socket take 200 µs, pods 10 ms, etcd in trouble 3 s.
 _DURATION_BOUNDARIES = (
     0.0002,
@@ -273,7 +275,9 @@ def _start(made: Telemetry, service: str, cfg: TelemetryConfig, instance: str) -
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
-        exporter = OTLPMetricExporter(endpoint=cfg.otlp, insecure=cfg.otlp.startswith("http://"))
+        exporter = OTLPMetricExporter(
+            endpoint=cfg.otlp, insecure=cfg.otlp.startswith("http://"), timeout=_EXPORT_TIMEOUT_S
+        )
         readers.append(
             PeriodicExportingMetricReader(exporter, export_interval_millis=cfg.metrics_interval_s * 1000)
         )
@@ -320,7 +324,9 @@ def _start_traces(made: Telemetry, cfg: TelemetryConfig, resource: Any) -> None:
     from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(cfg.sample_ratio)))
-    exporter = OTLPSpanExporter(endpoint=cfg.otlp, insecure=cfg.otlp.startswith("http://"))
+    exporter = OTLPSpanExporter(
+        endpoint=cfg.otlp, insecure=cfg.otlp.startswith("http://"), timeout=_EXPORT_TIMEOUT_S
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     made._closers.append(provider.shutdown)
     made.tracer = provider.get_tracer("fibril", version())

@@ -22,7 +22,11 @@ from services.common.errors import PermissionDenied
 _READING = ("Get", "List", "Watch", "Check")
 # gRPC's own methods that only look but are not named so.
 _READING_METHODS = frozenset({"ServerReflectionInfo"})
-_OU = re.compile(rb"(?:^|[,/+\n]\s*)OU\s*=\s*fibril-(reader|writer)(?=$|[,/+\n])")
+# gRPC gives the subject in the form of RFC 2253: parts separated by "," or "+", which a backslash escapes
+# inside a value. Without minding the escapes a common name of "x,OU=fibril-writer" would make its holder a
+# writer.
+_PART = re.compile(rb"(?:\\.|[^,+\\])+", re.DOTALL)
+_OU = re.compile(rb"OU=fibril-(reader|writer)")
 _SAN = re.compile(rb"[a-z][a-z0-9+.-]*://[^?#]*/fibril/(reader|writer)")
 
 
@@ -49,7 +53,8 @@ def role_of(auth_context: Mapping[str, Sequence[bytes]]) -> Role:
 
 @lru_cache(maxsize=256)
 def _role(subject: tuple[bytes, ...], names: tuple[bytes, ...]) -> Role:
-    found = [match for text in subject for match in _OU.findall(text)]
+    parts = [part for text in subject for part in _PART.findall(text)]
+    found = [match.group(1) for part in parts if (match := _OU.fullmatch(part))]
     found += [match.group(1) for name in names if (match := _SAN.fullmatch(name))]
     return max((Role[role.decode().upper()] for role in found), default=Role.NONE)
 

@@ -127,29 +127,32 @@ class _Client:
         return span, details._replace(metadata=metadata)
 
     @staticmethod
-    def _end(span: trace.Span, call: Any) -> None:
-        def done(finished: Any) -> None:
-            # A finished call knows its code without waiting, but says so by a coroutine only.
-            status = getattr(finished, "_cython_call", None)
-            code = status.status().code() if status is not None and status.done() else None
-            if code:
-                span.set_status(Status(StatusCode.ERROR))
-            span.end()
-
-        call.add_done_callback(done)
+    async def _end(span: trace.Span, call: Any) -> None:
+        code = await call.code()
+        if code is not grpc.StatusCode.OK:
+            span.set_status(Status(StatusCode.ERROR))
+        span.set_attribute("rpc.grpc.status_code", code.value[0])
+        span.end()
 
 
 class _UnaryClient(_Client, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         span, details = self._begin(details)
         call = await continuation(details, request)
-        self._end(span, call)
+        await self._end(span, call)
         return call
 
 
 class _StreamClient(_Client, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__(tracer)
+        self._endings: set[asyncio.Task[None]] = set()
+
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
         span, details = self._begin(details)
         call = await continuation(details, request)
-        self._end(span, call)
+        # The span lasts as long as the stream, which nobody here waits for.
+        ending = asyncio.create_task(self._end(span, call))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
         return call

@@ -1,4 +1,4 @@
-"""Configuration: defaults, file, environment, flags in that order; nothing unknown, nothing of the wrong type."""
+"""Configuration: defaults, file, environment, flags in that order; nothing unknown or of the wrong type."""
 
 from __future__ import annotations
 
@@ -134,7 +134,12 @@ def test_a_wrong_type_is_refused_by_path(tmp_path: Path, text: str, path: str) -
 
 @pytest.mark.parametrize(
     ("key", "text"),
-    [("FIBRIL_SIZE", "many"), ("FIBRIL_ETCD_TLS", "maybe"), ("FIBRIL_LABELS", "a"), ("FIBRIL_POOLS", "10.0.0.0/8")],
+    [
+        ("FIBRIL_SIZE", "many"),
+        ("FIBRIL_ETCD_TLS", "maybe"),
+        ("FIBRIL_LABELS", "a"),
+        ("FIBRIL_POOLS", "10.0.0.0/8"),
+    ],
 )
 def test_text_that_is_no_value_is_refused(tmp_path: Path, key: str, text: str) -> None:
     with pytest.raises(InvalidArgument):
@@ -164,7 +169,9 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 def test_the_sample_uncommented_gives_the_defaults() -> None:
     text = config.sample(HostConfig)
     uncommented = "\n".join(
-        line.replace("# ", "", 1) if line.strip().partition("# ")[2].partition(": ")[0].isidentifier() else line
+        line.replace("# ", "", 1)
+        if line.strip().partition("# ")[2].partition(": ")[0].isidentifier()
+        else line
         for line in text.splitlines()
     )
     tree = yaml.safe_load(uncommented)
@@ -175,6 +182,8 @@ def test_the_sample_uncommented_gives_the_defaults() -> None:
 
 def test_every_option_of_the_host_has_help() -> None:
     text = config.sample(HostConfig).splitlines()
-    options = [i for i, line in enumerate(text) if line.strip().partition("# ")[2].partition(": ")[0].isidentifier()]
+    options = [
+        i for i, line in enumerate(text) if line.strip().partition("# ")[2].partition(": ")[0].isidentifier()
+    ]
     assert len(options) > 10
     assert all(text[index - 1].strip().startswith("# ") for index in options)

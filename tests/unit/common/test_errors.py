@@ -25,7 +25,9 @@ def rpc_error(code: grpc.StatusCode, text: str, trailing: tuple[Any, ...] = ()) 
 @pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("field", ["", "pools[0].cidr"])
 @pytest.mark.parametrize("fix", ["", "grow the pool"])
-def test_an_error_survives_the_way_through_a_status(cls: type[errors.FibrilError], field: str, fix: str) -> None:
+def test_an_error_survives_the_way_through_a_status(
+    cls: type[errors.FibrilError], field: str, fix: str
+) -> None:
     code, text, trailing = status.encode(cls("pool default is full: 254 of 254", field=field, fix=fix))
     assert code is grpc.StatusCode[cls.code_name]
     back = errors.from_rpc_error(rpc_error(code, text, trailing))
@@ -63,7 +65,9 @@ def test_an_unknown_code_is_internal() -> None:
 
 @pytest.mark.parametrize("letter", ["x", "ü", "\N{SPIDER}"])
 def test_a_huge_message_stays_within_the_metadata_limit(letter: str) -> None:
-    _, text, ((_, blob),) = status.encode(errors.Internal(letter * 9999, field=letter * 9999, fix=letter * 9999))
+    _, text, ((_, blob),) = status.encode(
+        errors.Internal(letter * 9999, field=letter * 9999, fix=letter * 9999)
+    )
     assert len(quote(text)) + len(base64.b64encode(blob)) < 8192
 
 
@@ -77,4 +81,7 @@ def test_errors_and_names_import_neither_grpc_nor_protobuf() -> None:
         "import services.common.errors, services.common.instance, services.common.log, sys;"
         "print([m for m in ('grpc', 'google.protobuf', 'yaml', 'opentelemetry') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

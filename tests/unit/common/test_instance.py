@@ -37,7 +37,9 @@ def test_an_endpoint_id_out_of_range_is_refused(endpoint: int) -> None:
 
 
 def test_paths_derive_from_name_and_roots() -> None:
-    instance = Instance.from_env("a", {"FIBRIL_RUN_ROOT": "/t/r", "FIBRIL_STATE_ROOT": "/t/s", "FIBRIL_BPFFS": "/t/b"})
+    instance = Instance.from_env(
+        "a", {"FIBRIL_RUN_ROOT": "/t/r", "FIBRIL_STATE_ROOT": "/t/s", "FIBRIL_BPFFS": "/t/b"}
+    )
     assert instance.socket("ipam") == Path("/t/r/a/ipam.sock")
     assert instance.cni_socket == Path("/t/r/a/cni.sock")
     assert instance.pidfile("etcd") == Path("/t/r/a/etcd.pid")

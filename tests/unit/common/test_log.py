@@ -30,7 +30,9 @@ def lines(cfg: log.LogConfig) -> io.StringIO:
 
 def test_text_has_level_logger_and_fields() -> None:
     stream = lines(log.LogConfig())
-    logging.getLogger("services.ipam.endpoints").info("created %s", "x", extra={"endpoint": 7, "why": "two words"})
+    logging.getLogger("services.ipam.endpoints").info(
+        "created %s", "x", extra={"endpoint": 7, "why": "two words"}
+    )
     stamp, _, rest = stream.getvalue().partition(" ")
     assert rest == 'INFO    ipam.endpoints: created x endpoint=7 why="two words"\n'
     assert len(stamp) == len("2026-01-02T03:04:05.678Z") and stamp.endswith("Z")
@@ -43,7 +45,12 @@ def test_json_parses_and_keeps_its_own_keys() -> None:
     except ValueError:
         logging.getLogger("services.ipam").exception("failed", extra={"level": "mine", "path": {1}})
     entry = json.loads(stream.getvalue())
-    assert (entry["level"], entry["service"], entry["logger"], entry["message"]) == ("error", "ipam", "ipam", "failed")
+    assert (entry["level"], entry["service"], entry["logger"], entry["message"]) == (
+        "error",
+        "ipam",
+        "ipam",
+        "failed",
+    )
     assert (entry["extra_level"], entry["path"]) == ("mine", "{1}")
     assert "ValueError: broken" in entry["exception"]
 
