@@ -31,7 +31,7 @@ MAPS = columns(
 ATTACHED = columns("interface", "hook", "program", "id")
 
 
-@click.command()
+@click.command(short_help="What is loaded, attached, how full.")
 @click.option(
     "--runs",
     "seconds",

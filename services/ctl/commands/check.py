@@ -19,7 +19,7 @@ PROBES = columns(
 )
 
 
-@click.command()
+@click.command(short_help="Do pods and host reach each other?")
 @click.option(
     "--to", "targets", multiple=True, metavar="ADDRESS", help="Also ask this address from every pod."
 )

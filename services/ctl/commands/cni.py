@@ -22,7 +22,7 @@ CONF_DIR = click.option(
 )
 
 
-@click.group()
+@click.group(short_help="The CNI plugin and its configuration.")
 def command() -> None:
     """The CNI plugin and its configuration."""
 

@@ -7,7 +7,7 @@ import click
 from services.ctl.context import Ctl, pass_ctl
 
 
-@click.command()
+@click.command(short_help="Stop the node, remove every trace.")
 @click.option(
     "--keep-state", is_flag=True, help="Keep the state directory: allocations, and the data of our own etcd."
 )

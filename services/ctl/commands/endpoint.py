@@ -89,7 +89,7 @@ def find(ctl: Ctl, what: str) -> dict[str, Any]:
     return to_record(ctl.call(lambda ch: stub(ch).GetEndpoint(request, timeout=ctl.seconds)).endpoint)
 
 
-@click.group()
+@click.group(short_help="Pod interfaces of the node.")
 def command() -> None:
     """Pod interfaces of the node."""
 

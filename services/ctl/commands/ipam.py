@@ -89,7 +89,7 @@ def _all(ctl: Ctl, method: str, make: Callable[[Any], Any], items: str) -> list[
     return [to_record(item) for item in ctl.call(use)]
 
 
-@click.group()
+@click.group(short_help="Addresses: pools, blocks, allocations.")
 def command() -> None:
     """Addresses: pools, blocks, allocations."""
 

@@ -21,7 +21,7 @@ NODES = columns("lab", "node", "instance", "cluster", ("ADDRESSES", "addresses")
 NAME = click.option("--name", default="lab", show_default=True, help="Name of the lab; several can exist.")
 
 
-@click.group()
+@click.group(short_help="Nodes made of network namespaces.")
 def command() -> None:
     """Nodes made of network namespaces, with an underlay between them and a "world" beyond."""
 
@@ -103,12 +103,16 @@ def exec_(name: str, node: str, argv: tuple[str, ...]) -> None:
 
 
 def _environment(node: Node) -> dict[str, str]:
-    """What makes `fibril` on that node mean that node; and this very `fibril` be found."""
-    here = os.path.dirname(sys.executable)
+    """What makes `fibril` on that node mean that node, and this very `fibril` be found there; and the part of the
+    services' configuration in which nodes differ."""
+    ipv4, ipv6 = node.pool
     return {
         **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}",
         "FIBRIL_INSTANCE": node.instance,
-        "PATH": f"{here}:{os.environ.get('PATH', os.defpath)}",
+        "FIBRIL_ETCD_NODE": node.instance,
+        "FIBRIL_POOLS_IPV4": ipv4,
+        "FIBRIL_POOLS_IPV6": ipv6,
     }
 
 
@@ -135,17 +139,16 @@ def _fibril_on(ctl: Ctl, nodes: list[Node], words: Any) -> list[Node]:
     options = [] if ctl.timeout is None else ["--timeout", str(ctl.timeout)]
     for node in nodes:
         argv = [sys.executable, "-m", "services.ctl.main", *options, *words(node)]
-        env = {**_environment(node), **_pools(node)}
         with build.inside(node.lab, node.name):
             running.append(
-                (node, subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
+                (
+                    node,
+                    subprocess.Popen(
+                        argv, env=_environment(node), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                    ),
+                )
             )
     return [node for node, popen in running if popen.wait() != 0]
-
-
-def _pools(node: Node) -> dict[str, str]:
-    """Configuration by environment: each cluster has prefixes of its own."""
-    return {"FIBRIL_POOLS_CIDRS": ",".join(node.pool)}
 
 
 def _show(ctl: Ctl, labs: list[str]) -> None:

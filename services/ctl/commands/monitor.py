@@ -72,7 +72,7 @@ COUNTERS = columns(
 )
 
 
-@click.command()
+@click.command(short_help="Show packets as they are dropped.")
 @click.option("--forwarded", is_flag=True, help="Also packets that were forwarded.")
 @click.option(
     "--endpoint", metavar="WHAT", help="Only packets from or to this endpoint (number, address or pod)."

@@ -37,7 +37,7 @@ def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> l
     return [n for n in pods.names(ctl.instance) if n.startswith(incomplete)] if ctl is not None else []
 
 
-@click.group()
+@click.group(short_help="Pods without a container runtime.")
 def command() -> None:
     """Pods without a container runtime: a network namespace and a cgroup each."""
 

@@ -31,7 +31,7 @@ def show(ctl: Ctl, node: NodeHealth) -> None:
         ctl.show(node.record(), PARTS)
 
 
-@click.command()
+@click.command(short_help="Show how every part of the node is.")
 @pass_ctl
 def command(ctl: Ctl) -> int:
     """Show how the node is; exit code 0 only when all of it is well."""

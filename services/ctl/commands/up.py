@@ -15,7 +15,7 @@ def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[st
     return tuple(word.strip() for word in value.split(",") if word.strip())
 
 
-@click.command()
+@click.command(short_help="Start the node; again repairs it.")
 @click.option(
     "--services", default="all", callback=_words, metavar="NAME,…", help="Services to run. [default: all]"
 )

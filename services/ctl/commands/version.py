@@ -9,7 +9,7 @@ import click
 from services.ctl.context import Ctl, pass_ctl
 
 
-@click.command()
+@click.command(short_help="Versions of Fibril, Python, kernel.")
 @pass_ctl
 def command(ctl: Ctl) -> None:
     """Show the versions of this command, Python and the kernel."""
