@@ -314,7 +314,7 @@ def _prometheus(made: Telemetry, address: str) -> MetricReader:
 
     made._closers.append(close)
     made.prometheus_port = server.server_port
-    return PrometheusMetricReader(registry=registry)
+    return PrometheusMetricReader(scope_info_enabled=False, registry=registry)
 
 
 def _start_traces(made: Telemetry, cfg: TelemetryConfig, resource: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import subprocess
 import sys
 import timeit
@@ -105,11 +104,11 @@ def test_the_prometheus_page_has_counters_histograms_and_gauges() -> None:
     meter.gauge("fibril.test.entries", lambda: [(5, {"map": "a"}), (6, {"map": "b"})])
     meter.sum("fibril.test.drops", lambda: [(7, {"reason": "r"})])
     text = page(made.prometheus_port)
-    assert 'fibril_test_count_total{otel_scope_name="fibril"' in text and 'pool="p"} 2.0' in text
-    assert re.search(r'fibril_test_duration_seconds_bucket\{.*kind="k",le="0.002".*\} 0\.0', text)
-    assert re.search(r'fibril_test_duration_seconds_bucket\{.*kind="k",le="0.005".*\} 1\.0', text)
-    assert 'map="b"} 6.0' in text
-    assert 'reason="r"} 7.0' in text
+    assert 'fibril_test_count_total{pool="p"} 2.0' in text
+    assert 'fibril_test_duration_seconds_bucket{kind="k",le="0.002"} 0.0' in text
+    assert 'fibril_test_duration_seconds_bucket{kind="k",le="0.005"} 1.0' in text
+    assert 'fibril_test_entries{map="b"} 6.0' in text
+    assert 'fibril_test_drops_total{reason="r"} 7.0' in text
     assert 'service_name="ipam"' in text and 'fibril_instance="node"' in text
 
 
