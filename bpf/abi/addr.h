@@ -16,9 +16,9 @@ _Static_assert(sizeof(struct fib_addr) == 16, "ABI");
 
 static __always_inline void fib_addr_set_v4(struct fib_addr *addr, __be32 v4)
 {
+	/* In whole words, on a little-endian machine: a reader of q[1] would wait for two halves to reach the cache. */
 	addr->q[0] = 0;
-	addr->w[2] = bpf_htonl(0xffff);
-	addr->w[3] = v4;
+	addr->q[1] = (__u64)v4 << 32 | bpf_htonl(0xffff);
 }
 
 /* `from` may be unaligned packet memory: the kernels Fibril runs on (x86-64, arm64) allow that. */

@@ -1,11 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Map family `endpoint`, version 1: the pod interfaces of this node. Written by the ipam service only. */
+/* Map family `endpoint`, version 1: the pod interfaces of this node.
+ *
+ * ep_iface and ep_addr hold the truth. A lookup in a hash is a third of what a packet costs, so ep_near stands in front of
+ * both: an array whose slots are given by the low bits of interface index or address, which on a node are nearly
+ * consecutive. An element names its own keys, so whoever finds another pod's there asks the hash; a slot is never
+ * changed from one pod to another without being zero in between. User space writes all three through
+ * services/common/pipeline/endpoints.py, programs read through the two functions below.
+ */
 #pragma once
 
 #include "abi/addr.h"
+#include "lib/likely.h"
 #include "lib/maps.h"
 
 #define EP_MAX 65536
+
+/* Slots of ep_near: one region a kind of key. */
+#define EP_NEAR_SLOTS 4096
+#define EP_NEAR_IFACE 0
+#define EP_NEAR_V4 EP_NEAR_SLOTS
+#define EP_NEAR_V6 (2 * EP_NEAR_SLOTS)
 
 /* endpoint.flags */
 #define EP_SHAPED_IN 0x1  /* the host side has a queueing discipline: deliver through it, not past it */
@@ -36,3 +50,27 @@ FIB_MAP("hash", struct fib_addr, struct endpoint, ep_addr, 2 * EP_MAX, BPF_F_NO_
 FIB_MAP("hash", __u64, __u32, ep_netns, EP_MAX, BPF_F_NO_PREALLOC);
 /* cgroup v2 id -> endpoint id, for programs that see a process. */
 FIB_MAP("hash", __u64, __u32, ep_cgroup, EP_MAX, BPF_F_NO_PREALLOC);
+/* What the two above hold, as far as their slots are not taken by others. */
+FIB_MAP("array", __u32, struct endpoint, ep_near, 3 * EP_NEAR_SLOTS, 0);
+
+/* The pod behind the host-side interface, or null. */
+static __always_inline struct endpoint *endpoint_by_ifindex(__u32 ifindex)
+{
+	__u32 slot = EP_NEAR_IFACE + (ifindex & (EP_NEAR_SLOTS - 1));
+	struct endpoint *pod = ep_near.lookup(&slot);
+
+	if (likely(pod && pod->ifindex == ifindex))
+		return pod;
+	return ep_iface.lookup(&ifindex);
+}
+
+/* The pod of this node that has the address, or null. */
+static __always_inline struct endpoint *endpoint_by_address(struct fib_addr *addr, __u32 family)
+{
+	__u32 slot = (family == 4 ? EP_NEAR_V4 : EP_NEAR_V6) + (bpf_ntohl(addr->w[3]) & (EP_NEAR_SLOTS - 1));
+	struct endpoint *pod = ep_near.lookup(&slot);
+
+	if (likely(pod && (family == 4 ? pod->v4 == addr->w[3] && pod->v4 : fib_addr_same(&pod->v6, addr))))
+		return pod;
+	return ep_addr.lookup(addr);
+}

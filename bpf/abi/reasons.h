@@ -19,7 +19,7 @@ enum drop_reason {
 	REASON_MULTICAST = 13, /* Multicast; also a pod's router solicitations and multicast listener reports. */
 	REASON_WRONG_MAC = 14, /* A unicast frame for another MAC than the gateway's. */
 	REASON_LINK_LOCAL = 15, /* Destination is an IPv6 link-local address. */
-	REASON_MARTIAN = 16, /* Destination is an address no router forwards to (unspecified, loopback, reserved). */
+	REASON_MARTIAN = 16, /* An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6). */
 	REASON_SLOT_MISSING = 17, /* The program a packet should go to next is not installed. */
 	REASON_COUNT = 128, /* room, not a reason */
 };

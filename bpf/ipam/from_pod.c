@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Entry of packets leaving a pod: tc ingress of the host side of its veth pair.
  *
- * Reads, checks that the pod speaks for itself only, and starts the slots. Writes nothing to the packet.
+ * Parses, checks that the pod speaks for itself only, and starts the slots.
  */
 #pragma once
 
 #include "abi/endpoint.h"
+#include "ipam/forward.c"
 #include "lib/parse.h"
 #include "lib/slot.h"
 
@@ -50,9 +51,9 @@ static __always_inline __u32 from_pod_check(struct __sk_buff *skb, struct pkt_ct
 {
 	struct endpoint *pod;
 	struct cursor at;
-	__u32 ifindex = skb->ifindex, macs, reason;
+	__u32 macs, reason;
 
-	pod = ep_iface.lookup(&ifindex);
+	pod = endpoint_by_ifindex(skb->ifindex);
 	if (!pod)
 		return REASON_NO_ENDPOINT;
 	pkt->src_id = pod->id;
@@ -90,7 +91,6 @@ int fib_from_pod(struct __sk_buff *skb)
 	pkt->direction = DIR_FROM_POD;
 	pkt->src_id = pkt->dst_id = 0;
 	pkt->dst_identity = 0;
-	parse_pull(skb);
 	reason = from_pod_check(skb, pkt, &neighbour);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
@@ -99,5 +99,6 @@ int fib_from_pod(struct __sk_buff *skb)
 		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
 	}
 	pl_slots.call(skb, SLOT_LB);
-	return slot_after_lb(skb, pkt);
+	pl_slots.call(skb, SLOT_POLICY_EGRESS);
+	return forward(skb, pkt);
 }

@@ -124,16 +124,16 @@ static __always_inline __u32 neighbour_answer_nd(struct __sk_buff *skb, const st
 int fib_neighbour(struct __sk_buff *skb)
 {
 	struct pkt_ctx *pkt = slot_packet();
-	__u32 ifindex = skb->ifindex, reason;
+	__u32 reason;
 	struct endpoint *pod;
 
 	if (!pkt)
 		return TC_ACT_SHOT;
-	pod = ep_iface.lookup(&ifindex);
+	pod = endpoint_by_ifindex(skb->ifindex);
 	if (!pod)
 		return verdict_drop(skb, pkt, REASON_NO_ENDPOINT);
 	reason = pkt->family ? neighbour_answer_nd(skb, pod) : neighbour_answer_arp(skb, pod);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
-	return verdict_pass(skb, pkt, VERDICT_DELIVERED, bpf_redirect_peer(ifindex, 0));
+	return verdict_pass(skb, pkt, VERDICT_DELIVERED, bpf_redirect_peer(skb->ifindex, 0));
 }

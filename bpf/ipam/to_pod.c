@@ -12,7 +12,7 @@
 int fib_to_pod(struct __sk_buff *skb)
 {
 	struct pkt_ctx *pkt = slot_packet();
-	__u32 ifindex = skb->ifindex, reason;
+	__u32 reason;
 	struct endpoint *pod;
 	struct cursor at;
 
@@ -21,14 +21,13 @@ int fib_to_pod(struct __sk_buff *skb)
 	pkt->direction = DIR_TO_POD;
 	pkt->src_id = pkt->src_identity = pkt->src_flags = 0;
 	pkt->dst_id = 0;
-	parse_pull(skb);
 	at = parse_begin(skb);
 	reason = parse_eth(&at, skb, pkt);
 	if (!reason)
 		reason = parse_ip(&at, skb, pkt);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
-	pod = ep_iface.lookup(&ifindex);
+	pod = endpoint_by_ifindex(skb->ifindex);
 	if (!pod)
 		return verdict_drop(skb, pkt, REASON_NO_ENDPOINT);
 	pkt->dst_id = pod->id;

@@ -14,6 +14,7 @@
 #include <uapi/linux/ipv6.h>
 #include <uapi/linux/tcp.h>
 #include "abi/pipeline.h"
+#include "lib/likely.h"
 
 /* What must be linear to begin with: Ethernet and either IPv6 or IPv4 with TCP. The stack sends headers linear; a packet
  * shorter in its linear part but not in all comes from a packet socket. */
@@ -29,16 +30,14 @@ struct cursor {
 	void *end;
 };
 
-/* TC programs may read and write PARSE_LINEAR bytes directly after this, if the packet has that many. Invalidates packet
- * pointers. */
-static __always_inline void parse_pull(struct __sk_buff *skb)
-{
-	if ((void *)(long)skb->data + PARSE_LINEAR > (void *)(long)skb->data_end && skb->len > skb->data_end - skb->data)
-		bpf_skb_pull_data(skb, skb->len < PARSE_LINEAR ? skb->len : PARSE_LINEAR);
-}
-
+/* A cursor at the frame's start, with PARSE_LINEAR bytes linear if the packet has that many. Invalidates packet pointers. */
 static __always_inline struct cursor parse_begin(struct __sk_buff *skb)
 {
+	struct cursor at = { .pos = (void *)(long)skb->data, .end = (void *)(long)skb->data_end };
+
+	if (likely(at.pos + PARSE_LINEAR <= at.end) || skb->len <= at.end - at.pos)
+		return at;
+	bpf_skb_pull_data(skb, skb->len < PARSE_LINEAR ? skb->len : PARSE_LINEAR);
 	return (struct cursor){ .pos = (void *)(long)skb->data, .end = (void *)(long)skb->data_end };
 }
 
@@ -51,7 +50,8 @@ static __always_inline __u32 parse_eth(struct cursor *at, struct __sk_buff *skb,
 	if ((void *)(eth + 1) > at->end)
 		return REASON_TRUNCATED;
 	at->pos = eth + 1;
-	type = eth->h_proto;
+	/* By hand: the header's type says "packed", which makes the compiler load bytes. */
+	type = ((const __be16 *)eth)[6];
 	pkt->flags = skb->vlan_present ? PKT_VLAN : 0;
 #pragma unroll
 	for (int tag = 0; tag < PARSE_VLAN_TAGS; tag++) {
@@ -101,7 +101,7 @@ static __always_inline __u32 parse_l4(struct cursor *at, struct __sk_buff *skb, 
 	pkt->l4_off = offset;
 	if (pkt->flags & PKT_FRAG_LATER)
 		return REASON_NONE;
-	if (pkt->proto == IPPROTO_TCP) {
+	if (likely(pkt->proto == IPPROTO_TCP)) {
 		struct tcp_start copy;
 
 		if (at->pos && at->pos + sizeof(struct tcphdr) <= at->end)
@@ -200,6 +200,9 @@ static __always_inline __u32 parse_ipv6(struct cursor *at, struct __sk_buff *skb
 	pkt->family = 6;
 	fib_addr_set_v6(&pkt->src, &ip->saddr);
 	fib_addr_set_v6(&pkt->dst, &ip->daddr);
+	/* ::ffff:a.b.c.d would be taken for the IPv4 address in every map. */
+	if ((!pkt->src.q[0] && pkt->src.w[2] == bpf_htonl(0xffff)) || (!pkt->dst.q[0] && pkt->dst.w[2] == bpf_htonl(0xffff)))
+		return REASON_MARTIAN;
 	pkt->proto = ip->nexthdr;
 	at->pos = ip + 1;
 	if (parse_is_ext_header(ip->nexthdr)) {
@@ -220,7 +223,7 @@ static __always_inline __u32 parse_ip(struct cursor *at, struct __sk_buff *skb, 
 	pkt->sport = pkt->dport = 0;
 	pkt->l4_off = 0;
 	pkt->l4_len = pkt->tcp_flags = pkt->icmp_type = pkt->icmp_code = 0;
-	if (pkt->ethertype == bpf_htons(ETH_P_IP))
+	if (likely(pkt->ethertype == bpf_htons(ETH_P_IP)))
 		return parse_ipv4(at, skb, pkt);
 	if (pkt->ethertype == bpf_htons(ETH_P_IPV6))
 		return parse_ipv6(at, skb, pkt);

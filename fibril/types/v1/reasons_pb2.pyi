@@ -85,7 +85,7 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     Address the other pod by its pod address.
     """
     DROP_REASON_MARTIAN: _DropReason.ValueType  # 16
-    """Destination is an address no router forwards to (unspecified, loopback, reserved).
+    """An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6).
     Look at the sender.
     """
     DROP_REASON_SLOT_MISSING: _DropReason.ValueType  # 17
@@ -159,7 +159,7 @@ DROP_REASON_LINK_LOCAL: DropReason.ValueType  # 15
 Address the other pod by its pod address.
 """
 DROP_REASON_MARTIAN: DropReason.ValueType  # 16
-"""Destination is an address no router forwards to (unspecified, loopback, reserved).
+"""An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6).
 Look at the sender.
 """
 DROP_REASON_SLOT_MISSING: DropReason.ValueType  # 17

@@ -17,13 +17,14 @@ from services.common.pipeline.reasons import COUNT as REASON_COUNT
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 EP_MAX: Final = 65536
+EP_NEAR_SLOTS: Final = 4096
 SLOTS_MAP: Final = "pl_slots"
 EVENTS_BYTES: Final = 1 << 20
 
 ENDPOINT_FAMILY: Final = "endpoint/v1"
 PIPELINE_FAMILY: Final = "pipeline/v1"
 MAPS: Final = {
-    **{name: f"{ENDPOINT_FAMILY}/{name}" for name in ("ep_iface", "ep_addr", "ep_netns", "ep_cgroup")},
+    **{name: f"{ENDPOINT_FAMILY}/{name}" for name in ("ep_iface", "ep_addr", "ep_near", "ep_netns", "ep_cgroup")},
     **{name: f"{PIPELINE_FAMILY}/{name}"
        for name in (SLOTS_MAP, "pl_ctx", "pl_config", "pl_counters", "pl_events")},
 }

@@ -110,7 +110,7 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
         "Address the other pod by its pod address.",
     ),
     16: (
-        "Destination is an address no router forwards to (unspecified, loopback, reserved).",
+        "An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6).",
         "Look at the sender.",
     ),
     17: (

@@ -14,6 +14,7 @@ from services.common.instance import Instance
 from services.common.kernel import bpf
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi, install
+from services.common.pipeline.endpoints import AddrTable, IfaceTable
 from services.ipam.endpoints.model import EndpointRecord
 
 IDENTITY_INIT: Final = 5
@@ -70,8 +71,8 @@ class EndpointMaps:
         def opened(name: str, key: type[Any], value: type[Any]) -> BpfMap[Any, Any]:
             return BpfMap.open(install.map_path(instance, name), key, value)
 
-        self._iface = opened("ep_iface", ct.c_uint32, abi.Endpoint)
-        self._addr = opened("ep_addr", abi.FibAddr, abi.Endpoint)
+        self._iface = IfaceTable(instance)
+        self._addr = AddrTable(instance)
         self._netns = opened("ep_netns", ct.c_uint64, ct.c_uint32)
         self._cgroup = opened("ep_cgroup", ct.c_uint64, ct.c_uint32)
         self.capacity = min(

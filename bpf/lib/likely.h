@@ -1,0 +1,7 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Keeps the common case in one straight line of code. */
+#pragma once
+
+#ifndef likely
+#define likely(condition) __builtin_expect(!!(condition), 1)
+#endif
