@@ -1,0 +1,82 @@
+"""Running programs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from services.common import process
+from services.common.errors import DeadlineExceeded, FailedPrecondition, Internal
+
+
+async def test_output_input_environment_and_directory(tmp_path: Path) -> None:
+    result = await process.run(
+        ["sh", "-c", 'cat; echo "$COLOUR"; pwd; echo oops >&2'],
+        input="in\n",
+        env={"COLOUR": "red"},
+        cwd=tmp_path,
+    )
+    assert result == process.Result(0, f"in\nred\n{tmp_path}\n", "oops\n")
+
+
+async def test_a_failure_names_what_was_said_and_logs_a_line_to_paste(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    command = ["sh", "-c", "cat >/dev/null; echo it is broken >&2; exit 3"]
+    with pytest.raises(Internal, match="sh failed with code 3: it is broken; mend it"):
+        await process.run(command, input="some 'input'\n", fix="mend it")
+    pasted = caplog.records[-1].getMessage().split(": ", 1)[1].rsplit("\n", 1)[0]
+    again = await process.run(["sh", "-c", pasted], check=False)
+    assert (again.code, again.stderr) == (3, "it is broken\n")
+
+
+async def test_unchecked_failures_and_signals_are_results() -> None:
+    assert (await process.run(["sh", "-c", "exit 3"], check=False)).code == 3
+    assert (await process.run(["sh", "-c", "kill -9 $$"], check=False)).code == -9
+    with pytest.raises(Internal, match="SIGKILL"):
+        await process.run(["sh", "-c", "kill -9 $$"])
+
+
+async def test_a_missing_program_is_a_precondition(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="cannot run .*nothing-here.*install it"):
+        await process.run(["nothing-here"])
+    (tmp_path / "plain").write_text("not executable")
+    with pytest.raises(FailedPrecondition, match="Permission denied"):
+        await process.run([tmp_path / "plain"])
+
+
+async def test_one_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with pytest.raises(DeadlineExceeded, match="did not end within 0.3 s"):
+        await process.run(["sh", "-c", f"sleep 100 & echo $! $$ >{pids}; wait"], timeout_s=0.3)
+    await _gone(*map(int, pids.read_text().split()))
+
+
+async def test_a_cancelled_caller_leaves_nothing_behind(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    task = asyncio.create_task(process.run(["sh", "-c", f"sleep 100 & echo $! $$ >{pids}; wait"]))
+    async with asyncio.timeout(10):
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await _gone(*map(int, pids.read_text().split()))
+
+
+async def _gone(*pids: int) -> None:
+    """Wait until none of them runs; a zombie that waits for its new parent does not count."""
+    async with asyncio.timeout(10):
+        while any(_running(pid) for pid in pids):
+            await asyncio.sleep(0.01)
+
+
+def _running(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return pid != os.getpid() and stat.rpartition(")")[2].split()[0] != "Z"
