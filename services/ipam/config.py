@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from services.common.errors import InvalidArgument
 from services.common.host import HostConfig
 from services.ipam.endpoints.model import MTU_MAX, MTU_MIN
+from services.ipam.pools.config import EtcdConfig, PoolsConfig
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class IpamConfig:
     """All sections of the ipam process."""
 
     host: HostConfig = field(default_factory=HostConfig)
+    etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    pools: PoolsConfig = field(default_factory=PoolsConfig)
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
     cni: CniConfig = field(default_factory=CniConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

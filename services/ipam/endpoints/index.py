@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from services.ipam.endpoints.model import EndpointRecord, Key
 
@@ -64,6 +64,10 @@ class Index:
     def records(self) -> list[EndpointRecord]:
         """All, sorted by number."""
         return [self._records[number] for number in sorted(self._records)]
+
+    def by_number(self) -> Mapping[int, EndpointRecord]:
+        """The live table, not a copy."""
+        return self._records
 
     def keys(self) -> Iterator[Key]:
         return iter(self._keys)

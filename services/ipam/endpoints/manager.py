@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from services.common import errors
+from services.common.feed import Change, Feed
 from services.ipam.endpoints import model
-from services.ipam.endpoints.feed import Change, Feed
 from services.ipam.endpoints.index import Index
 from services.ipam.endpoints.locks import KeyLocks
 from services.ipam.endpoints.model import (
@@ -150,6 +150,10 @@ class EndpointManager:
     def list(self) -> Sequence[EndpointRecord]:
         """All, sorted by id."""
         return self._index.records()
+
+    def by_number(self) -> Mapping[int, EndpointRecord]:
+        """All, live: changes with every call of this manager."""
+        return self._index.by_number()
 
     def by_id(self, number: int) -> EndpointRecord | None:
         return self._index.by_id(number)
@@ -399,12 +403,6 @@ class EndpointManager:
         if mended != record:
             self._record(mended)
         return mended
-
-    def degrade(self, number: int, message: str) -> None:
-        """Note that the kernel differs, before it is repaired. Only a READY endpoint changes."""
-        record = self._index.by_id(number)
-        if record is not None and record.state is State.READY:
-            self._record(record.to(State.DEGRADED, message))
 
     def _record(self, record: EndpointRecord) -> None:
         self._store.put(record)

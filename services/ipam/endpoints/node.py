@@ -47,7 +47,7 @@ class NodeSetup:
     none.
     """
 
-    def __init__(self, instance: Instance, netlink: Netlink, masquerade: bool = True) -> None:
+    def __init__(self, instance: Instance, netlink: Netlink, masquerade: bool = True, mtu: int = 0) -> None:
         self._instance = instance
         self._netlink = netlink
         self._masquerade = masquerade
@@ -55,7 +55,8 @@ class NodeSetup:
         self._rules = ""
         self._listing = ""
         self._applied = NodeNet()
-        self.mtu = DEFAULT_MTU
+        self._fixed_mtu = mtu
+        self.mtu = mtu or DEFAULT_MTU
 
     @property
     def applied(self) -> NodeNet:
@@ -77,7 +78,7 @@ class NodeSetup:
         self._addresses(node, index, wanted, changed)
         self._blocks(node, wanted, changed)
         self._nftables(wanted, changed)
-        self.mtu = uplink_mtu(node)
+        self.mtu = self._fixed_mtu or uplink_mtu(node)
         return changed
 
     def _forwarding(self, node: Rtnl) -> None:
@@ -234,12 +235,6 @@ def _unreachable(node: Rtnl) -> list[nl.Route]:
 
 def _name_of(node: Rtnl, index: int) -> str:
     return next((link.name for link in node.links() if link.ifindex == index), "")
-
-
-def with_gateways_of(net: NodeNet, addresses: Iterable[str]) -> NodeNet:
-    """`net` with the gateways that existing endpoints use, even if their block is not ours any more."""
-    extra = {ipaddress.ip_address(address) for address in addresses if address}
-    return NodeNet(net.blocks, net.gateways | extra, net.cluster)
 
 
 def network_of(text: str) -> IPNetwork:

@@ -1,0 +1,195 @@
+"""Keeps the kernel and the records of endpoints in agreement.
+
+What changes is heard of through rtnetlink and costs work for that endpoint only; once a minute everything
+is compared, by a fixed number of dumps. What has no dump (programs on interfaces) is looked at a few
+endpoints at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from services.common.kernel.events import Event, Events
+from services.common.reconcile import Reconciler
+from services.ipam.endpoints import observe
+from services.ipam.endpoints.addresses import BookAddresses
+from services.ipam.endpoints.manager import EndpointManager
+from services.ipam.endpoints.model import EndpointRecord, State
+from services.ipam.endpoints.node import NodeNet, NodeSetup
+from services.ipam.endpoints.ops import PodOps
+
+log = logging.getLogger(__name__)
+
+CHUNK: Final = 16
+"""Endpoints whose programs are looked at in one visit of the netlink thread (some 0.3 ms each)."""
+_SETTLE_S: Final = 0.02
+_SETTLED: Final = frozenset({State.READY, State.DEGRADED})
+
+
+class EndpointReconcile:
+    """Ops of the reconciler over endpoints; keys are their numbers."""
+
+    def __init__(self, manager: EndpointManager, kernel: PodOps) -> None:
+        self._manager = manager
+        self._kernel = kernel
+        self._seen: observe.Observed | None = None
+
+    async def actual(self) -> Mapping[int, observe.Observed]:
+        self._seen = seen = await self._kernel.observe()
+        return dict.fromkeys(seen.ids, seen)
+
+    async def same(self, desired: EndpointRecord, actual: Any) -> bool:
+        # A record is replaced by each change, so this one may be newer than what was observed; being made or
+        # removed it is its own task's business.
+        if desired.state is State.CREATING:
+            return True
+        if desired.state is not State.READY:
+            return False
+        found = list(observe.differences(desired, actual))
+        if found:
+            log.warning(
+                "endpoint differs from its record, repairing",
+                extra={"endpoint": desired.id, "differences": "; ".join(found)},
+            )
+        return not found
+
+    async def update(self, key: int, desired: EndpointRecord) -> None:
+        await self._manager.repair(key)
+
+    async def delete(self, key: int) -> None:
+        # Between a number's being taken and its record there is a moment without a record.
+        if self._seen is not None and not self._manager.in_use(key):
+            log.warning("leftovers of an unknown endpoint are removed", extra={"endpoint": key})
+            await self._kernel.remove_orphan(key, self._seen)
+
+
+class NodeReconcile:
+    """Ops of the reconciler over the node's own set-up, one object; applying compares by itself."""
+
+    KEY: Final = "node"
+
+    def __init__(self, node: NodeSetup, addresses: BookAddresses) -> None:
+        self._node = node
+        self._addresses = addresses
+
+    def desired(self) -> Mapping[str, NodeNet]:
+        return {self.KEY: self._addresses.node_net()}
+
+    async def actual(self) -> Mapping[str, Any]:
+        return {}
+
+    async def same(self, desired: NodeNet, actual: Any) -> bool:
+        return False
+
+    async def update(self, key: str, desired: NodeNet) -> None:
+        await self._node.apply(desired)
+
+    async def delete(self, key: str) -> None:
+        pass
+
+
+class KernelEvents:
+    """Wakes what a change in the kernel concerns.
+
+    Events of a link are judged a moment later, by the last of them: the first ones of a link just made show
+    it down.
+    """
+
+    def __init__(
+        self,
+        manager: EndpointManager,
+        wake: Callable[..., None],
+        wake_node: Callable[[], None],
+        node_ifname: str,
+    ) -> None:
+        self._manager = manager
+        self._wake = wake
+        self._wake_node = wake_node
+        self._node_ifname = node_ifname
+        self._latest: dict[int, Event] = {}
+
+    async def follow(self, events: Events) -> None:
+        """Endless. The subscription must be older than the first comparison."""
+        async for event in events:
+            if event.kind == "lost":
+                self._wake()
+                self._wake_node()
+            elif event.link is not None:
+                if not self._latest:
+                    asyncio.get_running_loop().call_later(_SETTLE_S, self._judge)
+                self._latest[event.link.ifindex] = event
+            elif (number := concerned(event, self._manager)) != 0:
+                self._wake(number)
+
+    def _judge(self) -> None:
+        latest, self._latest = self._latest, {}
+        for event in latest.values():
+            if event.kind == "link-gone" and event.link is not None and event.link.name == self._node_ifname:
+                self._wake_node()
+            if (number := concerned(event, self._manager)) != 0:
+                self._wake(number)
+
+
+def concerned(event: Event, manager: EndpointManager) -> int:
+    """The endpoint an event makes look different from its record, 0 if none. Our own changes do not."""
+    if event.link is not None:
+        record = manager.by_ifindex(event.link.ifindex)
+        if record is None or record.state not in _SETTLED:
+            return 0
+        if event.kind == "link-gone":
+            return record.id
+        link = event.link
+        fits = (
+            link.up
+            and link.mtu == record.mtu
+            and link.mac == record.host_mac
+            and link.name == record.host_ifname
+        )
+        return 0 if fits else record.id
+    if event.qdisc is not None and observe.shaping_flag(event.qdisc):
+        record = manager.by_ifindex(event.qdisc.ifindex)
+        return record.id if record is not None and record.state in _SETTLED else 0
+    return 0
+
+
+async def refresh_programs(
+    manager: EndpointManager, kernel: PodOps, again: asyncio.Event, every_s: float
+) -> None:
+    """See that endpoints carry the current programs: all of them at the start and when `again` is set
+    (programs were loaded anew), else a few each `every_s`. Endless.
+    """
+    position = 0
+    complete = False
+    while True:
+        records = [record for record in manager.list() if record.state in _SETTLED and record.id > position][
+            :CHUNK
+        ]
+        if records:
+            changed = await kernel.refresh_programs(records)
+            if changed:
+                log.info("programs attached anew", extra={"endpoints": len(changed), "first": changed[0]})
+            position = records[-1].id
+            if not complete:
+                continue
+        else:
+            position, complete = 0, True
+        try:
+            await asyncio.wait_for(again.wait(), every_s)
+            again.clear()
+            position, complete = 0, False
+        except TimeoutError:
+            pass
+
+
+def endpoint_reconciler(
+    manager: EndpointManager, kernel: PodOps, resync_s: float
+) -> Reconciler[int, EndpointRecord]:
+    return Reconciler("endpoints", manager.by_number, EndpointReconcile(manager, kernel), resync_s=resync_s)
+
+
+def node_reconciler(node: NodeSetup, addresses: BookAddresses, resync_s: float) -> Reconciler[str, NodeNet]:
+    ops = NodeReconcile(node, addresses)
+    return Reconciler("node parts", ops.desired, ops, resync_s=resync_s)
