@@ -216,7 +216,7 @@ async def test_systemd_hears_of_ready_and_stopping(host: Host, run_dir: Path) ->
             process.events()
 
 
-async def test_all_services_share_the_tcp_port(host: Host, tmp_path: Path) -> None:
+async def test_services_answer_on_tcp_as_well(host: Host, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "ca")
     served, client = authority.issue(), authority.issue(units=("fibril-writer",))
     # The kernel gives a free port; nobody else is told of it between the close and the start.
