@@ -106,14 +106,14 @@ async def test_an_oversized_request_is_refused(start: Start) -> None:
     assert rig.servicer.calls == 1
 
 
-@pytest.mark.parametrize("timeout", [None, 30.0])
+@pytest.mark.parametrize("client_s", [None, 30.0])
 async def test_the_server_bounds_a_call_whose_deadline_is_later_or_absent(
-    start: Start, timeout: float | None
+    start: Start, client_s: float | None
 ) -> None:
     rig = await start(RpcConfig(max_deadline_s=0.1))
     rig.servicer.answer = lambda request, context: asyncio.sleep(3600)
     async with rig.stub() as stub:
-        error = await failure(stub.Allocate(AllocateRequest(), timeout=timeout))
+        error = await failure(stub.Allocate(AllocateRequest(), timeout=client_s))
     assert isinstance(from_rpc_error(error), DeadlineExceeded)
     assert "server's limit of 0.1 s" in error.details()
     assert rig.servicer.cancelled.is_set()
