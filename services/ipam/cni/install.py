@@ -138,7 +138,9 @@ def _plugin_source(instance: Instance) -> bytes:
 
 
 def _conflist(name: str, network: str, pool: str, mtu: int, chained: Sequence[str], bin_dir: Path) -> bytes:
-    ours: dict[str, object] = {"type": name, "capabilities": {"ips": True, "cgroupPath": True}}
+    # "bandwidth" is declared for us too: the data path leaves room for the qdisc that plugin will make.
+    capabilities = {"ips": True, "cgroupPath": True, "bandwidth": True}
+    ours: dict[str, object] = {"type": name, "capabilities": capabilities}
     if pool:
         ours["pool"] = pool
     if mtu:

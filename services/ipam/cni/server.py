@@ -190,6 +190,7 @@ class CniServer:
                 pod=spec.pod_name(environment.args),
                 labels={**conf.labels, spec.NETWORK_LABEL: conf.network},
                 cgroup_path=conf.cgroup_path,
+                ingress_qdisc=conf.ingress_qdisc,
             )
         )
         return spec.render_result(conf, _interface(record))

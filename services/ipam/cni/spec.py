@@ -61,6 +61,7 @@ _KEYS = frozenset(
         "ipMasq",
         "pool",
         "mtu",
+        "ingressQdisc",
         "disableCheck",
         "disableGC",
         "loadOnlyInlinedPlugins",
@@ -118,6 +119,8 @@ class NetConf:
     cgroup_path: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     dns: Mapping[str, Any] = field(default_factory=dict)
+    # Another plugin of the chain will make an `ingress` qdisc on the host side, as `bandwidth` does.
+    ingress_qdisc: bool = False
     previous: Mapping[str, Any] | None = None
     valid_attachments: frozenset[Attachment] | None = None
 
@@ -266,18 +269,20 @@ def parse_config(config: Mapping[str, Any], environment: Environment) -> NetConf
     previous = config.get("prevResult")
     if previous is not None and not isinstance(previous, dict):
         raise CniError(INVALID_CONFIG, "prevResult is not an object", type(previous).__name__)
+    shaped = _typed(runtime, "bandwidth", dict, {}).get("egressRate")
     return NetConf(
         version,
         network,
-        _typed(config, "pool", str, ""),
-        mtu,
-        ipv4,
-        ipv6,
-        mac.lower(),
-        _typed(runtime, "cgroupPath", str, ""),
-        _labels(cni_args),
-        _typed(config, "dns", dict, {}),
-        previous,
+        pool=_typed(config, "pool", str, ""),
+        mtu=mtu,
+        ipv4=ipv4,
+        ipv6=ipv6,
+        mac=mac.lower(),
+        cgroup_path=_typed(runtime, "cgroupPath", str, ""),
+        labels=_labels(cni_args),
+        dns=_typed(config, "dns", dict, {}),
+        ingress_qdisc=bool(shaped) or _typed(config, "ingressQdisc", bool, False),
+        previous=previous,
     )
 
 

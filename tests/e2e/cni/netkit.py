@@ -138,7 +138,7 @@ class Fibril:
 
     def network(self, *chained: dict[str, Any], version: str = "1.1.0", **ours: Any) -> CniRuntime:
         """A CNI network on this node: ours with extra fields, then chained plugins."""
-        first = {"type": self.plugin, "capabilities": {"ips": True}, **ours}
+        first = {"type": self.plugin, "capabilities": {"ips": True, "bandwidth": True}, **ours}
         conflist = {"cniVersion": version, "name": "test", "plugins": [first, *chained]}
         return CniRuntime(
             conflist, [self.installed.plugin.parent, PLUGINS], netns_path(self.node.name), workers=20

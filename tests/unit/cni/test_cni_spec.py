@@ -216,6 +216,19 @@ def test_addresses_can_be_asked_for(fields: dict[str, Any]) -> None:
     assert (parsed.ipv4, parsed.ipv6) == ("10.1.1.1", "fd01::1")
 
 
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, False),
+        ({"runtimeConfig": {"bandwidth": {"ingressRate": 1000}}}, False),
+        ({"runtimeConfig": {"bandwidth": {"egressRate": 1000}}}, True),
+        ({"ingressQdisc": True}, True),
+    ],
+)
+def test_room_is_made_for_a_shaping_plugin(fields: dict[str, Any], expected: bool) -> None:
+    assert conf(**fields).ingress_qdisc is expected
+
+
 def test_cgroup_labels_pool_and_mtu_are_read() -> None:
     parsed = conf(
         runtimeConfig={"cgroupPath": "/pods/x"},
