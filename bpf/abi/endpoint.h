@@ -70,7 +70,8 @@ static __always_inline struct endpoint *endpoint_by_address(struct fib_addr *add
 	__u32 slot = (family == 4 ? EP_NEAR_V4 : EP_NEAR_V6) + (bpf_ntohl(addr->w[3]) & (EP_NEAR_SLOTS - 1));
 	struct endpoint *pod = ep_near.lookup(&slot);
 
-	if (likely(pod && (family == 4 ? pod->v4 == addr->w[3] && pod->v4 : fib_addr_same(&pod->v6, addr))))
+	/* An empty slot has the unspecified address, but no id. */
+	if (likely(pod && pod->id && (family == 4 ? pod->v4 == addr->w[3] : fib_addr_same(&pod->v6, addr))))
 		return pod;
 	return ep_addr.lookup(addr);
 }

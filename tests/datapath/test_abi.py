@@ -1,0 +1,102 @@
+"""The ctypes mirror against the layouts and numbers the compiler sees."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.common.kernel import loader
+from services.common.pipeline import abi
+
+STRUCTS = {"fib_addr": abi.FibAddr, "endpoint": abi.Endpoint, "pkt_ctx": abi.PktCtx, "node_config": abi.NodeConfig,
+           "pl_counter": abi.PlCounter, "event": abi.Event}
+
+# Runs in a child, as everything that imports bcc does: one map a struct, whose leaf type BCC describes.
+CHILD = """
+import json, sys
+from pathlib import Path
+from bcc import BPF
+from services.common.kernel.source import flatten
+root, names = Path(sys.argv[1]), sys.argv[2].split(",")
+source = Path(sys.argv[3])
+source.write_text('#include "abi/endpoint.h"\\n#include "abi/pipeline.h"\\n'
+                  + "".join(f"BPF_ARRAY(m_{n}, struct {n}, 1);\\n" for n in names))
+bpf = BPF(text=flatten(source, [root]).encode(), cflags=sys.argv[4:])
+def leaf(name):
+    kind = bpf[f"m_{name}".encode()].Leaf
+    return {"size": __import__("ctypes").sizeof(kind), "fields": {
+        f[0]: [getattr(kind, f[0]).offset, getattr(kind, f[0]).size] for f in kind._fields_}}
+print(json.dumps({n: leaf(n) for n in names}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = loader.bpf_root()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, root, ",".join(STRUCTS), tmp_path_factory.mktemp("abi") / "probe.c",
+         f"-I{root}", "-I/usr/include", f"-I/usr/include/{os.uname().machine}-linux-gnu"],
+        env={**os.environ, "BCC_KERNEL_SOURCE": str(root / "headers"), "PYTHONPATH": str(loader.ROOT)},
+        capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
+    mirror = STRUCTS[name]
+    assert ct.sizeof(mirror) == compiled[name]["size"]
+    if name == "fib_addr":  # a union in C
+        return
+    mine = {field[0]: [getattr(mirror, field[0]).offset, getattr(mirror, field[0]).size] for field in mirror._fields_}
+    # BCC adds padding fields of its own and puts arrays' elements first.
+    theirs = {field: place for field, place in compiled[name]["fields"].items() if not field.startswith("__pad")}
+    assert mine == theirs
+
+
+def numbers(header: str, pattern: str) -> dict[str, int]:
+    text = (loader.bpf_root() / "abi" / header).read_text()
+    return {name: int(value, 0) for name, value in re.findall(pattern, text, re.MULTILINE)}
+
+
+def test_enumerations_are_the_headers() -> None:
+    slots = numbers("pipeline.h", r"^\tSLOT_(\w+) = (\d+),")
+    assert slots.pop("COUNT") == abi.SLOT_COUNT
+    assert slots == {slot.name: slot.value for slot in abi.Slot}
+    directions = numbers("pipeline.h", r"^\tDIR_(\w+) = (\d+),")
+    assert directions.pop("COUNT") == abi.DIR_COUNT
+    assert directions == {direction.name: direction.value for direction in abi.Direction}
+    assert numbers("event.h", r"^\tVERDICT_(\w+) = (\d+),") == {v.name: v.value for v in abi.Verdict}
+    assert numbers("pipeline.h", r"^#define PKT_(\w+) (0x\w+)") == {f.name: f.value for f in abi.PacketFlag}
+    assert numbers("endpoint.h", r"^#define EP_(SHAPED_\w+) (0x\w+)") == {f.name: f.value for f in abi.EndpointFlag}
+    assert numbers("endpoint.h", r"^#define EP_(NEAR_SLOTS|MAX) (\d+)") == {
+        "NEAR_SLOTS": abi.EP_NEAR_SLOTS, "MAX": abi.EP_MAX}
+
+
+def test_addresses_of_both_families_survive_the_round_trip() -> None:
+    for text in ("10.1.2.3", "255.255.255.255", "fd00::1", "2001:db8:1:2:3:4:5:6"):
+        assert str(abi.FibAddr.of(text).ip()) == text
+    assert bytes(abi.FibAddr.of("10.1.2.3")) == bytes(10) + b"\xff\xff\x0a\x01\x02\x03"
+    assert abi.FibAddr().ip() is None
+
+
+def test_endpoint_takes_text_and_gives_addresses() -> None:
+    made = abi.Endpoint.of(id=7, ifindex=9, mac="02:00:00:00:00:0a", host_mac="02:00:00:00:00:0b", mtu=1400,
+                           ipv4="10.1.2.3")
+    assert (str(made.ipv4), made.ipv6, bytes(made.pod_mac).hex()) == ("10.1.2.3", None, "02000000000a")
+    with pytest.raises(ValueError):
+        abi.Endpoint.of(id=7, ifindex=9, mac="02:00", host_mac="02:00:00:00:00:0b", mtu=1400)
+
+
+def test_map_names_fit_the_kernel() -> None:
+    for name, path in abi.MAPS.items():
+        assert len(name) <= 15 and Path(path).name == name
