@@ -180,6 +180,15 @@ def ruleset(instance: Instance, wanted: NodeNet, masquerade: bool) -> str:
         f'    iifname "fb{instance.tag}*" ip6 saddr @pods6 ip6 daddr @pods6 ip6 daddr != @gates6 notrack',
         "  }",
     ]
+    # A pod that reaches another pod of this node through a translated address (a host port): the answer must
+    # pass the stack to be translated back, so it is drawn here instead of going to the pod directly.
+    lines += [
+        "  chain hairpin {",
+        "    type nat hook postrouting priority srcnat - 1; policy accept;",
+        f'    oifname "fb{instance.tag}*" ip saddr @pods4 ct status dnat masquerade',
+        f'    oifname "fb{instance.tag}*" ip6 saddr @pods6 ct status dnat masquerade',
+        "  }",
+    ]
     if masquerade:
         lines += [
             "  chain to_world {",

@@ -58,7 +58,7 @@ def test_a_host_port_leads_to_the_pod_and_goes_with_it(fibril: Fibril, world: st
         result = network.add(server, netns_path(server), runtime_config=MAPPING)
         for family, entry in enumerate(result["ips"]):
             with echo_server(server, entry["address"].split("/")[0]):
-                for place in (world, client, fibril.node.name):
+                for place in (world, client, server, fibril.node.name):
                     echo(place, NODE[family], HOST_PORT)
         network.delete(server, netns_path(server), runtime_config=MAPPING)
         network.delete(client, netns_path(client))
