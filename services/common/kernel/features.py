@@ -106,11 +106,11 @@ def _probe(bpffs: Path) -> Iterator[Feature]:
     jit = _first_line("/proc/sys/net/core/bpf_jit_enable")
     yield Feature(
         "jit",
-        jit not in ("0", None),
+        jit != "0",
         "the BPF JIT is on"
-        if jit not in ("0", None)
+        if jit != "0"
         else "the BPF JIT is off: the data path would be several times slower",
-        "" if jit not in ("0", None) else "sysctl -w net.core.bpf_jit_enable=1",
+        "" if jit != "0" else "sysctl -w net.core.bpf_jit_enable=1",
         required=False,
     )
     yield _present("bcc", importlib.util.find_spec("bcc") is not None, "python3-bpfcc")
