@@ -92,9 +92,7 @@ class IpamService:
         ctx.tasks.spawn("endpoints.node", self._node_loop.run())
         ctx.tasks.spawn(
             "endpoints.programs",
-            reconcile.refresh_programs(
-                self._manager, self._kernel, self._reload, self._cfg.endpoints.resync_s
-            ),
+            reconcile.look_around(self._manager, self._kernel, self._reload, self._cfg.endpoints.resync_s),
         )
         ctx.tasks.spawn("datapath", self._datapath.keep_trying(self._installed_late))
         ctx.rpc.add(ipam_pb2_grpc.add_IpamServiceServicer_to_server, IpamApi(self._book))

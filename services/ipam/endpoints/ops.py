@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING
 
 from services.common import errors
@@ -250,6 +250,13 @@ class PodOps:
     def _attach(self, record: EndpointRecord, ifindex: int) -> None:
         attach.attach_tc_hooks(ifindex, self._programs, "tcx" if record.spec.ingress_qdisc else "auto")
 
+    async def lacking(self, records: Iterable[EndpointRecord]) -> list[int]:
+        """Numbers of endpoints whose pod lacks an address, route or neighbour entry it was given.
+
+        A pod out of reach (its namespace's path is gone) lacks nothing.
+        """
+        return await self._netlink.run(lambda chosen: [r.id for r in chosen if _lacks(r)], list(records))
+
     # ---- all endpoints ----------------------------------------------------------------------------------
     async def observe(self) -> observing.Observed:
         """See observe.observe: a fixed number of dumps."""
@@ -304,6 +311,27 @@ def _place(spec: EndpointSpec) -> Place:
         except errors.NotFound as error:
             raise errors.FailedPrecondition(error.message, field="cgroup_path") from None
     return Place(cookie, cgroup_id)
+
+
+def _lacks(record: EndpointRecord) -> bool:
+    link = link_of(record)
+    try:
+        with NetNs.open(record.netns) as netns, Rtnl(netns) as pod:
+            inner = pod.ifindex(record.ifname)
+            if not inner or pod.netns_cookie() != record.netns_cookie:
+                return False
+            addresses = {entry.address for entry in pod.addresses(inner)}
+            routes = {route.destination for route in pod.routes(inner)}
+            neighbours = {entry.address for entry in pod.neighbours(inner) if entry.permanent}
+    except (errors.NotFound, errors.InvalidArgument):
+        return False
+    default = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
+    return not all(
+        address in addresses
+        and gateway in neighbours
+        and {podlink.host_network(gateway), default[address.version]} <= routes
+        for address, gateway in link.families()
+    )
 
 
 def _gone(netns: str) -> errors.FailedPrecondition:

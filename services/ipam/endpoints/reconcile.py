@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from services.common import errors
 from services.common.kernel.events import Event, Events
 from services.common.reconcile import Reconciler
 from services.ipam.endpoints import observe
@@ -155,33 +156,56 @@ def concerned(event: Event, manager: EndpointManager) -> int:
     return 0
 
 
-async def refresh_programs(
-    manager: EndpointManager, kernel: PodOps, again: asyncio.Event, every_s: float
-) -> None:
-    """See that endpoints carry the current programs: all of them at the start and when `again` is set
-    (programs were loaded anew), else a few each `every_s`. Endless.
+async def look_around(manager: EndpointManager, kernel: PodOps, again: asyncio.Event, every_s: float) -> None:
+    """Look at what no dump shows: programs on interfaces, and the pods' own side. Endless.
+
+    Programs of all endpoints at the start and when `again` is set (they were loaded anew), a chunk at a
+    time; then both of one chunk each `every_s`.
     """
-    position = 0
-    complete = False
     while True:
-        records = [record for record in manager.list() if record.state in _SETTLED and record.id > position][
-            :CHUNK
-        ]
-        if records:
-            changed = await kernel.refresh_programs(records)
-            if changed:
-                log.info("programs attached anew", extra={"endpoints": len(changed), "first": changed[0]})
-            position = records[-1].id
-            if not complete:
-                continue
-        else:
-            position, complete = 0, True
-        try:
-            await asyncio.wait_for(again.wait(), every_s)
-            again.clear()
-            position, complete = 0, False
-        except TimeoutError:
-            pass
+        position = 0
+        while chunk := _after(manager, position):
+            position = chunk[-1].id
+            await _refresh(kernel, chunk)
+        again.clear()
+        position = 0
+        while not await _set_within(again, every_s):
+            chunk = _after(manager, position) or _after(manager, 0)
+            position = chunk[-1].id if chunk else 0
+            await _refresh(kernel, chunk)
+            for number in await kernel.lacking(chunk):
+                log.warning("pod lacks what it was given, repairing", extra={"endpoint": number})
+                try:
+                    await manager.repair(number)
+                except errors.FibrilError as error:
+                    log.warning("repair failed", extra={"endpoint": number, "cause": str(error)})
+
+
+def _after(manager: EndpointManager, position: int) -> list[EndpointRecord]:
+    numbers = sorted(
+        number
+        for number, record in manager.by_number().items()
+        if number > position and record.state in _SETTLED
+    )
+    return [manager.by_number()[number] for number in numbers[:CHUNK]]
+
+
+async def _refresh(kernel: PodOps, chunk: list[EndpointRecord]) -> None:
+    try:
+        changed = await kernel.refresh_programs(chunk)
+    except errors.FibrilError as error:
+        log.warning("programs could not be attached", extra={"first": chunk[0].id, "cause": str(error)})
+        return
+    if changed:
+        log.info("programs attached anew", extra={"endpoints": len(changed), "first": changed[0]})
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 def endpoint_reconciler(
