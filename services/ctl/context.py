@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -117,5 +118,13 @@ async def pages(fetch: Callable[[Any], Awaitable[Any]], items: str) -> list[Any]
         if not token:
             return found
 
+
+def words(argv: Sequence[str]) -> list[str]:
+    """The command of an `exec` and its arguments, by default a shell. A leading "--" is ours, not the command's."""
+    given = list(argv[1:] if argv[:1] == ("--",) else argv)
+    return given or [os.environ.get("SHELL", "/bin/sh")]
+
+
+EXEC_SETTINGS = {"allow_interspersed_args": False}  # options behind the first word belong to the command
 
 pass_ctl = click.make_pass_decorator(Ctl)

@@ -103,7 +103,7 @@ def table(records: Sequence[Record], cols: Sequence[Column]) -> str:
     """A table with headings, columns as wide as they need; numbers to the right."""
     rows = [[c.text(r) for c in cols] for r in records]
     widths = [max([len(c.head), *(len(row[i]) for row in rows)]) for i, c in enumerate(cols)]
-    right = [bool(rows) and all(_numeric(row[i]) for row in rows) for i in range(len(cols))]
+    right = [_numeric([row[i] for row in rows]) for i in range(len(cols))]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
@@ -112,8 +112,10 @@ def table(records: Sequence[Record], cols: Sequence[Column]) -> str:
     return "\n".join([line([c.head for c in cols]), *map(line, rows)])
 
 
-def _numeric(text: str) -> bool:
-    return text == "-" or text.replace(".", "", 1).isdigit()
+def _numeric(cells: Sequence[str]) -> bool:
+    """Whether a column holds numbers, and nothing else but gaps."""
+    filled = [text for text in cells if text != "-"]
+    return bool(filled) and all(text.replace(".", "", 1).isdigit() for text in filled)
 
 
 def dump_yaml(value: Any) -> str:

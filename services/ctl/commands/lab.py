@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.ctl.context import Ctl, pass_ctl
+from services.ctl.context import EXEC_SETTINGS, Ctl, pass_ctl, words
 from services.ctl.render import columns, short
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def ls(ctl: Ctl) -> None:
     _show(ctl, build.labs())
 
 
-@command.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@command.command("exec", context_settings=EXEC_SETTINGS)
 @NAME
 @click.argument("node")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
@@ -91,15 +91,15 @@ def exec_(name: str, node: str, argv: tuple[str, ...]) -> None:
     from lab import build, topology
     from services.common.errors import NotFound
 
-    words = list(argv) or [os.environ.get("SHELL", "/bin/sh")]
+    command = words(argv)
     found = topology.parse_node(topology.check_name(name), node)
     env = _environment(found) if found is not None else dict(os.environ)
     with build.inside(name, node):
         sys.stdout.flush()
         try:
-            os.execvpe(words[0], words, env)
+            os.execvpe(command[0], command, env)
         except FileNotFoundError:
-            raise NotFound(f"there is no command {words[0]!r}") from None
+            raise NotFound(f"there is no command {command[0]!r}") from None
 
 
 def _environment(node: Node) -> dict[str, str]:
@@ -117,18 +117,18 @@ def _environment(node: Node) -> dict[str, str]:
 
 
 def _up_words(node: Node) -> list[str]:
-    words = ["up", "--cluster", node.cluster_name]
+    line = ["up", "--cluster", node.cluster_name]
     if node.number > 1:
         from lab.topology import Node as AnyNode
         from services.common.instance import Instance
         from services.ctl.node import embedded_etcd
 
         first = AnyNode(node.lab, node.cluster, 1)
-        words += ["--etcd", embedded_etcd(Instance.from_env(first.instance)).endpoint]
-    return words
+        line += ["--etcd", embedded_etcd(Instance.from_env(first.instance)).endpoint]
+    return line
 
 
-def _fibril_on(ctl: Ctl, nodes: list[Node], words: Any) -> list[Node]:
+def _fibril_on(ctl: Ctl, nodes: list[Node], line: Any) -> list[Node]:
     """Run `fibril …` on several nodes at once, its messages on our standard error; gives the nodes where
     it failed."""
     import subprocess
@@ -138,7 +138,7 @@ def _fibril_on(ctl: Ctl, nodes: list[Node], words: Any) -> list[Node]:
     running: list[tuple[Node, subprocess.Popen[bytes]]] = []
     options = [] if ctl.timeout is None else ["--timeout", str(ctl.timeout)]
     for node in nodes:
-        argv = [sys.executable, "-m", "services.ctl.main", *options, *words(node)]
+        argv = [sys.executable, "-m", "services.ctl.main", *options, *line(node)]
         with build.inside(node.lab, node.name):
             running.append(
                 (

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from services.ctl.context import Ctl, pass_ctl
+from services.ctl.context import EXEC_SETTINGS, Ctl, pass_ctl, words
 from services.ctl.render import age, columns, short
 
 PODS = columns(
@@ -134,7 +133,7 @@ def ls(ctl: Ctl) -> None:
     )
 
 
-@command.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@command.command("exec", context_settings=EXEC_SETTINGS)
 @click.argument("name", shell_complete=_complete)
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 @pass_ctl
@@ -142,8 +141,7 @@ def exec_(ctl: Ctl, name: str, argv: tuple[str, ...]) -> None:
     """Run a command in pod NAME (by default a shell), with this terminal; its exit code becomes ours."""
     from services.ctl import pods
 
-    command = list(argv) or [os.environ.get("SHELL", "/bin/sh")]
-    pods.execute(ctl.instance, name, command)
+    pods.execute(ctl.instance, name, words(argv))
 
 
 @command.command("rm")
