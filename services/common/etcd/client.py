@@ -12,9 +12,10 @@ Keys are str (UTF-8 in etcd), values bytes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -40,6 +41,14 @@ log = logging.getLogger(__name__)
 # etcd's own default of --max-txn-ops.
 TXN_OPS_MAX = 128
 _PAGE = 2000
+# UNKNOWN is what etcd lets through when it has no quorum or is about to end ("context deadline exceeded",
+# "raft: stopped"); every refusal has a code of its own.
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+}
 
 
 class Compacted(Aborted):
@@ -268,13 +277,15 @@ class EtcdClient:
         # A server cut off from its cluster ends the watch instead of keeping it silent.
         call = endpoint.watch.Watch(metadata=(("hasleader", "true"),))
         try:
-            await call.write(rpc.WatchRequest(create_request=create))
-            # A server that hangs accepts the connection and never answers.
-            answer = await asyncio.wait_for(call.read(), self._timeout_s)
+            with _closing_fails():
+                await call.write(rpc.WatchRequest(create_request=create))
+                # A server that hangs accepts the connection and never answers.
+                answer = await asyncio.wait_for(call.read(), self._timeout_s)
             while answer is not grpc.aio.EOF:
                 self._reached()
                 yield answer
-                answer = await call.read()
+                with _closing_fails():
+                    answer = await call.read()
             raise _Failed(await call.code(), await call.details() or "the server ended the watch")
         except (grpc.aio.AioRpcError, _Failed, TimeoutError, asyncio.InvalidStateError) as error:
             self._rotate(endpoint)
@@ -293,7 +304,8 @@ class EtcdClient:
             endpoint = await self._connect(deadline)
             left = deadline - time.monotonic()
             try:
-                answer = await call(endpoint, max(0.01, min(left, share)))
+                with _closing_fails():
+                    answer = await call(endpoint, max(0.01, min(left, share)))
             except (grpc.aio.AioRpcError, _Failed) as error:
                 translated = self._translate(error, endpoint, ambiguous=False)
                 if not isinstance(translated, Unavailable):
@@ -311,8 +323,9 @@ class EtcdClient:
         deadline = time.monotonic() + self._timeout_s
         endpoint = await self._connect(deadline)
         try:
-            answer = await call(endpoint, max(0.01, deadline - time.monotonic()))
-        except grpc.aio.AioRpcError as error:
+            with _closing_fails():
+                answer = await call(endpoint, max(0.01, deadline - time.monotonic()))
+        except (grpc.aio.AioRpcError, _Failed) as error:
             translated = self._translate(error, endpoint, ambiguous=True)
             if isinstance(translated, Unavailable):
                 self._rotate(endpoint)
@@ -359,13 +372,10 @@ class EtcdClient:
         if isinstance(error, (grpc.aio.AioRpcError, _Failed)):
             code, details = error.code(), error.details() or code.name
         url = endpoint.address.url
-        if code in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            grpc.StatusCode.CANCELLED,
-        ):
+        if code in _TRANSIENT:
             doubt = "; whether the change was made is unknown" if ambiguous else ""
             return self._unreachable(f"etcd at {url} failed: {details}{doubt}")
+        self._reached()  # a refusal is an answer
         if code is grpc.StatusCode.OUT_OF_RANGE:
             return Compacted(f"etcd at {url}: {details}")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -389,6 +399,20 @@ class _Failed(Exception):
 
     def details(self) -> str:
         return str(self)
+
+
+@contextlib.contextmanager
+def _closing_fails() -> Iterator[None]:
+    """When a channel is closed, gRPC raises CancelledError in those who wait for an answer on it. They were not
+    cancelled; their call has failed.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _Failed(grpc.StatusCode.UNAVAILABLE, "the connection was closed") from None
 
 
 def encode(key: str) -> bytes:

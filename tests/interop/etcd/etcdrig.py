@@ -1,0 +1,265 @@
+"""Real etcd servers for tests: below one temporary directory, on unix sockets or loopback ports, gone with the
+test however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from aetcd import rpc
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from services.common.errors import FibrilError
+from services.common.etcd.client import EtcdClient, EtcdTls
+from services.common.etcd.embedded import EmbeddedEtcd
+from services.common.etcd.watch import Event, watch_prefix
+
+WAIT_S = 20.0
+
+# Lives until its standard input ends, which it does with the test's process; then kills all that works below
+# the directory and removes it.
+_GUARD = """
+import os, shutil, signal, sys, time
+root = sys.argv[1]
+sys.stdin.read()
+def below(pid):
+    try:
+        return (os.readlink(f"/proc/{pid}/cwd") + "/").startswith(root + "/")
+    except OSError:
+        return False
+while pids := [int(p) for p in os.listdir("/proc") if p.isdigit() and int(p) != os.getpid() and below(p)]:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    time.sleep(0.01)
+shutil.rmtree(root, ignore_errors=True)
+"""
+
+
+@contextlib.contextmanager
+def workplace() -> Iterator[Path]:
+    """A directory whose inhabitants, processes included, do not outlive the test. Its path is short, since
+    sockets are made in it.
+    """
+    root = Path(tempfile.mkdtemp(prefix="fibril-etcd-"))
+    guard = subprocess.Popen(
+        [sys.executable, "-IS", "-c", _GUARD, str(root)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+    )
+    try:
+        yield root
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait(WAIT_S)
+
+
+async def until(condition: Callable[[], Any | Awaitable[Any]], what: str) -> Any:
+    """Wait for a condition and give what it gave; an error of Fibril counts as not yet."""
+    last: object = None
+    try:
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    found = condition()
+                    last = await found if isinstance(found, Awaitable) else found
+                except FibrilError as error:
+                    last = error
+                else:
+                    if last:
+                        return last
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"{what} did not happen within {WAIT_S:g} s: {last!r}") from None
+
+
+async def kill(etcd: EmbeddedEtcd) -> None:
+    """As power failures do."""
+    assert etcd.process is not None
+    os.kill(etcd.process.pid, signal.SIGKILL)
+    await etcd.wait()
+
+
+@contextlib.contextmanager
+def hanging(etcd: EmbeddedEtcd) -> Iterator[None]:
+    """It accepts connections and says nothing."""
+    assert etcd.process is not None
+    os.kill(etcd.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(etcd.process.pid, signal.SIGCONT)
+
+
+async def compact(etcd: EmbeddedEtcd, revision: int) -> None:
+    """Drop all history before a revision."""
+    async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
+        await rpc.KVStub(channel).Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
+
+
+class Watcher:
+    """Collects what a watch tells."""
+
+    def __init__(self, client: EtcdClient, prefix: str) -> None:
+        self.events: list[Event] = []
+        self._task = asyncio.create_task(self._collect(client, prefix))
+
+    async def _collect(self, client: EtcdClient, prefix: str) -> None:
+        async with contextlib.aclosing(watch_prefix(client, prefix)) as events:
+            async for event in events:
+                self.events.append(event)
+
+    async def told(self, *wanted: Event, since: int = 0) -> None:
+        """Wait until exactly these were told after the first `since` ones."""
+        await until(
+            lambda: len(self.events) >= since + len(wanted), f"{wanted} instead of {self.events[since:]}"
+        )
+        assert self.events[since:] == list(wanted)
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+
+@contextlib.asynccontextmanager
+async def watching(client: EtcdClient, prefix: str) -> AsyncIterator[Watcher]:
+    watcher = Watcher(client, prefix)
+    try:
+        yield watcher
+    finally:
+        await watcher.close()
+
+
+class Authority:
+    """Signs certificates for loopback servers and for clients."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"authority {directory.name}")])
+        self.ca = self._write("ca", self._name, self._key, ca=True)[0]
+
+    def issue(self, name: str) -> EtcdTls:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        cert, key_file = self._write(name, subject, key, ca=False)
+        return EtcdTls(self.ca, cert, key_file)
+
+    def _write(
+        self, name: str, subject: x509.Name, key: ec.EllipticCurvePrivateKey, ca: bool
+    ) -> tuple[Path, Path]:
+        now = datetime.datetime.now(datetime.UTC)
+        signed = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                critical=False,
+            )
+            .sign(self._key, hashes.SHA256())
+        )
+        cert, key_file = self._directory / f"{name}.pem", self._directory / f"{name}.key"
+        cert.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+        key_file.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return cert, key_file
+
+
+class Cluster:
+    """Three members on loopback ports, with TLS and client certificates towards clients.
+
+    client --https--> member 0 ---+
+           --https--> member 1 ---+-- http, raft
+           --https--> member 2 ---+
+    """
+
+    def __init__(self, root: Path, authority: Authority) -> None:
+        self._root = root
+        self._tls = authority.issue("server")
+        ports = _free_ports(6)
+        self.urls = [f"https://127.0.0.1:{port}" for port in ports[:3]]
+        self._peers = [f"http://127.0.0.1:{port}" for port in ports[3:]]
+        self._members: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, *members: int) -> None:
+        """Start, or start again, these members (all when none is named)."""
+        tls = self._tls
+        for number in members or range(3):
+            home = self._root / f"member{number}"
+            home.mkdir(exist_ok=True)
+            with (home / "log").open("ab") as output:
+                self._members[number] = subprocess.Popen(
+                    [
+                        shutil.which("etcd") or "etcd",
+                        f"--name=m{number}",
+                        "--data-dir=data",
+                        f"--listen-client-urls={self.urls[number]}",
+                        f"--advertise-client-urls={self.urls[number]}",
+                        f"--listen-peer-urls={self._peers[number]}",
+                        f"--initial-advertise-peer-urls={self._peers[number]}",
+                        "--initial-cluster=" + ",".join(f"m{i}={peer}" for i, peer in enumerate(self._peers)),
+                        f"--initial-cluster-token={self._root.name}",
+                        "--client-cert-auth",
+                        f"--trusted-ca-file={tls.ca}",
+                        f"--cert-file={tls.cert}",
+                        f"--key-file={tls.key}",
+                        "--heartbeat-interval=50",
+                        "--election-timeout=500",
+                    ],
+                    cwd=home,
+                    stdout=output,
+                    stderr=output,
+                )
+
+    def kill(self, number: int) -> None:
+        self._members[number].kill()
+        self._members[number].wait()
+
+    def signal(self, number: int, what: signal.Signals) -> None:
+        self._members[number].send_signal(what)
+
+    def stop(self) -> None:
+        for member in self._members.values():
+            member.kill()
+            member.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Loopback ports nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,196 @@
+"""Calls to a real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from services.common.etcd.client import EtcdClient
+from services.common.etcd.embedded import EmbeddedEtcd
+from services.common.etcd.lease import LeaseKeeper
+from tests.interop.etcd.etcdrig import hanging, kill, until
+
+
+async def test_keys_are_put_read_and_deleted(client: EtcdClient) -> None:
+    revision = await client.put("a/1", b"one")
+    found = await client.get("a/1")
+    assert found is not None
+    assert (found.value, found.mod_revision, found.create_revision) == (b"one", revision, revision)
+    await client.put("a/2", b"two")
+    await client.put("b/1", b"other")
+    listing = await client.get_prefix("a/")
+    assert [(kv.key, kv.value) for kv in listing.kvs] == [("a/1", b"one"), ("a/2", b"two")]
+    assert listing.revision == revision + 2
+    assert {kv.value for kv in (await client.get_prefix("a/", keys_only=True)).kvs} == {b""}
+    assert len((await client.get_prefix("")).kvs) == 3
+    assert await client.delete("a/1") and not await client.delete("a/1")
+    assert await client.get("a/1") is None
+    assert (await client.delete_prefix("a/"), await client.delete_prefix("a/")) == (1, 0)
+
+
+async def test_a_listing_of_several_pages_is_of_one_revision(client: EtcdClient) -> None:
+    for start in range(0, 4500, 125):
+        await client.create({f"many/{start + i:05}": b"v" for i in range(125)})
+    listing = await client.get_prefix("many/")
+    assert [kv.key for kv in listing.kvs] == [f"many/{i:05}" for i in range(4500)]
+
+
+async def test_create_makes_all_or_none(client: EtcdClient) -> None:
+    assert await client.create({"a": b"1", "b": b"2"})
+    assert not await client.create({"b": b"3", "c": b"4"})
+    assert [(kv.key, kv.value) for kv in (await client.get_prefix("")).kvs] == [("a", b"1"), ("b", b"2")]
+
+
+async def test_of_many_who_create_one_key_one_succeeds(client: EtcdClient) -> None:
+    won = await asyncio.gather(*(client.create({"key": b"%d" % i, f"mine/{i}": b""}) for i in range(50)))
+    assert sum(won) == 1
+    found = await client.get("key")
+    assert found is not None and found.value == b"%d" % won.index(True)
+    assert [kv.key for kv in (await client.get_prefix("mine/")).kvs] == [f"mine/{won.index(True)}"]
+
+
+async def test_changes_on_condition_of_a_revision(client: EtcdClient) -> None:
+    first = await client.cas("key", 0, b"1")
+    assert first is not None
+    assert await client.cas("key", 0, b"x") is None
+    second = await client.cas("key", first, b"2")
+    assert second is not None and second > first
+    assert await client.cas("key", first, b"x") is None
+    assert not await client.delete_if("key", first)
+    assert not await client.delete_if("absent", second)
+    # Moves: one key goes, another comes, or nothing happens.
+    assert await client.transact({"key": first, "new": 0}, put={"new": b"3"}, delete=["key"]) is None
+    assert await client.transact({"key": second, "new": 0}, put={"new": b"3"}, delete=["key"])
+    assert [kv.key for kv in (await client.get_prefix("")).kvs] == ["new"]
+
+
+async def test_what_etcd_refuses_is_named(client: EtcdClient) -> None:
+    with pytest.raises(InvalidArgument, match="129 conditions exceeds the limit of 128"):
+        await client.create({str(i): b"" for i in range(129)})
+    with pytest.raises(InvalidArgument, match="duplicate key"):
+        await client.transact({}, put={"a": b""}, delete=["a"])
+    with pytest.raises(NotFound, match="lease not found"):
+        await client.put("a", b"", lease=12345)
+    assert client.healthy, "a refusal is an answer"
+
+
+async def test_a_full_database_is_resource_exhausted_and_reading_goes_on(place: Path) -> None:
+    etcd = EmbeddedEtcd(place / "data", place / "run", quota_bytes=1 << 20)
+    await etcd.start()
+    async with EtcdClient([etcd.endpoint]) as client:
+        with pytest.raises(ResourceExhausted, match="raise its quota"):
+            for i in range(20):
+                await client.put(f"big/{i}", bytes(256 << 10))
+        assert (await client.get_prefix("big/")).kvs
+        assert "full" in await etcd.check()
+
+
+async def test_a_lost_etcd_is_unavailable_after_a_bounded_time_and_found_again(
+    etcd: EmbeddedEtcd, client: EtcdClient
+) -> None:
+    await client.put("key", b"1")
+    assert client.healthy
+    await kill(etcd)
+    for call in (client.get("key"), client.put("key", b"2"), client.renew(1)):
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="client:0"):
+            await call
+        assert time.monotonic() - began < 2.0 + 1.0
+    assert not client.healthy and "reached" in client.error
+    await etcd.start()
+    found = await until(lambda: client.get("key"), "reading again")
+    assert found.value == b"1", "a call that found no server has had no effect"
+    assert client.healthy and client.error == ""
+
+
+async def test_a_call_waits_for_an_etcd_that_is_about_to_come(etcd: EmbeddedEtcd, client: EtcdClient) -> None:
+    await client.put("key", b"1")
+    await etcd.stop()
+    waiting = asyncio.create_task(client.put("key", b"2"))
+    await etcd.start()
+    assert await waiting
+
+
+async def test_a_hanging_etcd_is_unavailable_after_a_bounded_time_and_found_again(
+    etcd: EmbeddedEtcd, client: EtcdClient
+) -> None:
+    await client.put("key", b"1")
+    with hanging(etcd):
+        for call, doubt in ((client.get("key"), False), (client.cas("key", 0, b"x"), True)):
+            began = time.monotonic()
+            with pytest.raises(Unavailable) as caught:
+                await call
+            assert time.monotonic() - began < 2.0 + 1.0
+            assert ("whether the change was made is unknown" in str(caught.value)) == doubt
+        assert not client.healthy
+    assert (await until(lambda: client.get("key"), "reading again")).value == b"1"
+    assert client.healthy
+
+
+async def test_keys_of_a_lease_go_with_it(client: EtcdClient) -> None:
+    lease = await client.grant(60)
+    await client.create({"a": b"", "b": b""}, lease=lease)
+    found = await client.get("a")
+    assert found is not None and found.lease == lease
+    assert 50 < await client.renew(lease) <= 60
+    await client.revoke(lease)
+    assert (await client.get_prefix("")).kvs == ()
+    assert await client.renew(lease) == 0
+    await client.revoke(lease)
+
+
+class Kept:
+    """A key kept alive by a lease."""
+
+    def __init__(self, client: EtcdClient, ttl_s: int) -> None:
+        self._client = client
+        self.leases: list[int] = []
+        self.fail = 0
+        self.keeper = LeaseKeeper(client, ttl_s, self._write)
+
+    async def _write(self, lease: int) -> None:
+        self.leases.append(lease)
+        if self.fail:
+            self.fail -= 1
+            raise Unavailable("not this time")
+        await self._client.put("kept", b"", lease=lease)
+
+
+async def test_a_kept_lease_outlives_its_time_and_is_replaced_when_lost(client: EtcdClient) -> None:
+    kept = Kept(client, 2)
+    task = asyncio.create_task(kept.keeper.run())
+    try:
+        await until(lambda: kept.keeper.valid, "the first lease")
+        began = time.monotonic()
+        await until(lambda: time.monotonic() - began > 3, "more than its time")
+        assert await client.get("kept") is not None
+        assert len(kept.leases) == 1
+
+        kept.fail = 1
+        await client.revoke(kept.leases[0])
+        assert await client.get("kept") is None
+        await until(lambda: client.get("kept"), "the key written anew")
+        # Asked again with the same lease after it had failed.
+        assert len(kept.leases) == 3 and kept.leases[1] == kept.leases[2] == kept.keeper.lease
+    finally:
+        task.cancel()
+    await kept.keeper.revoke()
+    assert await client.get("kept") is None and kept.keeper.lease == 0
+
+
+async def test_a_kept_lease_survives_an_etcd_that_is_killed(etcd: EmbeddedEtcd, client: EtcdClient) -> None:
+    kept = Kept(client, 2)
+    task = asyncio.create_task(kept.keeper.run())
+    try:
+        await until(lambda: kept.keeper.valid, "the first lease")
+        await kill(etcd)
+        await until(lambda: not kept.keeper.valid, "the end of it by our own clock")
+        await etcd.start()
+        await until(lambda: kept.keeper.valid, "a valid lease")
+        assert await client.get("kept") is not None
+    finally:
+        task.cancel()
