@@ -67,6 +67,16 @@ def up_with_pods(node: Node) -> None:
     node.fibril("check")
 
 
+def test_the_comparison_sees_a_node(node: Node) -> None:
+    """Whatever is compared below, a running node changes; or the comparison would prove nothing."""
+    before = snapshot(node)
+    up_with_pods(node)
+    after = snapshot(node)
+    for what in ("links", "addresses", "neighbours", "routes", "routes6", "qdiscs", "nft", "sysctls", "pins", "cgroup",
+                 "processes", "namespaces", "files"):  # fmt: skip
+        assert after[what] != before[what], what
+
+
 def leave(node: Node) -> None:
     """As it is."""
 
