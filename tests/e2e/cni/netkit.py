@@ -174,6 +174,10 @@ class Fibril:
         """The ipam process."""
         return int(self.instance.pidfile("ipam").read_text().split()[0])
 
+    def supervisor_pid(self) -> int:
+        """The process that starts the others."""
+        return int(json.loads((self.instance.run_dir / "supervisor.json").read_text())["pid"])
+
     def belongings(self) -> Belongings:
         """Count everything."""
         with grpc.insecure_channel(f"unix:{self.instance.socket('ipam')}") as channel:
@@ -192,7 +196,12 @@ class Fibril:
             entries["ep_netns"] = cookies.count()
         return Belongings(
             links=sum(link["ifname"].startswith(prefix) for link in ip_json("-n", name, "link")),
-            routes=sum(len(ip_json("-n", name, family, "route")) for family in ("-4", "-6")),
+            # Blocks the node has taken in have routes too, and stay.
+            routes=sum(
+                route.get("dev", "").startswith(prefix) and "/" not in route["dst"]
+                for family in ("-4", "-6")
+                for route in ip_json("-n", name, family, "route")
+            ),
             neighbours=len(ip_json("-n", name, "neigh", "show", "nud", "permanent")),
             map_entries=entries,
             endpoints=len(self.endpoints()),
