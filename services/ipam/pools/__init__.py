@@ -1,0 +1,1 @@
+"""Addresses: pools and blocks in etcd, allocations on this node."""
