@@ -318,8 +318,7 @@ def specs(instance: Instance, options: Options) -> list[supervisor.ChildSpec]:
     if not urls:
         etcd = embedded_etcd(instance)
         urls = (etcd.endpoint,)
-        socket = Path(etcd.endpoint.removeprefix("unix:"))
-        children.append(supervisor.ChildSpec(ETCD, etcd.argv, etcd.env, etcd.cwd, etcd.prepare, socket))
+        children.append(supervisor.ChildSpec(ETCD, etcd.argv, etcd.env, etcd.cwd, etcd.prepare))
     words = ["--instance", instance.name, "--etcd", ",".join(urls)]
     if options.config:
         words += ["--config", options.config]
@@ -334,9 +333,8 @@ def specs(instance: Instance, options: Options) -> list[supervisor.ChildSpec]:
             ",".join(options.services),
             *words,
         )
-        socket = instance.socket(options.services[-1])
-        return [*children, supervisor.ChildSpec("together", argv, socket=socket)]
+        return [*children, supervisor.ChildSpec("together", argv)]
     for service in options.services:
         argv = (sys.executable, "-m", SERVICES[service], *words)
-        children.append(supervisor.ChildSpec(service, argv, socket=instance.socket(service)))
+        children.append(supervisor.ChildSpec(service, argv))
     return children

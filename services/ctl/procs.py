@@ -68,10 +68,6 @@ class Process:
         except ProcessLookupError:
             pass
 
-    def age(self) -> float:
-        """Seconds since its start."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_ticks / os.sysconf("SC_CLK_TCK")
-
     def wait(self, seconds: float) -> bool:
         """Wait for its end; whether it ended within that time. A dead child that nobody reaped counts as
         ended."""

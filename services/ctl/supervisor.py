@@ -36,10 +36,10 @@ from services.ctl import procs
 
 log = logging.getLogger("fibril.supervisor")
 
+LOCK = "supervisor.lock"
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 30.0
 STEADY_S = 10.0  # a child that lived this long starts again without delay
 HAS_ONE = 3  # exit code of a supervisor that finds another
-STARTING_S = 10.0  # a service has made its socket by then
 GRACE_S = 10.0  # for a child to drain after SIGTERM
 LOG_LIMIT = 16 << 20  # bytes of one log file; it is cut back to nothing then, its end kept as .1
 
@@ -50,7 +50,6 @@ class ChildSpec:
 
     env: added to the supervisor's own environment.
     prepare: run before each start, not before an adoption; what it raises counts as a start that failed.
-    socket: what it is reached by.
     """
 
     name: str
@@ -58,16 +57,10 @@ class ChildSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path = Path("/")
     prepare: Callable[[], None] | None = None
-    socket: Path | None = None
 
     def matches(self, process: procs.Process) -> bool:
         """Whether that process is one of ours by name and command line."""
         return process.name == self.name and process.argv == self.argv
-
-    def cut_off(self, process: procs.Process) -> bool:
-        """Whether nobody can reach it any more: its socket was removed, and only a new start makes
-        another."""
-        return self.socket is not None and not self.socket.exists() and process.age() > STARTING_S
 
 
 @dataclass
@@ -102,6 +95,12 @@ class Child:
         self.state.adopted = True
         self.state.pid = process.pid
         log.info("adopted %s, pid %d", self.spec.name, process.pid)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the run directory it was started with is still there, and so its sockets. They come back only with
+        a new start."""
+        return self.log_file.exists()
 
     @property
     def log_file(self) -> Path:
@@ -261,15 +260,16 @@ class Supervisor:
         line), and end whatever else it left: a loader half-way, a service of other options."""
         strays = []
         found = procs.find(self.run_dir)
-        # Possible only where somebody removed the lock file. Killed, so that it leaves its children to us.
         for process in (p for p in found if p.name == "supervisor"):
-            log.warning("killing supervisor %d, whose lock file is gone", process.pid)
-            process.signal(signal.SIGKILL)
-            await asyncio.to_thread(process.wait, 5.0)
+            # Any other is about to find that we have the lock.
+            if _lock_lost(process.pid, self.run_dir):
+                log.warning("killing supervisor %d, whose lock file was removed", process.pid)
+                process.signal(signal.SIGKILL)  # so that it leaves its children to us
+                await asyncio.to_thread(process.wait, 5.0)
             process.close()
         for process in (p for p in found if p.name != "supervisor"):
             child = next((c for c in self._children if c.spec.matches(process)), None)
-            if child is not None and not child.state.adopted and not child.spec.cut_off(process):
+            if child is not None and not child.state.adopted and child.reachable:
                 child.adopt(process)
             else:
                 strays.append(process)
@@ -328,13 +328,22 @@ def lock(instance: Instance) -> int | None:
 
     The kernel drops it with the process that holds the descriptor; children do not inherit it."""
     instance.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    fd = os.open(instance.run_dir / "supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(instance.run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         return None
     return fd
+
+
+def _lock_lost(pid: int, run_dir: Path) -> bool:
+    """Whether a process holds a lock file of the instance that has been removed since."""
+    try:
+        held = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False  # it has ended meanwhile
+    return f"{run_dir / LOCK} (deleted)" in held
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ctlnode import FIBRIL, ROOT, Node, wait_for
+
+from services.ctl import procs
 
 
 def test_up_status_pods_check(node: Node) -> None:
@@ -48,6 +52,61 @@ def test_up_again_is_harmless_and_repairs(node: Node) -> None:
     after = node.processes()
     assert after.pop("supervisor") != before.pop("supervisor")
     assert after == before
+
+
+def test_up_mends_a_node_whose_run_directory_was_removed(node: Node) -> None:
+    node.fibril("up")
+    node.fibril("pod", "add", "a")
+    before = node.processes()
+    shutil.rmtree(node.instance.run_dir)
+    node.fibril("up")
+    after = node.processes()
+    assert not set(before.values()) & set(after.values())
+    node.fibril("check")
+
+
+def test_two_ups_at_once_make_one_node(node: Node) -> None:
+    running = [node.start(*FIBRIL, "up", stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [popen.wait(60) for popen in running] == [0, 0, 0], node.logs()
+    names = [p.name for p in _held(node)]
+    assert sorted(names) == ["etcd", "ipam", "supervisor"]
+
+
+def _held(node: Node) -> list[procs.Process]:
+    found = procs.find(node.instance.run_dir)
+    for process in found:
+        process.close()
+    return found
+
+
+def test_a_node_is_not_touched_from_another_namespace(node: Node) -> None:
+    node.fibril("up")
+    before = node.processes()
+    for word in ("up", "down"):
+        done = subprocess.run(
+            [*FIBRIL, word], env=node.env, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert "another network namespace" in done.stderr
+        assert "nsenter" in done.stderr
+    assert node.processes() == before
+
+
+def test_configuration_reaches_the_services(node: Node, tmp_path: Path) -> None:
+    file = tmp_path / "ipam.yaml"
+    file.write_text("endpoints: {mtu: 1357}\n")
+    node.fibril("--config", str(file), "up")
+    node.fibril("pod", "add", "a")
+    assert node.json("endpoint", "get", "a")["mtu"] == 1357
+
+
+def test_a_wrong_configuration_is_said_by_up(node: Node, tmp_path: Path) -> None:
+    file = tmp_path / "ipam.yaml"
+    file.write_text("endpoints: {mtuu: 1357}\n")
+    failed = node.fibril("--config", str(file), "up", code=1)
+    assert "mtuu" in failed.stderr
+    assert "hint:" in failed.stderr
+    assert "there is no service nope" in node.fibril("up", "--services", "nope", code=1).stderr
 
 
 def test_a_killed_service_comes_back_and_pods_stay_reachable(node: Node) -> None:
