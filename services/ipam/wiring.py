@@ -68,7 +68,9 @@ class IpamService:
         self._endpoints_loop = reconcile.endpoint_reconciler(
             self._manager, self._kernel, cfg.endpoints.resync_s
         )
-        self._node_loop = reconcile.node_reconciler(self._node, self._addresses, cfg.endpoints.resync_s)
+        self._node_loop = reconcile.node_reconciler(
+            self._node, self._addresses, cfg.endpoints.resync_s, self._endpoints_loop.wake
+        )
         self._reload = asyncio.Event()
         self._events: Events | None = None
         self._cni: CniServer | None = None

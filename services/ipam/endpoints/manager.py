@@ -76,9 +76,6 @@ class Kernel(Protocol):
     async def repair(self, record: EndpointRecord) -> int:
         """Make what is missing; the host side's ifindex. NotFound if the namespace is gone."""
 
-    async def present(self, record: EndpointRecord) -> bool:
-        """Whether the host side of the link exists."""
-
     async def check(self, record: EndpointRecord) -> list[str]:
         """Every difference, one sentence each."""
 
@@ -314,7 +311,7 @@ class EndpointManager:
             await self._remove(existing)
             return None
         if existing.netns_cookie != place.netns_cookie:
-            if await self._kernel.present(existing):
+            if await self._lives(existing):
                 raise errors.AlreadyExists(
                     f"endpoint {spec.ifname} of container {spec.container_id} is in another network "
                     f"namespace, {existing.netns}",
@@ -333,6 +330,14 @@ class EndpointManager:
         if existing.state is State.DEGRADED:
             return await self._mend(existing)
         return existing
+
+    async def _lives(self, record: EndpointRecord) -> bool:
+        """Whether the namespace of an endpoint can still be found where it was."""
+        try:
+            place = await self._kernel.place(EndpointSpec(*record.key, netns=record.netns))
+        except (errors.FailedPrecondition, errors.InvalidArgument):
+            return False
+        return place.netns_cookie == record.netns_cookie
 
     async def _delete(self, key: Key) -> int:
         async with self._locks.hold(key):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING
@@ -108,9 +109,6 @@ class PodOps:
     async def repair(self, record: EndpointRecord) -> int:
         return await self._netlink.call(self._repair, record)
 
-    async def present(self, record: EndpointRecord) -> bool:
-        return bool(await self._netlink.call(Rtnl.ifindex, record.host_ifname))
-
     async def check(self, record: EndpointRecord) -> list[str]:
         return await self._netlink.call(self._check, record)
 
@@ -142,7 +140,10 @@ class PodOps:
         except BaseException as error:
             if made and self._maps is not None:
                 self._maps.remove(record, made[-1])
-            if isinstance(error, errors.NotFound):
+            # It was a namespace when the endpoint was begun.
+            if isinstance(error, errors.NotFound) or (
+                isinstance(error, errors.InvalidArgument) and error.field == "netns"
+            ):
                 raise _gone(record.netns) from error
             raise
         return wired.host_ifindex
@@ -295,15 +296,17 @@ def link_of(record: EndpointRecord) -> PodLink:
 
 def _place(spec: EndpointSpec) -> Place:
     try:
-        with NetNs.open(spec.netns) as netns:
-            with NetNs.current() as home:
-                if netns.same_as(home):
-                    raise errors.InvalidArgument(
-                        f"{spec.netns} is the node's own network namespace", field="netns"
-                    )
+        with NetNs.open(spec.netns) as netns, NetNs.current() as home:
+            own = netns.same_as(home)
             cookie = netns.cookie()
     except errors.NotFound:
         raise _gone(spec.netns) from None
+    except errors.InvalidArgument:
+        if _is_leftover(spec.netns):
+            raise _gone(spec.netns) from None
+        raise
+    if own:
+        raise errors.InvalidArgument(f"{spec.netns} is the node's own network namespace", field="netns")
     cgroup_id = 0
     if spec.cgroup_path:
         try:
@@ -340,6 +343,16 @@ def _gone(netns: str) -> errors.FailedPrecondition:
         field="netns",
         fix="create it first, and keep it while the call runs",
     )
+
+
+def _is_leftover(path: str) -> bool:
+    """Whether this is the empty file on which a namespace was mounted: its removal is two steps."""
+    try:
+        status, parent = os.stat(path), os.stat(os.path.dirname(path))
+    except OSError:
+        return True
+    # Files of namespaces are empty too, but on a file system of their own.
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_dev == parent.st_dev
 
 
 def _still_there(path: str, inode: int) -> bool:

@@ -72,9 +72,10 @@ class NodeReconcile:
 
     KEY: Final = "node"
 
-    def __init__(self, node: NodeSetup, addresses: BookAddresses) -> None:
+    def __init__(self, node: NodeSetup, addresses: BookAddresses, changed: Callable[[], None]) -> None:
         self._node = node
         self._addresses = addresses
+        self._changed = changed
 
     def desired(self) -> Mapping[str, NodeNet]:
         return {self.KEY: self._addresses.node_net()}
@@ -86,7 +87,9 @@ class NodeReconcile:
         return False
 
     async def update(self, key: str, desired: NodeNet) -> None:
-        await self._node.apply(desired)
+        # With an address that was removed by hand the kernel removed every route that names it as source.
+        if await self._node.apply(desired):
+            self._changed()
 
     async def delete(self, key: str) -> None:
         pass
@@ -214,6 +217,9 @@ def endpoint_reconciler(
     return Reconciler("endpoints", manager.by_number, EndpointReconcile(manager, kernel), resync_s=resync_s)
 
 
-def node_reconciler(node: NodeSetup, addresses: BookAddresses, resync_s: float) -> Reconciler[str, NodeNet]:
-    ops = NodeReconcile(node, addresses)
+def node_reconciler(
+    node: NodeSetup, addresses: BookAddresses, resync_s: float, changed: Callable[[], None]
+) -> Reconciler[str, NodeNet]:
+    """`changed` is called when something of the node had to be made."""
+    ops = NodeReconcile(node, addresses, changed)
     return Reconciler("node parts", ops.desired, ops, resync_s=resync_s)
