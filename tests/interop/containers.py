@@ -8,6 +8,7 @@ containerd, if any, are not touched.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -21,6 +22,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from services.ipam.cni.install import install
 BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "localhost/fibril-test:1"
 GREETING = "hello from a pod"
-WEB_SERVER = ("/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/www")
+SLEEP = (str(BUSYBOX), "sleep", "100000")
+WEB_SERVER = (str(BUSYBOX), "httpd", "-f", "-p", "80", "-h", "/www")
 WEB_PORT = 80
 # A container here may not raise its limits beyond the machine's (no CAP_SYS_RESOURCE): ask for little.
 ULIMITS = ("nofile=1024:1024", "nproc=1000:1000")
@@ -69,19 +72,22 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20.0) 
 
 
 def build_image(path: Path) -> None:
-    """Write an OCI archive of a one-layer image: busybox as /bin/busybox and /bin/sh, sleeping by default."""
+    """Write an OCI archive of a one-layer image: busybox where the host has it and as /bin/sh."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as tar:
-        for directory in ("bin", "tmp", "etc", "www"):
+        for directory in ("bin", "etc", "tmp", "usr", "usr/bin", "www"):
             entry = tarfile.TarInfo(directory)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
-        for name, content in (("bin/busybox", BUSYBOX.read_bytes()), ("www/index.html", GREETING.encode())):
+        for name, content in (
+            (str(BUSYBOX)[1:], BUSYBOX.read_bytes()),
+            ("www/index.html", GREETING.encode()),
+        ):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o755
             tar.addfile(entry, io.BytesIO(content))
         entry = tarfile.TarInfo("bin/sh")
-        entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
+        entry.type, entry.linkname = tarfile.SYMTYPE, str(BUSYBOX)
         tar.addfile(entry)
     plain = layer.getvalue()
     packed = gzip.compress(plain, 1, mtime=0)
@@ -96,7 +102,7 @@ def build_image(path: Path) -> None:
     config = {
         "architecture": architecture,
         "os": "linux",
-        "config": {"Cmd": ["/bin/busybox", "sleep", "100000"], "Env": ["PATH=/bin"]},
+        "config": {"Cmd": list(SLEEP), "Env": ["PATH=/bin"]},
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(plain).hexdigest()}"]},
     }
     manifest = {
@@ -210,18 +216,14 @@ def url(address: str, port: int = WEB_PORT) -> str:
     return f"http://[{address}]:{port}/" if ":" in address else f"http://{address}:{port}/"
 
 
+def fetching(address: str, port: int = WEB_PORT) -> list[str]:
+    """The command that fetches a page. (wget's own -T crashes in Debian 12's static busybox.)"""
+    return [str(BUSYBOX), "timeout", "10", str(BUSYBOX), "wget", "-qO-", url(address, port)]
+
+
 def fetch(netns: str, address: str, port: int = WEB_PORT) -> str:
     """What a web server says to a client in a namespace; the reason if it says nothing."""
-    command = [
-        "nsenter",
-        f"--net=/run/netns/{netns}",
-        str(BUSYBOX),
-        "wget",
-        "-qO-",
-        "-T",
-        "5",
-        url(address, port),
-    ]
+    command = ["nsenter", f"--net=/run/netns/{netns}", *fetching(address, port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     return done.stdout if done.returncode == 0 else f"failed: {done.stderr.strip()}"
 
@@ -233,13 +235,23 @@ def missing_tools(*names: str) -> str:
 
 
 def remove_cgroups(name: str) -> None:
-    """Remove the (empty) cgroup `name` and what is below it, in every hierarchy."""
+    """Remove the cgroup `name` and what is below it, in every hierarchy, once the processes in it are gone."""
+
+    def gone(directory: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                directory.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+        return not directory.exists()
+
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     for target in (Path(fields[1]) for fields in mounts if fields[2] in ("cgroup", "cgroup2")):
         below = sorted((target / name).rglob("*"), key=lambda path: len(path.parts), reverse=True)
         for directory in (*below, target / name):
             if directory.is_dir():
-                directory.rmdir()
+                wait_until(partial(gone, directory), f"the end of the processes of {directory}")
 
 
 class Podman:
@@ -290,7 +302,7 @@ class Podman:
 
     def fetch(self, name: str, address: str, port: int = WEB_PORT) -> str:
         """What a web server says to a container."""
-        return self("exec", name, "/bin/busybox", "wget", "-qO-", "-T", "5", url(address, port))
+        return self("exec", name, *fetching(address, port))
 
     def close(self) -> None:
         """Remove the containers and everything below the directory."""

@@ -14,10 +14,19 @@ from pathlib import Path
 import pytest
 
 from tests.interop import containers
-from tests.interop.containers import GREETING, NODE4, NODE6, WEB_SERVER, WORLD4, WORLD6, CniNode, Containerd
+from tests.interop.containers import (
+    GREETING,
+    NODE4,
+    NODE6,
+    SLEEP,
+    WEB_SERVER,
+    WORLD4,
+    WORLD6,
+    CniNode,
+    Containerd,
+)
 
 HOST_PORT = 18081
-SLEEP = ("/bin/busybox", "sleep", "100000")
 
 reason = containers.missing_tools(*Containerd.NEEDS)
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
@@ -33,8 +42,7 @@ class Pods:
 
     def fetch(self, address: str, port: int = containers.WEB_PORT) -> str:
         """What a web server says to `client`."""
-        url = containers.url(address, port)
-        return self.runtime.execute(self.client, "/bin/busybox", "wget", "-qO-", "-T", "5", url)[1]
+        return self.runtime.execute(self.client, *containers.fetching(address, port))[1]
 
 
 @pytest.fixture(scope="module")
