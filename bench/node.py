@@ -73,11 +73,8 @@ def up_to_healthy() -> float:
         return time.perf_counter() - start
 
 
-async def fill(fresh: Node, count: int) -> list[str]:
-    """Give `count` namespaces an endpoint each; returns the namespaces' names."""
-    names = [f"{fresh.name}p{number}" for number in range(count)]
-    for name in names:
-        subprocess.run(["ip", "netns", "add", name], check=True)
+async def fill(fresh: Node, names: list[str]) -> None:
+    """Give every namespace an endpoint."""
     socket = fresh.root / "run" / fresh.name / "ipam.sock"
     async with channel(f"unix:{socket}") as to_ipam:
         stub = endpoint_pb2_grpc.EndpointServiceStub(to_ipam)
@@ -86,17 +83,17 @@ async def fill(fresh: Node, count: int) -> list[str]:
                 container_id=name, netns=f"/run/netns/{name}", pod=f"bench/pod-{number}", labels={"app": "bench"}))
             if number % 100 == 99:
                 log(f"{number + 1} endpoints")
-    return names
 
 
 def pss_with_endpoints() -> float:
     """MB (PSS) of the largest service process with ENDPOINTS endpoints."""
-    names: list[str] = []
     with node() as fresh:
         fresh.fibril("up")
-        # One block of 256 would run out: the node claims more as it fills.
+        names = [f"{fresh.name}p{number}" for number in range(ENDPOINTS)]
         try:
-            names = asyncio.run(fill(fresh, ENDPOINTS))
+            for name in names:
+                subprocess.run(["ip", "netns", "add", name], check=True)
+            asyncio.run(fill(fresh, names))
             sizes = {name: size for name, size in fresh.pss_mb().items() if name != "etcd"}
             log(", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()))
             return max(sizes.values())

@@ -15,7 +15,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
 from google.protobuf.message import DecodeError
@@ -25,7 +25,7 @@ from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
 from services.ipam.pools.holdings import Holdings, choose_gateway
-from services.ipam.pools.model import REST_S, Address, Block, Network, blocks_from, to_address
+from services.ipam.pools.model import REST_S, Address, Block, Network, blocks_from
 from services.ipam.pools.store import PoolStore, decode_pool
 from services.ipam.pools.types import (
     DEFAULT_POOL,
@@ -155,7 +155,7 @@ class AddressBook:
                 if held is not None and held.address != allocation.address:
                     return await self._retry(fresh, owner, where.name, family, address, ttl)
             expires = now + ttl if ttl else 0.0
-            done = [replace(a, expires_unix_seconds=expires) for a in done]
+            done = [a._replace(expires_unix_seconds=expires) for a in done]
             changed = [a for a in done if self._holdings.at(a.address) != a]
             if changed:
                 self._holdings.commit(changed)
@@ -182,7 +182,7 @@ class AddressBook:
         if not held:
             raise errors.NotFound(f"owner {owner!r} holds no address", field="owner", fix="allocate again")
         expires = self._clock() + ttl if ttl else 0.0
-        changed = [replace(a, expires_unix_seconds=expires) for a in held]
+        changed = [a._replace(expires_unix_seconds=expires) for a in held]
         self._holdings.commit(changed)
         for allocation in changed:
             self.feed.publish("put", allocation)
@@ -214,10 +214,7 @@ class AddressBook:
 
     def blocks(self) -> list[BlockInfo]:
         """This node's blocks, in the order they were claimed."""
-        return [
-            BlockInfo(str(b.network), pool, self._node, str(to_address(b.network.version, b.gateway or 0)))
-            for pool, b in self._holdings.blocks()
-        ]
+        return [BlockInfo(b.cidr, pool, self._node, b.gateway_text) for pool, b in self._holdings.blocks()]
 
     async def all_blocks(self) -> list[BlockInfo]:
         """Blocks of all nodes. Unavailable."""

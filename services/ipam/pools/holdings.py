@@ -14,7 +14,7 @@ from ipaddress import ip_address, ip_network
 
 from fibril.ipam.v1 import ipam_pb2 as pb
 from services.common import errors
-from services.ipam.pools.model import Address, Block, Network, Range, gateway_of, ranges, to_address
+from services.ipam.pools.model import Address, Block, Network, Range, gateway_of, ranges, to_address, to_text
 from services.ipam.pools.store import from_proto, to_proto
 from services.ipam.pools.types import Allocation, Family, Pool, PoolMode
 
@@ -205,16 +205,13 @@ class Holdings:
         self, block: Block, number: int, pool: str, owner: str, expires: float, now: float
     ) -> Allocation:
         """Describe an address just taken from a block; `commit` records it."""
-        version = block.network.version
-        cloud = self.pools[pool].mode is PoolMode.CLOUD
-        gateway = "" if block.gateway is None else str(to_address(version, block.gateway))
         return Allocation(
-            str(to_address(version, number)),
-            Family.of(version),
+            to_text(block.version, number),
+            Family.IPV4 if block.version == 4 else Family.IPV6,
             pool,
             owner,
-            gateway,
-            "" if cloud else str(block.network),
+            block.gateway_text,
+            "" if block.gateway is None else block.cidr,  # a cloud address is a block of one
             expires,
             now,
         )

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from ipaddress import AddressValueError, NetmaskValueError, ip_address, ip_network
+from typing import NamedTuple
 
 from services.common import errors
 from services.ipam.pools.model import Address, Network, block_count
@@ -82,8 +83,7 @@ class BlockInfo:
     gateway: str
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
+class Allocation(NamedTuple):
     """One address held by one owner; texts, as in fibril.ipam.v1.Allocation. expires is 0 for never."""
 
     address: str

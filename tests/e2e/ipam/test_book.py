@@ -78,7 +78,7 @@ async def node(name: str, tmp: Path, etcd: EmbeddedEtcd, first: Pool | None) -> 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of any kind
             await asyncio.sleep(0.01)
 
 
