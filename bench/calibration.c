@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The yardstick of the data-path benchmarks: parse Ethernet, IPv4 and TCP, then one hit in an LRU hash of 65,536 entries keyed
- * by the five-tuple. A program's ns a packet divided by this one's of the same run holds when the machine's speed drifts.
- * fib_nothing is the cost of the harness alone. A test run gives each repetition the packet as the one before left it;
- * fib_reset makes it anew for programs that rewrite theirs. None is part of the product. */
+/* The yardstick of the data-path benchmarks: parse Ethernet, IPv4 and TCP, then one hit in an LRU hash of
+ * 65,536 entries keyed by the five-tuple. A program's ns a packet divided by this one's of the same run
+ * holds when the machine's speed drifts. fib_nothing is the cost of the harness alone. A test run gives
+ * each repetition the packet as the one before left it; fib_reset makes it anew for programs that rewrite
+ * theirs. None is part of the product. */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/ip.h>
@@ -46,8 +47,8 @@ int fib_nothing(struct __sk_buff *skb)
 	return TC_ACT_OK;
 }
 
-/* The pod's MAC and the gateway's zero one, and a hop count of 64. Leaves the IPv4 header checksum wrong: nothing here
- * looks at it. */
+/* The pod's MAC and the gateway's zero one, and a hop count of 64. Leaves the IPv4 header checksum wrong:
+ * nothing here looks at it. */
 int fib_reset(struct __sk_buff *skb)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;

@@ -16,7 +16,8 @@ _Static_assert(sizeof(struct fib_addr) == 16, "ABI");
 
 static __always_inline void fib_addr_set_v4(struct fib_addr *addr, __be32 v4)
 {
-	/* In whole words, on a little-endian machine: a reader of q[1] would wait for two halves to reach the cache. */
+	/* In whole words, on a little-endian machine: a reader of q[1] would wait for two halves to reach
+	 * the cache. */
 	addr->q[0] = 0;
 	addr->q[1] = (__u64)v4 << 32 | bpf_htonl(0xffff);
 }
@@ -26,6 +27,11 @@ static __always_inline void fib_addr_set_v6(struct fib_addr *addr, const void *f
 {
 	addr->q[0] = ((const __u64 *)from)[0];
 	addr->q[1] = ((const __u64 *)from)[1];
+}
+
+static __always_inline bool fib_addr_is_v4(const struct fib_addr *addr)
+{
+	return !addr->q[0] && addr->w[2] == bpf_htonl(0xffff);
 }
 
 static __always_inline bool fib_addr_same(const struct fib_addr *a, const struct fib_addr *b)

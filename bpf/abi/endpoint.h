@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Map family `endpoint`, version 1: the pod interfaces of this node.
  *
- * ep_iface and ep_addr hold the truth. A lookup in a hash is a third of what a packet costs, so ep_near stands in front of
- * both: an array whose slots are given by the low bits of interface index or address, which on a node are nearly
- * consecutive. An element names its own keys, so whoever finds another pod's there asks the hash; a slot is never
- * changed from one pod to another without being zero in between. User space writes all three through
- * services/common/pipeline/endpoints.py, programs read through the two functions below.
+ * ep_iface and ep_addr hold the truth. A lookup in a hash costs a packet about 15 ns, in an array 2: so ep_near
+ * stands in front of both: an array whose slots are given by the low bits of interface index or address,
+ * which on a node are nearly consecutive. An element names its own keys, so whoever finds another pod's
+ * there asks the hash; a slot is never changed from one pod to another without being zero in between. User
+ * space writes all three through services/common/pipeline/endpoints.py, programs read through the two
+ * functions below.
  */
 #pragma once
 

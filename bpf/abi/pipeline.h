@@ -6,9 +6,9 @@
  *   from_pod: [LB] -> [POLICY_EGRESS] -> FORWARD -> [POLICY_INGRESS] -> DELIVER
  *   to_pod:   [POLICY_INGRESS]
  *
- * A slot program ends with one of slot.h's or verdict.h's functions. An empty slot in brackets is skipped. Changing
- * pkt_ctx or what a slot may rely on means a new version of the family, so that programs of two versions never
- * call each other.
+ * A slot program ends with one of slot.h's or verdict.h's functions. An empty slot in brackets is skipped.
+ * Changing pkt_ctx or what a slot may rely on means a new version of the family, so that programs of two
+ * versions never call each other.
  */
 #pragma once
 
@@ -40,8 +40,8 @@ enum direction {
 #define PKT_TRANSLATED 0x4 /* orig_dst and orig_dport hold what the packet was sent to */
 #define PKT_VLAN 0x8       /* tagged; no slot ever sees such a packet */
 
-/* What is known of the packet being handled. Holds for one packet on one CPU from entry to verdict: bottom halves are
- * off in tc, so nothing comes between. Whoever rewrites the packet keeps this in step. */
+/* What is known of the packet being handled. Holds for one packet on one CPU from entry to verdict: bottom
+ * halves are off in tc, so nothing comes between. Whoever rewrites the packet keeps this in step. */
 struct pkt_ctx {
 	struct fib_addr src;
 	struct fib_addr dst;
@@ -85,7 +85,8 @@ struct pl_counter {
 	__u64 bytes; /* Ethernet header included */
 };
 
-/* Programs by slot. tc programs only; XDP gets its own array. */
+/* Programs by slot. tc programs only; XDP gets its own array. Since Linux 6.12 all programs of an array
+ * must be loaded with one expected attach type: ours have none, which serves ingress and egress. */
 FIB_MAP("prog", __u32, __u32, pl_slots, SLOT_COUNT, 0);
 /* The packet being handled on this CPU. */
 FIB_MAP("percpu_array", __u32, struct pkt_ctx, pl_ctx, 1, 0);

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* The node as a router between its pods: slots FORWARD and DELIVER.
  *
- * Both are inline functions. A slot program of another service reaches them by tail call, as fib_forward and fib_deliver;
- * from_pod, when the slots before them are empty, just runs on into them. So a packet that no other service handles takes no
- * tail call at all (each would cost 4 to 5 ns), and filling a slot is still one atomic map update.
+ * Both are inline functions. A slot program of another service reaches them by tail call, as fib_forward
+ * and fib_deliver; from_pod, when the slots before them are empty, just runs on into them. So a packet that
+ * no other service handles takes no tail call at all (each would cost 4 to 5 ns), and filling a slot is
+ * still one atomic map update.
  *
- * FORWARD decides by the destination address. A pod of this node: rewrite the frame and go on. Anything else, and
- * everything that needs an ICMP error or a fragment, goes to the host's stack, which is good at those; packets from there
- * to a pod pass to_pod, so nothing gets around policy.
+ * FORWARD decides by the destination address. A pod of this node: rewrite the frame and go on. Anything
+ * else, and everything that needs an ICMP error or a fragment, goes to the host's stack, which is good at
+ * those; packets from there to a pod pass to_pod, so nothing gets around policy.
  */
 #pragma once
 
@@ -64,7 +65,8 @@ static __always_inline int forward_to_stack(struct __sk_buff *skb, struct pkt_ct
 }
 
 /* One hop less and the pod's addresses on the frame. False: the hop count is used up, nothing is changed. */
-static __always_inline bool forward_rewrite(struct __sk_buff *skb, const struct pkt_ctx *pkt, const struct endpoint *pod)
+static __always_inline bool forward_rewrite(struct __sk_buff *skb, const struct pkt_ctx *pkt,
+					    const struct endpoint *pod)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	const __u16 *pod_mac = (const void *)pod->pod_mac, *host_mac = (const void *)pod->host_mac;
@@ -116,7 +118,8 @@ static __always_inline int forward(struct __sk_buff *skb, struct pkt_ctx *pkt)
 	pkt->dst_ifindex = pod->ifindex;
 	if (pkt->src_flags & EP_SHAPED_OUT || forward_too_big(skb, pkt, pod->mtu) || !forward_rewrite(skb, pkt, pod))
 		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
-	/* A shaped pod is reached through its host side's egress: to_pod runs there, and with it the policy, once. */
+	/* A shaped pod is reached through its host side's egress: to_pod runs there, and with it the
+	 * policy, once. */
 	if (!(pkt->dst_flags & EP_SHAPED_IN))
 		pl_slots.call(skb, SLOT_POLICY_INGRESS);
 	return deliver(skb, pkt);

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Slot NEIGHBOUR: answers a pod that asks for a MAC, though it need not ask.
  *
- * A pod has permanent neighbour entries for its gateway. Should something in it flush them or ask on purpose (arping), the
- * node answers for every address but the pod's own: each of the pod's neighbours is the gateway. The question itself is
- * turned into the answer and sent back, so nobody else hears either. Duplicate address detection gets no answer.
+ * A pod has permanent neighbour entries for its gateway. Should something in it flush them or ask on
+ * purpose (arping), the node answers for every address but the pod's own: each of the pod's neighbours is
+ * the gateway. The question itself is turned into the answer and sent back, so nobody else hears either.
+ * Duplicate address detection gets no answer.
  */
 #pragma once
 

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* One parser for both IP versions: fills the packet context in a single pass.
  *
- * A cursor moves over what is linear of the packet; each parse_* step does its own bounds check and returns a drop
- * reason, or REASON_NONE with the cursor behind what it has read. Only Ethernet and the fixed IP header are read through
- * the cursor; what lies behind, where it is not linear, is fetched by a helper, so a packet is almost never copied.
+ * A cursor moves over what is linear of the packet; each parse_* step does its own bounds check and returns
+ * a drop reason, or REASON_NONE with the cursor behind what it has read. Only Ethernet and the fixed IP
+ * header are read through the cursor; what lies behind, where it is not linear, is fetched by a helper, so
+ * a packet is almost never copied.
  */
 #pragma once
 
@@ -16,8 +17,8 @@
 #include "abi/pipeline.h"
 #include "lib/likely.h"
 
-/* What must be linear to begin with: Ethernet and either IPv6 or IPv4 with TCP. The stack sends headers linear; a packet
- * shorter in its linear part but not in all comes from a packet socket. */
+/* What must be linear to begin with: Ethernet and either IPv6 or IPv4 with TCP. The stack sends headers
+ * linear; a packet shorter in its linear part but not in all comes from a packet socket. */
 #define PARSE_LINEAR 54
 #define PARSE_VLAN_TAGS 2
 #define PARSE_EXT_HEADERS 6
@@ -30,7 +31,8 @@ struct cursor {
 	void *end;
 };
 
-/* A cursor at the frame's start, with PARSE_LINEAR bytes linear if the packet has that many. Invalidates packet pointers. */
+/* A cursor at the frame's start, with PARSE_LINEAR bytes linear if the packet has that many. Invalidates
+ * packet pointers. */
 static __always_inline struct cursor parse_begin(struct __sk_buff *skb)
 {
 	struct cursor at = { .pos = (void *)(long)skb->data, .end = (void *)(long)skb->data_end };
@@ -92,8 +94,8 @@ static __always_inline __u32 parse_tcp(const struct tcp_start *tcp, struct pkt_c
 	return pkt->l4_len < sizeof(struct tcphdr) ? REASON_MALFORMED : REASON_NONE;
 }
 
-/* Ports, or ICMP type and code. Other protocols have neither. `offset` of the header is also where the cursor stands, unless
- * it has lost its way (null). */
+/* Ports, or ICMP type and code. Other protocols have neither. `offset` of the header is also where the
+ * cursor stands, unless it has lost its way (null). */
 static __always_inline __u32 parse_l4(struct cursor *at, struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 offset)
 {
 	__u32 failure;
@@ -168,7 +170,8 @@ static __always_inline __u32 parse_ext_headers(struct __sk_buff *skb, struct pkt
 		if (type == IPPROTO_FRAGMENT) {
 			*offset += 8;
 			if (header[2] || header[3] & 0xf8) {
-				/* What follows is the middle of a packet: its protocol is that of the whole. */
+				/* What follows is the middle of a packet: its protocol is that of the
+				 * whole. */
 				pkt->flags |= PKT_FRAG_LATER;
 				return REASON_NONE;
 			}
@@ -183,7 +186,7 @@ static __always_inline __u32 parse_ext_headers(struct __sk_buff *skb, struct pkt
 	return REASON_EXT_HEADERS;
 }
 
-static __always_inline bool parse_is_ext_header(__u8 type)
+static __always_inline bool parse_may_be_ext_header(__u8 type)
 {
 	return type != IPPROTO_TCP && type != IPPROTO_UDP && type != IPPROTO_ICMPV6;
 }
@@ -201,11 +204,11 @@ static __always_inline __u32 parse_ipv6(struct cursor *at, struct __sk_buff *skb
 	fib_addr_set_v6(&pkt->src, &ip->saddr);
 	fib_addr_set_v6(&pkt->dst, &ip->daddr);
 	/* ::ffff:a.b.c.d would be taken for the IPv4 address in every map. */
-	if ((!pkt->src.q[0] && pkt->src.w[2] == bpf_htonl(0xffff)) || (!pkt->dst.q[0] && pkt->dst.w[2] == bpf_htonl(0xffff)))
+	if (fib_addr_is_v4(&pkt->src) || fib_addr_is_v4(&pkt->dst))
 		return REASON_MARTIAN;
 	pkt->proto = ip->nexthdr;
 	at->pos = ip + 1;
-	if (parse_is_ext_header(ip->nexthdr)) {
+	if (parse_may_be_ext_header(ip->nexthdr)) {
 		__u32 failure = parse_ext_headers(skb, pkt, &offset);
 
 		if (failure)

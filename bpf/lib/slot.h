@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* How a program hands the packet to the next slot. Indices are constants, so the kernel turns each tail call into a direct
- * jump which it patches when the slot is filled or emptied: an empty slot costs about a nanosecond. */
+/* How a program hands the packet to the next slot. Indices are constants, so the kernel turns each tail
+ * call into a direct jump which it patches when the slot is filled or emptied: an empty slot costs about a
+ * nanosecond. */
 #pragma once
 
 #include "abi/pipeline.h"
@@ -14,7 +15,8 @@ static __always_inline struct pkt_ctx *slot_packet(void)
 	return pl_ctx.lookup(&zero);
 }
 
-/* From FORWARD (or a policy's redirect to a local pod) on: pkt->dst_* are set and the frame is ready for the pod. */
+/* From FORWARD (or a policy's redirect to a local pod) on: pkt->dst_* are set and the frame is ready for
+ * the pod. */
 static __always_inline int slot_deliver(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
 	pl_slots.call(skb, SLOT_DELIVER);

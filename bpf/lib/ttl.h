@@ -6,8 +6,9 @@
 #include <uapi/linux/ip.h>
 #include <uapi/linux/ipv6.h>
 
-/* Takes one off and mends the header checksum (RFC 1624). The header's sum, checksum included, stays what it was, so this
- * also holds for packets whose checksum the hardware has summed up. The caller has checked that ttl is above one. */
+/* Takes one off and mends the header checksum (RFC 1624). The header's sum, checksum included, stays what
+ * it was, so this also holds for packets whose checksum the hardware has summed up. The caller has checked
+ * that ttl is above one. */
 static __always_inline void ttl_decrement_v4(struct iphdr *ip)
 {
 	__u32 check = ip->check;

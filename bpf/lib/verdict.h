@@ -71,8 +71,8 @@ static __always_inline int verdict_drop(struct __sk_buff *skb, struct pkt_ctx *p
 	return TC_ACT_SHOT;
 }
 
-/* Lets the packet go on as `action` says: TC_ACT_UNSPEC (to what comes next on this hook, at last the stack or the pod)
- * or TC_ACT_REDIRECT. */
+/* Lets the packet go on as `action` says: TC_ACT_UNSPEC (to what comes next on this hook, at last the stack
+ * or the pod) or TC_ACT_REDIRECT. */
 static __always_inline int verdict_pass(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 verdict, int action)
 {
 	__u32 zero = 0;
