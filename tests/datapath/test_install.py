@@ -54,6 +54,9 @@ async def test_uninstalling_leaves_nothing_but_what_others_use(fresh: Instance) 
     assert set(progs.slots(array)) == {abi.Slot.LB}
     assert not any(install.program_path(fresh, name).exists() for name in install.PROGRAMS)
     progs.clear_slot(array, abi.Slot.LB)
+    await install.install(fresh)
+    with progs.opened(install.program_path(fresh, install.TO_POD)) as leftover:
+        bpf.pin(leftover, str(install.program_path(fresh, install.TO_POD)) + "~")
     for _ in range(2):
         await install.uninstall(fresh)
         assert not fresh.pin_dir.exists()

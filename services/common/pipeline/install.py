@@ -69,7 +69,8 @@ def _uninstall(instance: Instance) -> None:
         for slot in SLOTS:
             progs.clear_slot(array, int(slot))
         others = bool(progs.slots(array))
-    paths = [program_path(instance, name) for name in PROGRAMS]
+    # "~": what a loader that was killed half-way leaves behind.
+    paths = [program_path(instance, name + end) for name in PROGRAMS for end in ("", "~")]
     if not others:
         paths += [map_path(instance, name) for name in abi.MAPS]
     for path in paths:
