@@ -71,7 +71,9 @@ def supervisor_state(instance: Instance) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads(state_file(instance).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return state if procs.name_of(state["pid"], instance.run_dir) == "supervisor" else None
+    now = procs.stat(state["pid"])
+    alive = now is not None and now.start_ticks == state["start_ticks"] and now.state not in "ZX"
+    return state if alive else None
 
 
 def ask(instance: Instance, services: Sequence[str], wait: float = 2.0) -> NodeHealth:
@@ -81,7 +83,7 @@ def ask(instance: Instance, services: Sequence[str], wait: float = 2.0) -> NodeH
     node.parts += _processes(instance, state)
     node.running = any(p.health == OK for p in node.parts)
     if state is not None:
-        services = [s for s in state["services"]]
+        services = list(state["services"])
     answers = asyncio.run(_ask_all(instance, services, wait))
     node.ready = all(ready for ready, _ in answers)
     for _, parts in answers:
@@ -90,11 +92,11 @@ def ask(instance: Instance, services: Sequence[str], wait: float = 2.0) -> NodeH
 
 
 def _processes(instance: Instance, state: dict[str, Any] | None) -> list[Part]:
-    alive: dict[str, int] = {}
-    for process in procs.find(instance.run_dir):
-        alive.setdefault(process.name, process.pid)
-        process.close()
     if state is None:
+        alive: dict[str, int] = {}
+        for process in procs.find(instance.run_dir):
+            alive.setdefault(process.name, process.pid)
+            process.close()
         parts = [
             Part(
                 "process",

@@ -1,6 +1,6 @@
 """Namespace pods: a network namespace and a cgroup that live without any container runtime.
 
-Pod `a` of instance `node` is the namespace /run/netns/fib-node-a and the cgroup `fibril/node/pods/a`; its
+Pod `a` of instance `node` is the namespace /run/netns/fib-node_a and the cgroup `fibril/node/pods/a`; its
 endpoint has the container id `pod.a`. Everything is found by these names, so nothing has to be
 remembered.
 """

@@ -220,7 +220,14 @@ class Supervisor:
     ) -> None:
         self.run_dir = instance.run_dir
         self._changed = asyncio.Event()
-        self._told = {"pid": os.getpid(), "services": list(services), "options": dict(options)}
+        me = os.getpid()
+        now = procs.stat(me)
+        self._told = {
+            "pid": me,
+            "start_ticks": now.start_ticks if now else 0,
+            "services": list(services),
+            "options": dict(options),
+        }
         self._children = [Child(spec, self.run_dir, self._changed) for spec in specs]
         self._state_file = state_file(instance)
         self._ended = False

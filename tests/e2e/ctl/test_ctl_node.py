@@ -8,7 +8,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +129,6 @@ def test_up_with_other_options_changes_how_it_runs(node: Node) -> None:
     assert after["supervisor"] != before["supervisor"]
     assert "ipam" not in after
     node.fibril("check")
-
-
-def test_up_takes_at_most_three_seconds(node: Node) -> None:
-    began = time.monotonic()
-    node.fibril("up")
-    took = time.monotonic() - began
-    # Half as much again for a machine that runs other tests meanwhile; `make bench-ipam` measures.
-    assert took < 4.5
 
 
 def test_exec_runs_in_the_pod_with_terminal_and_exit_code(node: Node) -> None:
