@@ -3,15 +3,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 BIN := $(VENV)/bin
-# Any CPython from 3.11 on will do, Debian's or another build: bcc is pure Python and is linked in by `make install`.
+# Any whole CPython from 3.11 on will do, Debian's or another build: bcc is pure Python and linked in by `make install`.
 PYTHON ?= $(shell for p in python3 /usr/bin/python3; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+	$$p -c 'import ensurepip, sqlite3, ssl, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
 INSTANCE ?= node
 PYTEST = $(BIN)/python -m pytest -q
 
 # What the node itself needs, and what its tests and benchmarks need besides.
-APT_NODE := etcd-server iproute2 libbpf1 linux-libc-dev nftables python3 python3-bpfcc python3-venv
-APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping \
+APT_NODE := etcd-server iproute2 libbpf1 libnftables1 linux-libc-dev python3 python3-bpfcc python3-venv
+APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping nftables \
 	libc6-dev podman runc tcpdump
 
 .PHONY: help
@@ -31,7 +31,7 @@ build/.apt-%: Makefile
 
 $(VENV)/.stamp: requirements.lock pyproject.toml build/.apt-node
 	@echo "creating $(VENV) with $(PYTHON)" >&2
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); /usr/bin/python3 -m venv $(VENV); }
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@ln -sfn /usr/lib/python3/dist-packages/bcc "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/bcc"
