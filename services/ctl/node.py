@@ -104,7 +104,7 @@ def _plain(options: Options) -> dict[str, object]:
 def _spawn_supervisor(instance: Instance, options: Options) -> subprocess.Popen[bytes]:
     """Start it in a session of its own, so that it outlives this command and its terminal."""
     log = instance.run_dir / "log" / "supervisor.log"
-    log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    supervisor.make_run_dir(instance)
     supervisor.trim(log)
     env = procs.environment(instance.run_dir, "supervisor")
     with log.open("ab") as output:

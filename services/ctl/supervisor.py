@@ -308,6 +308,13 @@ def state_file(instance: Instance) -> Path:
     return instance.run_dir / "supervisor.json"
 
 
+def make_run_dir(instance: Instance) -> None:
+    """The run directory with its logs, closed to everybody but root and the group a service gives it to."""
+    instance.run_root.mkdir(mode=0o755, parents=True, exist_ok=True)
+    for path in (instance.run_dir, instance.run_dir / "log"):
+        path.mkdir(mode=0o750, exist_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that a reader sees the old text or the new, never half of it."""
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -334,7 +341,7 @@ def lock(instance: Instance) -> int | None:
     """The lock that makes a supervisor the only one of its instance; None when another holds it.
 
     The kernel drops it with the process that holds the descriptor; children do not inherit it."""
-    instance.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    make_run_dir(instance)
     fd = os.open(instance.run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

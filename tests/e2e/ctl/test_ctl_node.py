@@ -24,6 +24,7 @@ def test_up_status_pods_check(node: Node) -> None:
     told = node.json("status")
     assert told["health"] == "HEALTH_OK"
     assert {p["source"] for p in told["parts"]} >= {"process", "ipam"}
+    assert node.instance.run_dir.stat().st_mode & 0o777 == 0o750
     one = node.json("pod", "add", "one")
     two = node.json("pod", "add", "two")
     assert one["ipv4"] and one["ipv6"] and one["state"] == "ENDPOINT_STATE_READY"
