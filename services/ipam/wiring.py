@@ -123,7 +123,7 @@ class IpamService:
         self._db.close()
 
     def status(self) -> Sequence[ComponentStatus]:
-        problem = self._book.problem
+        problem = self._etcd.error or self._book.problem
         records = self._manager.list()
         parts = [
             ComponentStatus(

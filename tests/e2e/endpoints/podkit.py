@@ -127,6 +127,7 @@ class Node:
         settings: dict[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
         world: bool = True,
+        run: bool = True,
         wait: bool = True,
     ) -> None:
         self.name = f"e{secrets.token_hex(3)}"
@@ -149,12 +150,17 @@ class Node:
         try:
             if world:
                 self._make_world()
-            self.instance.run_dir.mkdir(parents=True)
-            self.start_etcd()
-            self.start(wait)
+            if run:
+                self.begin(wait)
         except BaseException:
             self.close()
             raise
+
+    def begin(self, wait: bool = True) -> None:
+        """Start etcd and the service."""
+        self.instance.run_dir.mkdir(parents=True)
+        self.start_etcd()
+        self.start(wait)
 
     def _make_world(self) -> None:
         self.world = Space(f"{self.name}w")
@@ -174,6 +180,7 @@ class Node:
             self.world.name,
         )
         for space, device, own in ((self.space, "uplink", NODE), (self.world, "node0", LINK)):
+            ip("-n", space.name, "link", "set", device, "addrgenmode", "none")
             ip("-n", space.name, "addr", "add", f"{own[4]}/24", "dev", device)
             ip("-n", space.name, "addr", "add", f"{own[6]}/64", "dev", device, "nodad")
             ip("-n", space.name, "link", "set", device, "up")
@@ -263,30 +270,30 @@ class Node:
             self._process.wait()
         self.channel.close()
         self.kill_etcd()
+        done = self._run_teardown()
+        for space in reversed(self._spaces):
+            space.delete()
+        shutil.rmtree(self.root, ignore_errors=True)
+        assert done.returncode == 0, done.stderr
+
+    def teardown(self) -> None:
+        """What `fibril down` removes outside processes and files."""
+        done = self._run_teardown()
+        assert done.returncode == 0, done.stderr
+
+    def _run_teardown(self) -> subprocess.CompletedProcess[str]:
         script = (
             "import asyncio, sys\nfrom pathlib import Path\nfrom services.common.instance import Instance\n"
             "from services.ipam.endpoints import teardown\n"
             "asyncio.run(teardown.remove(Instance(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))"
         )
-        done = subprocess.run(
-            [
-                "nsenter",
-                f"--net={self.space.path}",
-                sys.executable,
-                "-c",
-                script,
-                self.name,
-                str(self.instance.run_root),
-                str(self.instance.state_root),
-            ],
+        roots = (str(self.instance.run_root), str(self.instance.state_root))
+        return subprocess.run(
+            ["nsenter", f"--net={self.space.path}", sys.executable, "-c", script, self.name, *roots],
             cwd=ROOT,
             capture_output=True,
             text=True,
         )
-        for space in reversed(self._spaces):
-            space.delete()
-        shutil.rmtree(self.root, ignore_errors=True)
-        assert done.returncode == 0, done.stderr
 
     # ---- pods -------------------------------------------------------------------------------------------
     def namespace(self) -> Space:

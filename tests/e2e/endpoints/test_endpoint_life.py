@@ -271,7 +271,7 @@ def test_lists_are_paged(node: Node) -> None:
         pages.append([endpoint.id for endpoint in answer.endpoints])
         token = answer.next_token
     assert [len(page) for page in pages] == [2, 2, 1]
-    assert sorted(sum(pages, [])) == sorted(pod.endpoint.id for pod in made)
+    assert sorted(number for page in pages for number in page) == sorted(pod.endpoint.id for pod in made)
     node.remove(*made)
 
 
