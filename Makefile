@@ -10,8 +10,8 @@ INSTANCE ?= node
 PYTEST = $(BIN)/python -m pytest -q
 
 # What the node itself needs, and what its tests and benchmarks need besides.
-APT_NODE := etcd-server iproute2 libbpf1 libnftables1 linux-libc-dev python3 python3-bpfcc python3-venv
-APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping nftables \
+APT_NODE := etcd-server iproute2 libbpf1 linux-libc-dev nftables python3 python3-bpfcc python3-venv
+APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping \
 	libc6-dev podman runc tcpdump
 
 .PHONY: help
