@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from services.common import errors
 from services.common.kernel.events import Event, Events
@@ -28,6 +28,12 @@ CHUNK: Final = 16
 """Endpoints whose programs are looked at in one visit of the netlink thread (some 0.3 ms each)."""
 _SETTLE_S: Final = 0.02
 _SETTLED: Final = frozenset({State.READY, State.DEGRADED})
+
+
+class ByIfindex(Protocol):
+    """Where an endpoint is found by the index of its host side."""
+
+    def by_ifindex(self, ifindex: int) -> EndpointRecord | None: ...
 
 
 class EndpointReconcile:
@@ -137,10 +143,10 @@ class KernelEvents:
                 self._wake(number)
 
 
-def concerned(event: Event, manager: EndpointManager) -> int:
+def concerned(event: Event, records: ByIfindex) -> int:
     """The endpoint an event makes look different from its record, 0 if none. Our own changes do not."""
     if event.link is not None:
-        record = manager.by_ifindex(event.link.ifindex)
+        record = records.by_ifindex(event.link.ifindex)
         if record is None or record.state not in _SETTLED:
             return 0
         if event.kind == "link-gone":
@@ -154,7 +160,7 @@ def concerned(event: Event, manager: EndpointManager) -> int:
         )
         return 0 if fits else record.id
     if event.qdisc is not None and observe.shaping_flag(event.qdisc):
-        record = manager.by_ifindex(event.qdisc.ifindex)
+        record = records.by_ifindex(event.qdisc.ifindex)
         return record.id if record is not None and record.state in _SETTLED else 0
     return 0
 
