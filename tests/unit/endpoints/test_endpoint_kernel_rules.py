@@ -32,8 +32,8 @@ LINK = Link(
 )  # fmt: skip
 
 
-def seen(flags: int = 0, **changes: object) -> Observed:
-    value = bytes(epmaps.value_of(RECORD, 5, flags))
+def seen(**changes: object) -> Observed:
+    value = bytes(epmaps.value_of(RECORD, 5, 0))
     view = MapView(
         {5: value}, {bytes(abi.FibAddr.of(a)): value for a in (RECORD.ipv4, RECORD.ipv6)}, {7: 1}, {9: 1})  # fmt: skip
     whole = Observed(
@@ -125,8 +125,8 @@ def test_the_rules_spare_pods_and_gateways() -> None:
         frozenset({ipaddress.IPv4Network("10.0.0.0/16")}),
     )
     rules = node.ruleset(INSTANCE, net, True)
-    assert "set pods4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/24 } }" in rules
+    assert "set pods4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/24 }; }" in rules
     # Overlapping elements would be refused: the block lies in the cluster's network.
-    assert "set peers4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/16 } }" in rules
+    assert "set peers4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/16 }; }" in rules
     assert "set gates6 { type ipv6_addr; }" in rules
     assert "masquerade" not in node.ruleset(INSTANCE, net, False)
