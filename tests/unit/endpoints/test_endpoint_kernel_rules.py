@@ -129,4 +129,4 @@ def test_the_rules_spare_pods_and_gateways() -> None:
     # Overlapping elements would be refused: the block lies in the cluster's network.
     assert "set peers4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/16 }; }" in rules
     assert "set gates6 { type ipv6_addr; }" in rules
-    assert "masquerade" not in node.ruleset(INSTANCE, net, False)
+    assert "to_world" in rules and "to_world" not in node.ruleset(INSTANCE, net, False)
