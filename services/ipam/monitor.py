@@ -30,7 +30,9 @@ _FLOOD_PAUSE_S = 0.02
 """Pause after a full batch: bounds the share of the event loop that a flood takes."""
 
 
-class _Watcher:
+class Watcher:
+    """One reader: what it asked for, and a bounded queue of what has come."""
+
     def __init__(self, forwarded: bool, endpoint_id: int, size: int) -> None:
         self.forwarded = forwarded
         self._endpoint_id = endpoint_id
@@ -71,7 +73,7 @@ class Monitor:
         self._instance = instance
         self._cfg = cfg
         self._pod_name = pod_name
-        self._watchers: list[_Watcher] = []
+        self._watchers: list[Watcher] = []
         self._reader: asyncio.Task[None] | None = None
         self._offset_ns = 0
 
@@ -86,7 +88,7 @@ class Monitor:
 
     async def watch(self, forwarded: bool, endpoint_id: int) -> AsyncGenerator[pb.WatchEventsResponse, None]:
         """Endless. FailedPrecondition if there is no pipeline or the ring buffer cannot be read."""
-        watcher = _Watcher(forwarded, endpoint_id, self._cfg.queue)
+        watcher = Watcher(forwarded, endpoint_id, self._cfg.queue)
         self._watchers.append(watcher)
         try:
             await self._adjust()

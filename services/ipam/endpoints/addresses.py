@@ -66,6 +66,12 @@ class BookAddresses:
         blocks = self._book.blocks()
         gateways: set[IPAddress] = {ipaddress.ip_address(block.gateway) for block in blocks}
         gateways |= {ipaddress.ip_address(text) for text in self._in_use() if text}
+        gateways |= {
+            ipaddress.ip_address(CLOUD_GATEWAY[family])
+            for pool in self._book.pools()
+            if pool.mode is PoolMode.CLOUD
+            for family in pool.families()
+        }
         cluster: set[IPNetwork] = {
             cidr for pool in self._book.pools() for cidr in pool.cidrs if pool.mode is PoolMode.CLUSTER
         }

@@ -15,11 +15,12 @@ import grpc
 import pytest
 
 from fibril.endpoint.v1 import endpoint_pb2 as ep
+from fibril.ipam.v1 import ipam_pb2
 from fibril.types.v1 import types_pb2
 from services.common.kernel import cgroup
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi
-from tests.e2e.endpoints.podkit import Node, Pod, Space, ip, ip_json, wait_until
+from tests.e2e.endpoints.podkit import NODE, Node, Pod, Space, ip, ip_json, wait_until
 
 NOTHING = dict.fromkeys(
     (
@@ -273,6 +274,23 @@ def test_lists_are_paged(node: Node) -> None:
     assert [len(page) for page in pages] == [2, 2, 1]
     assert sorted(number for page in pages for number in page) == sorted(pod.endpoint.id for pod in made)
     node.remove(*made)
+
+
+def test_addresses_of_a_provider_work_without_a_block(node: Node) -> None:
+    pool = ipam_pb2.Pool(name="cloud", mode=ipam_pb2.POOL_MODE_CLOUD, cidrs=["10.99.0.0/24", "fd99::/64"])
+    node.ipam.PutPool(ipam_pb2.PutPoolRequest(pool=pool), timeout=5)
+    given = ["10.99.0.7", "fd99::7", "10.99.0.8", "fd99::8"]
+    added = node.ipam.AddAddresses(ipam_pb2.AddAddressesRequest(pool="cloud", addresses=given), timeout=5)
+    assert [result.code for result in added.results] == [0] * 4
+    one, two, other = node.pod(pool="cloud"), node.pod(pool="cloud"), node.pod()
+    assert sorted(a for pod in (one, two) for a in (pod.endpoint.ipv4, pod.endpoint.ipv6)) == sorted(given)
+    for version in (4, 6):
+        for target in (two.address(version), other.address(version), NODE[version]):
+            assert "1 received" in one.space.command("ping", "-c1", "-W2", target)
+    with pytest.raises(grpc.RpcError) as refused:
+        node.create(node.namespace(), pool="cloud")
+    assert code(refused)[0] == "RESOURCE_EXHAUSTED"
+    node.remove(one, two, other)
 
 
 # ---- repair: somebody breaks it by hand -------------------------------------------------------------------
