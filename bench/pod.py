@@ -18,8 +18,10 @@ from bench.common import Bench, cpus, interleave, log, median, quick
 from bench.node import node
 from lab.cniruntime import CniRuntime
 
-ROUNDS = quick(5, 15)
-MILLISECONDS = quick(200, 600)
+# Many short turns: the machine's speed drifts, and what drifts slower than a round cancels out.
+ROUNDS = quick(15, 45)
+MILLISECONDS = quick(60, 150)
+WARMUP_MILLISECONDS = 20
 UNITS = {"rr": ("transactions/s", 1.0), "crr": ("connections/s", 1.0), "stream": ("Gbit/s", 1e9)}
 # Which figures are promised against which peer.
 REPORTED = {"bridge": ("rr", "stream"), "veth": ("rr", "crr", "stream")}
@@ -63,7 +65,16 @@ def measure(program: Path, mode: str, pair: Pair, family: str) -> float:
     usable = cpus()
     client, server = (usable[0], usable[-1]) if mode == "stream" else (usable[-1], usable[-1])
     address = pair.ipv4 if family == "v4" else pair.ipv6
-    words = [mode, netns_path(pair.client), netns_path(pair.server), address, MILLISECONDS, client, server]
+    words = [
+        mode,
+        netns_path(pair.client),
+        netns_path(pair.server),
+        address,
+        MILLISECONDS,
+        client,
+        server,
+        WARMUP_MILLISECONDS,
+    ]
     done = subprocess.run(
         [program, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True, timeout=60
     )
