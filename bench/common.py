@@ -123,6 +123,16 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def paired(subject: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """(value, baseline) of values measured in the same rounds; their ratio is the median of the rounds' ratios.
+
+    Where a machine's speed jumps between rounds, medians of the two taken apart compare different machines.
+    """
+    ratio = statistics.median(one / other for one, other in zip(subject, baseline, strict=True))
+    value = statistics.median(subject)
+    return value, value / ratio
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Nearest-rank percentile: the smallest value that at least `percent` % of the values do not exceed."""
     if not values:

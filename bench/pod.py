@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cnibase import Namespaces, addresses, bridge_network, fibril_network, netns_path
-from bench.common import Bench, cpus, interleave, log, median, quick
+from bench.common import Bench, cpus, interleave, log, median, paired, quick
 from bench.node import node
 from lab.cniruntime import CniRuntime
 
@@ -89,12 +89,14 @@ def compare(bench: Bench, program: Path, pairs: dict[str, Pair]) -> None:
                 name: lambda pair=pair: measure(program, mode, pair, family)  # type: ignore[misc] # noqa: B023
                 for name, pair in pairs.items()
             }
-            rates = {name: median(values) / scale for name, values in interleave(subjects, ROUNDS).items()}
-            log(f"{mode} {family}: " + ", ".join(f"{name} {rate:.5g} {unit}" for name, rate in rates.items()))
+            rates = interleave(subjects, ROUNDS)
+            table = (f"{name} {median(values) / scale:.5g}" for name, values in rates.items())
+            log(f"{mode} {family} ({unit}): {', '.join(table)}")
             for peer, modes in REPORTED.items():
                 if mode in modes:
                     suffix = "" if family == "v4" else "_v6"
-                    bench.emit(f"pod_{mode}_vs_{peer}{suffix}", unit, rates["fibril"], peer, rates[peer])
+                    ours, theirs = paired(rates["fibril"], rates[peer])
+                    bench.emit(f"pod_{mode}_vs_{peer}{suffix}", unit, ours / scale, peer, theirs / scale)
 
 
 def main() -> None:
