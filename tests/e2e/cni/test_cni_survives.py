@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +98,29 @@ def test_a_service_killed_mid_call_leaves_a_whole_endpoint_or_none(fibril: Fibri
                         echo(other, address.split("/")[0])
             for name in (pod, other):
                 network.delete(name, netns_path(name))
+            assert fibril.belongings() == before
+
+
+def test_a_plugin_killed_mid_call_leaves_a_whole_endpoint_or_none(fibril: Fibril) -> None:
+    before = fibril.belongings()
+    config = json.dumps({"cniVersion": "1.1.0", "name": "test", "type": fibril.plugin}).encode()
+    with fibril.network() as network:
+        for delay in (0.006, 0.009, 0.012, 0.015, 0.02):
+            pod = fibril.namespace()
+            variables = {"CNI_COMMAND": "ADD", "CNI_CONTAINERID": pod, "CNI_IFNAME": "eth0"}
+            plugin = subprocess.Popen(
+                [fibril.installed.plugin],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                env={**variables, "CNI_NETNS": str(netns_path(pod))},
+            )
+            assert plugin.stdin is not None
+            plugin.stdin.write(config)
+            plugin.stdin.close()
+            time.sleep(delay)  # not a wait for something: the moment of death is what varies
+            plugin.kill()
+            plugin.wait()
+            network.delete(pod, netns_path(pod))
             assert fibril.belongings() == before
 
 
