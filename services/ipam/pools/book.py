@@ -13,20 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-
-from google.protobuf.message import DecodeError
 
 from services.common import errors
 from services.common.etcd.client import EtcdClient
-from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
-from services.ipam.pools.holdings import Holdings, choose_gateway
-from services.ipam.pools.model import REST_S, Address, Block, Network, blocks_from
-from services.ipam.pools.store import PoolStore, decode_pool
+from services.ipam.pools.blocks import Blocks
+from services.ipam.pools.holdings import Holdings
+from services.ipam.pools.model import REST_S, Address, Block
+from services.ipam.pools.store import PoolStore
 from services.ipam.pools.types import (
     DEFAULT_POOL,
     Allocation,
@@ -41,26 +37,11 @@ from services.ipam.pools.types import (
     inside,
     keep_block_size,
 )
+from services.ipam.pools.usage import Usage, usage
 
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
-GIVE_BACK_AFTER_S = 300.0  # an empty block goes back to its pool after this long
-RETRY_S = 1.0
-_CAP = (1 << 63) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Counts of one family of a pool; see fibril.ipam.v1.Usage."""
-
-    family: Family
-    total: int
-    blocks_claimed: int
-    blocks_total: int
-    node_allocated: int
-    node_free: int
-    node_quarantined: int
 
 
 class AddressBook:
@@ -77,28 +58,20 @@ class AddressBook:
     ) -> None:
         """first: the pool to create when the cluster has no pool called "default"; None: none."""
         self._holdings = holdings
-        self._etcd = etcd
         self._store = store
         self._node = node
-        self._first = first
         self._clock = clock
-        self._synced = asyncio.Event()
-        self._read = False  # etcd's pools have been read completely
-        self._step_wanted = asyncio.Event()
-        self._claiming: dict[tuple[str, Family], asyncio.Lock] = {}
-        self._empty_since: dict[Network, float] = {}
-        self._on_blocks: list[Callable[[], None]] = []
+        self._blocks = Blocks(holdings, etcd, store, node, first)
         self._tasks: list[asyncio.Task[None]] = []
         self.feed: Feed[Allocation] = Feed(holdings.all)
-        self.problem = "etcd has not been read yet"
 
     # -- life
 
     async def start(self) -> None:
         """Serve from what the node remembers at once; follow etcd from now on."""
         self._tasks = [
-            asyncio.create_task(self._follow(), name="ipam.pools"),
-            asyncio.create_task(self._keep_step(), name="ipam.blocks"),
+            asyncio.create_task(self._blocks.follow(), name="ipam.pools"),
+            asyncio.create_task(self._blocks.keep_step(), name="ipam.blocks"),
             asyncio.create_task(self._sweep_for_ever(), name="ipam.sweep"),
         ]
 
@@ -115,11 +88,16 @@ class AddressBook:
     @property
     def synced(self) -> bool:
         """Whether etcd has been read completely since the start."""
-        return self._synced.is_set()
+        return self._blocks.synced.is_set()
+
+    @property
+    def problem(self) -> str:
+        """Why this node is not in step with etcd, one sentence; empty when it is."""
+        return self._blocks.problem
 
     def on_blocks(self, callback: Callable[[], None]) -> None:
         """Call back after every change of this node's blocks."""
-        self._on_blocks.append(callback)
+        self._blocks.on_change(callback)
 
     # -- allocations
 
@@ -230,35 +208,7 @@ class AddressBook:
 
     def usage(self, pool: Pool, claimed: Iterable[BlockInfo] | None) -> list[Usage]:
         """Counts by family; claimed: all nodes' blocks, None when etcd is away (own blocks are counted then)."""
-        now = self._clock()
-        found = []
-        for family in pool.families():
-            blocks = list(self._holdings.shelf(pool.name, family).blocks.values())
-            cloud = pool.mode is PoolMode.CLOUD
-            everywhere = (
-                len(blocks)
-                if claimed is None
-                else sum(
-                    1 for b in claimed if b.pool == pool.name and ip_network(b.cidr).version == family.version
-                )
-            )
-            size = 1 << ((32 if family is Family.IPV4 else 128) - pool.block_prefix[family.version])
-            count = pool.blocks_total(family)
-            lost = (3 if family is Family.IPV4 else 2) if size > 2 else 1
-            total = sum(n.num_addresses for n in pool.of(family)) if cloud else count * (size - lost)
-            total -= sum(n.num_addresses for n in pool.excluded if n.version == family.version)
-            found.append(
-                Usage(
-                    family,
-                    min(max(total, 0), _CAP),
-                    0 if cloud else everywhere,
-                    0 if cloud else min(count, _CAP),
-                    sum(len(b.used) for b in blocks),
-                    min(sum(max(b.free(now), 0) for b in blocks), _CAP),
-                    sum(b.resting(now) for b in blocks),
-                )
-            )
-        return found
+        return usage(self._holdings, pool, claimed, self._clock())
 
     async def put_pool(self, pool: Pool, given_v4: int = 0, given_v6: int = 0) -> Pool:
         """Create or change a pool. See PoolStore.put; a revision in it must be the pool's present one (Aborted)."""
@@ -290,7 +240,8 @@ class AddressBook:
         for network in own:
             self._holdings.remove_block(name, network)
         self._holdings.drop_pool(name)
-        self._changed_blocks(bool(own))
+        if own:
+            self._blocks.changed()
 
     async def add_cloud(self, name: str, addresses: list[str]) -> list[errors.FibrilError | None]:
         """Addresses a provider gives to this node; per address None or what was wrong."""
@@ -359,7 +310,7 @@ class AddressBook:
             before = len(shelf.blocks)
             trouble: errors.FibrilError | None = None
             try:
-                grown = await self._grow(pool, family, before)
+                grown = await self._blocks.grow(pool, family, before)
             except errors.Unavailable as error:
                 grown, trouble = False, error
             if grown:
@@ -368,7 +319,7 @@ class AddressBook:
                 return taken
             if trouble is not None:
                 raise trouble
-            raise self._exhausted(pool, family)
+            raise self._blocks.exhausted(pool, family)
 
     async def _specific(self, owner: str, pool: str, wanted: Address) -> tuple[Block, int]:
         text, family = str(wanted), Family.of(wanted.version)
@@ -388,7 +339,7 @@ class AddressBook:
             width = where.block_prefix[wanted.version]
             cidr = next(n for n in where.of(family) if wanted in n)
             network = cidr if cidr.prefixlen >= width else ip_network((int(wanted), width), strict=False)
-            await self._claim_this(pool, network)
+            await self._blocks.claim_this(pool, network)
         block = shelf.holder(int(wanted))
         if block is None:
             raise errors.FailedPrecondition(
@@ -449,89 +400,6 @@ class AddressBook:
             for allocation in held:
                 self.feed.publish("delete", allocation)
 
-    def _exhausted(self, pool: str, family: Family) -> errors.ResourceExhausted:
-        where = self._holdings.pool(pool)
-        blocks = self._holdings.shelf(pool, family).blocks.values()
-        used, capacity = sum(len(b.used) for b in blocks), sum(b.capacity() for b in blocks)
-        if where.mode is PoolMode.CLOUD:
-            return errors.ResourceExhausted(
-                f"pool {pool} has no free {family.name} address on this node: {used} of {capacity} are in use",
-                fix="let the provider add addresses",
-            )
-        return errors.ResourceExhausted(
-            f"pool {pool} has no free {family.name} address on this node: {used} of {capacity} in its {len(blocks)} blocks"
-            f" are in use, and all {where.blocks_total(family)} blocks of the pool are claimed",
-            fix=f"add a prefix: fibril ipam pool put {pool} …",
-        )
-
-    # -- inside: blocks
-
-    async def _grow(self, pool: str, family: Family, before: int) -> bool:
-        """Claim one more block, unless another call has done so since `before` blocks were seen; whether there is one."""
-        async with self._claiming.setdefault((pool, family), asyncio.Lock()):
-            shelf = self._holdings.shelf(pool, family)
-            if len(shelf.blocks) != before:
-                return True
-            where = self._holdings.pool(pool)
-            if where.mode is PoolMode.CLOUD:
-                return False
-            for _ in range(4):
-                taken = {b.cidr for b in await self._store.blocks(pool)}
-                start = zlib.crc32(f"{self._node}/{pool}".encode())
-                width = where.block_prefix[family.version]
-                for network in blocks_from(where.of(family), width, start):
-                    if str(network) in taken:
-                        continue
-                    claimed = await self._claim(where, network)
-                    if claimed:
-                        return True
-                    if claimed is None:
-                        break
-                else:
-                    return False
-                where = await self._read_pool(pool)
-            return False
-
-    async def _claim_this(self, pool: str, network: Network) -> None:
-        async with self._claiming.setdefault((pool, Family.of(network.version)), asyncio.Lock()):
-            where = self._holdings.pool(pool)
-            if network in self._holdings.shelf(pool, Family.of(network.version)).blocks:
-                return
-            claimed = await self._claim(where, network)
-            if claimed is None:
-                claimed = await self._claim(await self._read_pool(pool), network)
-        if not claimed:
-            raise errors.FailedPrecondition(
-                f"block {network} of pool {pool} is held by another node",
-                field="address",
-                fix="choose an address of another block",
-            )
-
-    async def _claim(self, pool: Pool, network: Network) -> bool | None:
-        try:
-            gateway = choose_gateway(pool, network)
-        except ValueError:
-            return False  # every address of it is excluded
-        claimed = await self._store.claim(pool, network, str(gateway), self._node)
-        if claimed:
-            self._holdings.add_block(pool, network, gateway)
-            log.info("claimed a block", extra={"pool": pool.name, "block": str(network)})
-            self._changed_blocks(True)
-        return claimed
-
-    async def _read_pool(self, name: str) -> Pool:
-        kv = await self._etcd.get(self._store.pools_prefix + name)
-        if kv is None:
-            raise errors.NotFound(f"pool {name} has been deleted", field="pool")
-        pool = decode_pool(kv.value, kv.mod_revision)
-        self._holdings.set_pool(pool)
-        return pool
-
-    def _changed_blocks(self, changed: bool) -> None:
-        if changed:
-            for callback in self._on_blocks:
-                callback()
-
     def _check_shrink(self, pool: Pool) -> None:
         for name, block in self._holdings.blocks():
             if name == pool.name and block.used and not any(inside(block.network, n) for n in pool.cidrs):
@@ -562,115 +430,6 @@ class AddressBook:
 
     # -- inside: background
 
-    async def _follow(self) -> None:
-        """Keep pools as etcd has them; own blocks are checked after every complete reading."""
-        prefix = self._store.pools_prefix
-        async for event in watch_prefix(self._etcd, prefix):
-            match event:
-                case Snapshot():
-                    present = {kv.key.removeprefix(prefix) for kv in event.kvs}
-                    for name in [n for n in self._holdings.pools if n not in present]:
-                        self._lose_pool(name)
-                    for kv in event.kvs:
-                        self._take_pool(kv.key, kv.value, kv.mod_revision)
-                case Put():
-                    self._take_pool(event.key, event.value, event.mod_revision)
-                    self._step_wanted.set()
-                case Delete():
-                    self._lose_pool(event.key.removeprefix(prefix))
-                case Synced():
-                    self._read = True
-                    self._step_wanted.set()
-
-    def _take_pool(self, key: str, value: bytes, revision: int) -> None:
-        try:
-            self._holdings.set_pool(decode_pool(value, revision))
-        except (
-            errors.FibrilError,
-            DecodeError,
-        ) as error:  # a newer or damaged record must not stop the others
-            log.error("a pool in etcd cannot be read", extra={"key": key, "error": str(error)})
-
-    def _lose_pool(self, name: str) -> None:
-        pool = self._holdings.pools.get(name)
-        if pool is None:
-            return
-        if self._holdings.count(name) or any(p == name for p, _ in self._holdings.blocks()):
-            log.error("a pool is gone from etcd but in use here; it is kept", extra={"pool": name})
-            return
-        self._holdings.drop_pool(name)
-
-    async def _keep_step(self) -> None:
-        """The first pool exists, own blocks are claimed, the default pool has one a family: whenever etcd or its
-        pools have changed, and again and again while it fails.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(RETRY_S if self.problem and self._read else None):
-                    await self._step_wanted.wait()
-            except TimeoutError:
-                pass
-            self._step_wanted.clear()
-            if not self._read:
-                continue
-            try:
-                await self._make_first()
-                await self._check_blocks()
-                await self._first_blocks()
-            except errors.FibrilError as error:
-                if self.problem != error.message:
-                    log.warning("not in step with etcd", extra={"error": str(error)})
-                self.problem = error.message
-                continue
-            self.problem = ""
-            self._synced.set()
-
-    async def _make_first(self) -> None:
-        if self._first is None or self._first.name in self._holdings.pools:
-            return
-        try:
-            self._holdings.set_pool(await self._store.put(self._first, 0))
-        except errors.Aborted:
-            await self._read_pool(self._first.name)  # another node was quicker
-
-    async def _check_blocks(self) -> None:
-        """Own blocks are what both etcd and this node say; a difference means that one of them lost something."""
-        mine = {b.cidr: b for b in await self._store.blocks() if b.node == self._node}
-        for name, block in list(self._holdings.blocks()):
-            if str(block.network) not in mine:
-                pool = self._holdings.pool(name)
-                gateway = str(choose_gateway(pool, block.network))
-                if await self._store.claim(pool, block.network, gateway, self._node):
-                    log.warning(
-                        "claimed a block again that etcd had lost", extra={"block": str(block.network)}
-                    )
-                elif not block.used:
-                    self._holdings.remove_block(name, block.network)
-                    self._changed_blocks(True)
-                else:
-                    raise errors.Aborted(
-                        f"block {block.network} of this node is claimed by another node",
-                        fix="move the pods of one of the two nodes elsewhere",
-                    )
-        for cidr, info in mine.items():
-            network = ip_network(cidr)
-            if (
-                info.pool in self._holdings.pools
-                and self._holdings.shelf(info.pool, Family.of(network.version)).blocks.get(network) is None
-            ):
-                self._holdings.add_block(self._holdings.pool(info.pool), network, ip_address(info.gateway))
-                self._changed_blocks(True)
-
-    async def _first_blocks(self) -> None:
-        pool = self._holdings.pools.get(DEFAULT_POOL)
-        if pool is None or pool.mode is PoolMode.CLOUD:
-            return
-        for family in pool.families():
-            if not self._holdings.shelf(pool.name, family).blocks and not await self._grow(
-                pool.name, family, 0
-            ):
-                raise self._exhausted(pool.name, family)
-
     async def _sweep_for_ever(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -680,25 +439,6 @@ class AddressBook:
                 self._release(lapsed)
             self._holdings.forget_rested(now - REST_S)
             try:
-                await self._give_back(now)
+                await self._blocks.give_back(now)
             except errors.FibrilError as error:
                 log.debug("an empty block is not given back yet", extra={"error": str(error)})
-
-    async def _give_back(self, now: float) -> None:
-        """Give back blocks that have been empty for long, but keep the default pool's first of each family."""
-        empty = {b.network: (pool, b) for pool, b in self._holdings.blocks() if not b.used}
-        self._empty_since = {n: self._empty_since.get(n, now) for n in empty}
-        for network, (pool, block) in empty.items():
-            shelf = self._holdings.shelf(pool, Family.of(network.version))
-            first = next(iter(shelf.blocks))
-            if self._empty_since[network] + GIVE_BACK_AFTER_S > now or (
-                pool == DEFAULT_POOL and network == first
-            ):
-                continue
-            async with self._claiming.setdefault((pool, Family.of(network.version)), asyncio.Lock()):
-                if block.used:
-                    continue
-                # Forgotten first: were etcd told first, another node could claim it while this one still gives out of it.
-                self._holdings.remove_block(pool, network)
-                self._changed_blocks(True)
-                await self._store.release(pool, str(network), self._node)

@@ -94,10 +94,8 @@ class Holdings:
     # -- pools and blocks
 
     def set_pool(self, pool: Pool) -> None:
-        """Record a pool as etcd has it."""
+        """Record a pool as etcd has it. Not compared by revision: an etcd that lost its data begins anew."""
         old = self.pools.get(pool.name)
-        if old is not None and old.revision > pool.revision:
-            return
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO pools(name, revision, value) VALUES (?, ?, ?)",

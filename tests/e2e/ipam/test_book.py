@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -288,6 +289,26 @@ async def test_an_etcd_that_lost_its_data_gets_the_blocks_again(tmp_path: Path, 
     async with node("a", tmp_path, etcd, small()) as a:
         assert held.block in {x.cidr for x in await a.book.all_blocks()}
         assert a.book.allocations("pod") == [held]
+
+
+async def test_a_pool_in_use_is_put_back_into_an_etcd_that_lost_all_its_data(
+    tmp_path: Path, etcd: EmbeddedEtcd
+) -> None:
+    async with node("a", tmp_path, etcd, small("10.9.0.0/28", 29)) as a:
+        (held,) = await a.book.allocate("pod")
+        await etcd.stop()
+        shutil.rmtree(tmp_path / "etcd-data")
+        await etcd.start()
+
+        async def restored() -> bool:
+            return held.block in {x.cidr for x in await a.book.all_blocks()}
+
+        async with asyncio.timeout(15):
+            while not await restored():  # noqa: ASYNC110 - etcd tells nobody
+                await asyncio.sleep(0.05)
+        for i in range(5):  # the second block can be claimed again
+            await a.book.allocate(f"a{i}")
+        assert len(a.book.blocks()) == 2
 
 
 async def test_addresses_of_owners_that_are_gone_are_swept(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
