@@ -388,6 +388,22 @@ class Rtnl(RtnlSocket):
         request = Message(rtnl.GETQDISC, {"index": ifindex}, [], what="list qdiscs")
         return [qdisc for qdisc in map(parse_qdisc, self.dump(request)) if ifindex in (0, qdisc.ifindex)]
 
+    def is_local(self, address: IPAddress) -> bool:
+        """Whether packets to an address are taken in: the kernel does so some time after an IPv6 address
+        was added.
+        """
+        request = Message(
+            rtnl.GETROUTE,
+            {"family": family_of(address), "dst_len": address.max_prefixlen},
+            [("RTA_DST", str(address))],
+            what=f"look the route to {address} up",
+        )
+        try:
+            route = _parse_route(self.get(request))
+        except errors.FibrilError:
+            return False
+        return route is not None and route.type == LOCAL
+
     def netns_cookie(self) -> int:
         """The cookie of this socket's namespace."""
         from services.common.kernel.netns import socket_cookie

@@ -15,6 +15,7 @@ Nothing on either side ever asks by ARP or ND. All functions block: run them on 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -29,6 +30,7 @@ from services.common.kernel.rtnl import Message
 
 log = logging.getLogger(__name__)
 
+_ADDRESS_S: Final = 5.0
 _ANY: Final[dict[int, IPNetwork]] = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
 
 
@@ -85,6 +87,7 @@ def wire(node: Rtnl, link: PodLink, attach: Callable[[WiredLink], None] | None =
                 attach(wired)
             host_side(node, link, wired.host_ifindex)
             pod_side(pod, netns, link, wired.pod_ifindex)
+            _await_address(pod, link)
         except BaseException:
             # Deleting one end deletes the other, and with them addresses, routes, neighbours and programs.
             for failure in node.try_apply([nl.link_del(node.ifindex(link.host_ifname))]):
@@ -147,6 +150,24 @@ def pod_side(pod: Rtnl, netns: NetNs, link: PodLink, ifindex: int) -> None:
             nl.neighbour_put(ifindex, gateway, link.host_mac, f"set neighbour {gateway} of {where}"),
         ]
     pod.apply(batch)
+
+
+def _await_address(pod: Rtnl, link: PodLink) -> None:
+    """Wait until the pod takes packets to its IPv6 address in.
+
+    The kernel makes that route on a work queue, after the request has been answered; until then the pod
+    would drop what it receives. Microseconds, unless many interfaces come and go.
+    """
+    if link.v6 is None:
+        return
+    deadline = time.monotonic() + _ADDRESS_S
+    while not pod.is_local(link.v6):
+        if time.monotonic() > deadline:
+            raise errors.Unavailable(
+                f"address {link.v6} of {link.netns} did not come into use within {_ADDRESS_S:g} s",
+                fix="try again",
+            )
+        time.sleep(0.0002)
 
 
 def problems(node: Rtnl, link: PodLink) -> list[str]:

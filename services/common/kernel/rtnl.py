@@ -274,6 +274,20 @@ class RtnlSocket:
                     return found, consistent
                 found.append(answer(kind, payload))
 
+    def get(self, message: Message) -> Answer:
+        """The one object a GET request names. Typed error if the kernel refuses, NotFound if there is
+        none.
+        """
+        self._sequence += 1
+        self._sock.send(message.encode(self._sequence, REQUEST))
+        while True:
+            for kind, _, sequence, payload in parse(self._receive()):
+                if sequence != self._sequence:
+                    continue
+                if kind == _NLMSG_ERROR:
+                    raise typed_error(-struct.unpack_from("i", payload)[0], message.what, _sentence(payload))
+                return answer(kind, payload)
+
     def _receive(self) -> bytes:
         try:
             return self._sock.recv(1 << 18)

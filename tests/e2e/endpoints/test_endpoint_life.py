@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import random
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from fibril.ipam.v1 import ipam_pb2
 from fibril.types.v1 import types_pb2
 from services.common.kernel import cgroup
 from services.common.kernel.maps import BpfMap
+from services.common.kernel.netlink import Rtnl
 from services.common.pipeline import abi
 from tests.e2e.endpoints.podkit import NODE, Node, Pod, Space, ip, ip_json, wait_until
 
@@ -48,6 +50,12 @@ def code(call: pytest.ExceptionInfo[grpc.RpcError]) -> tuple[str, str]:
     return call.value.code().name, call.value.details()
 
 
+def takes_in(address: str) -> bool:
+    """Whether packets to an address are taken in where the caller is: later than the address is there."""
+    with Rtnl() as here:
+        return here.is_local(ipaddress.ip_address(address))
+
+
 def test_an_endpoint_is_complete_when_create_returns(node: Node) -> None:
     pod = node.pod(labels={"app": "cart"})
     made = pod.endpoint
@@ -66,6 +74,8 @@ def test_an_endpoint_is_complete_when_create_returns(node: Node) -> None:
     value = node.map_value(pod)
     assert value is not None
     assert (value.id, str(value.ipv4), str(value.ipv6), value.mtu) == (made.id, made.ipv4, made.ipv6, 1500)
+    for address in (made.ipv4, made.ipv6):
+        assert pod.space.run(takes_in, address) and not node.space.run(takes_in, address)
     # Again is the same one.
     assert node.create(pod.space, labels={"app": "cart"}) == made
     node.remove(pod)
