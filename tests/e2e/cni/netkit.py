@@ -178,6 +178,15 @@ class Fibril:
         """The process that starts the others."""
         return int(json.loads((self.instance.run_dir / "supervisor.json").read_text())["pid"])
 
+    def flags(self, container: str) -> abi.EndpointFlag:
+        """What the data path knows of an endpoint."""
+        ifindex = next(entry.host_ifindex for entry in self.endpoints() if entry.container_id == container)
+        path = self.instance.pin_dir / abi.MAPS["ep_iface"]
+        with BpfMap.open(path, ctypes.c_uint32, abi.Endpoint) as opened:
+            found = opened.lookup(ifindex)
+        assert found is not None
+        return abi.EndpointFlag(found.flags)
+
     def belongings(self) -> Belongings:
         """Count everything."""
         with grpc.insecure_channel(f"unix:{self.instance.socket('ipam')}") as channel:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.cni.netkit import PLUGINS, Fibril, echo, echo_server, ip, netns_path
+from services.common.pipeline.abi import EndpointFlag
+from tests.e2e.cni.netkit import PLUGINS, Fibril, echo, echo_server, ip, netns_path, wait_until
 
 HOST_PORT = 18007
 NODE = ("192.0.2.1", "2001:db8:8::1")
@@ -65,13 +66,17 @@ def test_a_host_port_leads_to_the_pod_and_goes_with_it(fibril: Fibril, world: st
     assert nat_rules(fibril) == 0
 
 
-@pytest.mark.parametrize("limit", ["ingressRate", "egressRate"])
-def test_bandwidth_holds_between_pods(fibril: Fibril, limit: str) -> None:
+@pytest.mark.parametrize(
+    "limit, flag", [("ingressRate", EndpointFlag.SHAPED_IN), ("egressRate", EndpointFlag.SHAPED_OUT)]
+)
+def test_bandwidth_holds_between_pods(fibril: Fibril, limit: str, flag: EndpointFlag) -> None:
     shaped = {"bandwidth": {limit: RATE, limit.replace("Rate", "Burst"): 65_536 * 8}}
     server, client = fibril.namespace(), fibril.namespace()
     with fibril.network(BANDWIDTH, version="1.0.0") as network:
         network.add(client, netns_path(client))
         result = network.add(server, netns_path(server), runtime_config=shaped)
+        # The plugin comes after us; the kernel tells the service of its qdisc.
+        wait_until(lambda: bool(fibril.flags(server) & flag), "the notice of the limit")
         for entry in result["ips"]:
             address = entry["address"].split("/")[0]
             with echo_server(server, address):
