@@ -58,10 +58,10 @@ class Blocks:
     async def grow(self, pool: str, family: Family, before: int) -> bool:
         """Claim one more block, unless another call has done so since `before` blocks were seen; whether there is one."""
         async with self._lock:
+            where = self._holdings.pool(pool)
             shelf = self._holdings.shelf(pool, family)
             if len(shelf.blocks) != before:
                 return True
-            where = self._holdings.pool(pool)
             if where.mode is PoolMode.CLOUD:
                 return False
             for _ in range(4):
@@ -131,6 +131,32 @@ class Blocks:
                 self._holdings.remove_block(pool, network)
                 self.changed()
                 await self._store.release(pool, str(network), self._node)
+
+    async def delete_pool(self, name: str) -> None:
+        """Delete a pool nothing is allocated from. NotFound, FailedPrecondition, Unavailable."""
+        async with self._lock:
+            pool = self._holdings.pool(name)
+            if held := len(self._holdings.taken(name)):
+                raise errors.FailedPrecondition(
+                    f"pool {name} is in use: {held} addresses are allocated on this node",
+                    fix="release them first",
+                )
+            own = [block for held_pool, block in self._holdings.blocks() if held_pool == name]
+            # Forgotten first: while etcd is asked, nobody here may get an address of a pool that is about to go, and the
+            # watch, which may tell of its end before the answer comes, must not take it for lost and put it back.
+            for block in own:
+                self._holdings.remove_block(name, block.network)
+            try:
+                await self._store.delete(pool, [b.cidr for b in own], self._node)
+            except BaseException:
+                if name in self._holdings.pools:
+                    for block in own:
+                        self._holdings.add_block(pool, block.network, ip_address(block.gateway_text))
+                    self._step_wanted.set()  # etcd may have given back some of them
+                raise
+            self._holdings.drop_pool(name)
+        if own:
+            self.changed()
 
     def changed(self) -> None:
         """Tell everyone who asked that this node's blocks are others than before."""
@@ -216,7 +242,7 @@ class Blocks:
         pool = self._holdings.pools.get(name)
         if pool is None:
             return
-        if self._holdings.count(name) or any(p == name for p, _ in self._holdings.blocks()):
+        if self._holdings.taken(name) or any(p == name for p, _ in self._holdings.blocks()):
             log.error("a pool in use here is gone from etcd and will be put back", extra={"pool": name})
             self._lost.add(name)
             return

@@ -229,19 +229,7 @@ class AddressBook:
 
     async def delete_pool(self, name: str) -> None:
         """Delete a pool nothing is allocated from. NotFound, FailedPrecondition, Unavailable."""
-        pool = self._holdings.pool(name)
-        if held := self._holdings.count(name):
-            raise errors.FailedPrecondition(
-                f"pool {name} is in use: {held} addresses are allocated on this node",
-                fix="release them first",
-            )
-        own = [b.network for held_pool, b in self._holdings.blocks() if held_pool == name]
-        await self._store.delete(pool, [str(n) for n in own], self._node)
-        for network in own:
-            self._holdings.remove_block(name, network)
-        self._holdings.drop_pool(name)
-        if own:
-            self._blocks.changed()
+        await self._blocks.delete_pool(name)
 
     async def add_cloud(self, name: str, addresses: list[str]) -> list[errors.FibrilError | None]:
         """Addresses a provider gives to this node; per address None or what was wrong."""
@@ -407,6 +395,14 @@ class AddressBook:
                     f"{len(block.used)} addresses of {block.network} are in use on this node",
                     field="pool.cidrs",
                     fix="release them, or keep the prefix",
+                )
+        if pool.mode is PoolMode.CLOUD:
+            out = [a for a in self._holdings.taken(pool.name) if not pool.holds(ip_address(a))]
+            if out:
+                raise errors.FailedPrecondition(
+                    f"{out[0]} of pool {pool.name} is in use on this node",
+                    field="pool.cidrs",
+                    fix="release it, or keep its prefix",
                 )
         for i, network in enumerate(pool.excluded):
             hit = next(

@@ -102,15 +102,19 @@ class Holdings:
                 (pool.name, pool.revision, to_proto(pool).SerializeToString()),
             )
         self.pools[pool.name] = pool
+        if old is not None and pool.mode is PoolMode.CLOUD and old.cidrs != pool.cidrs:
+            self.remove_cloud(pool, self._cloud_outside(pool))
         if old is not None and old.excluded != pool.excluded:
             for family in Family:
                 for block in self.shelf(pool.name, family).blocks.values():
                     block.exclude(_excluded(pool, family.version))
 
     def drop_pool(self, name: str) -> None:
-        """Forget a pool that is gone from etcd; its blocks must be gone before."""
+        """Forget a pool that is gone from etcd, with the addresses a provider gave; its blocks must be gone before."""
         with self._db:
-            self._db.execute("DELETE FROM pools WHERE name = ?", (name,))
+            # A later pool of that name, perhaps of the other mode, must not find what this one left.
+            for table, column in (("pools", "name"), ("cloud_addresses", "pool"), ("released", "pool")):
+                self._db.execute(f"DELETE FROM {table} WHERE {column} = ?", (name,))
         for key in [key for key in self._shelves if key[0] == name]:
             del self._shelves[key]
         self.pools.pop(name, None)
@@ -148,7 +152,8 @@ class Holdings:
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """(pool, block) of every block of cluster pools."""
         for (pool, _), shelf in self._shelves.items():
-            if self.pools[pool].mode is PoolMode.CLUSTER:
+            # Who still works on a pool that has just gone may have left an empty shelf of it.
+            if pool in self.pools and self.pools[pool].mode is PoolMode.CLUSTER:
                 for block in shelf.blocks.values():
                     yield pool, block
 
@@ -169,7 +174,10 @@ class Holdings:
         """Forget addresses a provider withdrew; none is in use."""
         gone = list(addresses)
         with self._db:
-            self._db.executemany("DELETE FROM cloud_addresses WHERE address = ?", [(str(a),) for a in gone])
+            self._db.executemany(
+                "DELETE FROM cloud_addresses WHERE address = ? AND pool = ?",
+                [(str(a), pool.name) for a in gone],
+            )
         for address in gone:
             self.shelf(pool.name, Family.of(address.version)).remove(ip_network(address))
 
@@ -195,9 +203,15 @@ class Holdings:
         """All allocations, by family and address."""
         return sorted(self._by_address.values(), key=lambda a: (a.family, int(ip_address(a.address))))
 
-    def count(self, pool: str) -> int:
-        """Allocations of a pool."""
-        return sum(1 for a in self._by_address.values() if a.pool == pool)
+    def taken(self, pool: str) -> list[str]:
+        """Addresses of a pool that are allocated or just being allocated."""
+        return [
+            to_text(block.version, number)
+            for family in Family
+            if (shelf := self._shelves.get((pool, family))) is not None
+            for block in shelf.blocks.values()
+            for number in block.used
+        ]
 
     def make(
         self, block: Block, number: int, pool: str, owner: str, expires: float, now: float
@@ -262,6 +276,15 @@ class Holdings:
             self._db.execute("DELETE FROM released WHERE at < ?", (before,))
 
     # -- inside
+
+    def _cloud_outside(self, pool: Pool) -> list[Address]:
+        """Unused addresses a provider gave that lie in none of the pool's prefixes any more."""
+        return [
+            network.network_address
+            for family in Family
+            for network, block in self.shelf(pool.name, family).blocks.items()
+            if not block.used and not pool.holds(network.network_address)
+        ]
 
     def _load(self) -> None:
         for name, revision, value in self._db.execute("SELECT name, revision, value FROM pools"):

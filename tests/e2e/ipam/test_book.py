@@ -219,6 +219,34 @@ async def test_cloud_addresses_come_and_go_with_the_provider(tmp_path: Path, etc
             await a.book.allocate("pod", "eni")
 
 
+async def test_cloud_addresses_in_use_keep_their_prefix(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
+    async with node("a", tmp_path, etcd, small()) as a:
+        await a.book.put_pool(checked_pool("eni", PoolMode.CLOUD, ["172.31.0.0/24", "172.31.1.0/24"], [], 0, 0))
+        await a.book.add_cloud("eni", ["172.31.0.5"])
+        await a.book.allocate("pod", "eni")
+        with pytest.raises(errors.FailedPrecondition, match=r"172\.31\.0\.5"):
+            await a.book.put_pool(checked_pool("eni", PoolMode.CLOUD, ["172.31.1.0/24"], [], 0, 0))
+        await a.book.release("pod")
+        await a.book.put_pool(checked_pool("eni", PoolMode.CLOUD, ["172.31.1.0/24"], [], 0, 0))
+        with pytest.raises(errors.ResourceExhausted):  # what lies outside now is not given out any more
+            await a.book.allocate("pod", "eni")
+
+
+async def test_withdrawing_or_deleting_touches_one_cloud_pool_only(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
+    async with node("a", tmp_path, etcd, small()) as a:
+        for name, cidr in (("one", "172.31.0.0/24"), ("two", "172.31.1.0/24")):
+            await a.book.put_pool(checked_pool(name, PoolMode.CLOUD, [cidr], [], 0, 0))
+        await a.book.add_cloud("one", ["172.31.0.5"])
+        await a.book.add_cloud("two", ["172.31.1.5"])
+        (held,) = await a.book.allocate("pod", "one")
+        await a.book.remove_cloud("two", [held.address])
+        await a.book.delete_pool("two")
+        await a.book.put_pool(checked_pool("two", 0, ["172.31.1.0/24"], [], 0, 0))
+    async with node("a", tmp_path, etcd, None) as a:
+        assert a.book.allocations() == [held]
+        assert "two" not in {b.pool for b in a.book.blocks()}
+
+
 async def test_specific_addresses(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
     async with node("a", tmp_path, etcd, small("10.9.0.0/24", 28)) as a, node("b", tmp_path, etcd, None) as b:
         (got,) = await a.book.allocate("pod", address="10.9.0.200")
@@ -278,6 +306,45 @@ async def test_a_pool_in_use_is_not_deleted(tmp_path: Path, etcd: EmbeddedEtcd) 
         await b.book.delete_pool("p")
         await until(lambda: len(a.book.pools()) == 1)
         assert not [x for x in await a.book.all_blocks() if x.pool == "p"]
+
+
+async def test_a_deleted_pool_stays_deleted_and_gives_nothing_while_it_goes(
+    tmp_path: Path, etcd: EmbeddedEtcd
+) -> None:
+    async with node("a", tmp_path, etcd, small()) as a:
+        for i in range(10):  # the watch is often quicker than the answer
+            await a.book.put_pool(checked_pool("p", 0, [f"10.80.{i}.0/24"], [], 28, 0))
+            await a.book.allocate("pod", "p")
+            await a.book.release("pod")
+            answers = await asyncio.gather(
+                a.book.delete_pool("p"), a.book.allocate("late", "p"), return_exceptions=True
+            )
+            if isinstance(answers[0], errors.FailedPrecondition):  # the allocation was quicker
+                assert isinstance(answers[1], list)
+                await a.book.release("late")
+                await a.book.delete_pool("p")
+            else:
+                assert answers[0] is None
+                assert isinstance(answers[1], errors.NotFound)
+        await asyncio.sleep(0.2)
+        assert [p.name for p in a.book.pools()] == ["default"]
+    async with node("a", tmp_path, etcd, None) as a:  # within the rest of the last address
+        assert [p.name for p in a.book.pools()] == ["default"]
+        assert {b.pool for b in a.book.blocks()} == {"default"}
+
+
+async def test_a_pool_that_could_not_be_deleted_is_as_before(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
+    async with node("a", tmp_path, etcd, small()) as a:
+        await a.book.put_pool(checked_pool("p", 0, ["10.80.0.0/24"], [], 28, 0))
+        await a.book.allocate("pod", "p")
+        await a.book.release("pod")
+        blocks = a.book.blocks()
+        await etcd.stop()
+        with pytest.raises(errors.Unavailable):
+            await a.book.delete_pool("p")
+        assert set(a.book.blocks()) == set(blocks)
+        assert await a.book.allocate("pod", "p")
+        await etcd.start()
 
 
 async def test_an_etcd_that_lost_its_data_gets_the_blocks_again(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
