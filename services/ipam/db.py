@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from services.common import errors
 
@@ -31,13 +34,41 @@ MIGRATIONS = (
 )
 
 
+class NodeDb(sqlite3.Connection):
+    """A connection that says what the disk lacks as callers and reconcilers expect it: ResourceExhausted."""
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        with _disk():
+            return super().execute(*args)
+
+    def executemany(self, *args: Any) -> sqlite3.Cursor:
+        with _disk():
+            return super().executemany(*args)
+
+    def __exit__(self, *args: Any) -> Any:
+        with _disk():
+            return super().__exit__(*args)
+
+
+@contextmanager
+def _disk() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise
+        raise errors.ResourceExhausted(
+            f"the node's database cannot be written: {error}", fix="free space in the state directory"
+        ) from error
+
+
 def open_db(path: Path) -> sqlite3.Connection:
     """Open the database, made or migrated as needed.
 
     FailedPrecondition when the file is damaged or comes from a newer Fibril; nothing is changed then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(path, isolation_level="DEFERRED")
+    db = sqlite3.connect(path, isolation_level="DEFERRED", factory=NodeDb)
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")

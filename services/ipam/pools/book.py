@@ -430,11 +430,11 @@ class AddressBook:
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self._clock()
-            if lapsed := self._holdings.expired(now):
-                log.info("allocations have lapsed", extra={"addresses": [a.address for a in lapsed]})
-                self._release(lapsed)
-            self._holdings.forget_rested(now - REST_S)
             try:
+                if lapsed := self._holdings.expired(now):
+                    self._release(lapsed)
+                    log.info("allocations have lapsed", extra={"addresses": [a.address for a in lapsed]})
+                self._holdings.forget_rested(now - REST_S)
                 await self._blocks.give_back(now)
             except errors.FibrilError as error:
-                log.debug("an empty block is not given back yet", extra={"error": str(error)})
+                log.debug("what is over is not given back yet", extra={"error": str(error)})

@@ -96,6 +96,8 @@ class Holdings:
     def set_pool(self, pool: Pool) -> None:
         """Record a pool as etcd has it. Not compared by revision: an etcd that lost its data begins anew."""
         old = self.pools.get(pool.name)
+        if old == pool:  # a start on a full disk writes nothing
+            return
         with self._db:
             self._db.execute(
                 "INSERT OR REPLACE INTO pools(name, revision, value) VALUES (?, ?, ?)",
@@ -261,13 +263,15 @@ class Holdings:
                 block.give(int(ip_address(a.address)), now)
 
     def expired(self, now: float) -> list[Allocation]:
-        """Allocations whose time is over."""
+        """Allocations whose time is over; again each time until they are released."""
         found = []
         while self._expiries and self._expiries[0][0] <= now:
             _, address = heapq.heappop(self._expiries)
             held = self._by_address.get(address)
             if held is not None and 0 < held.expires_unix_seconds <= now:
                 found.append(held)
+        for held in found:
+            heapq.heappush(self._expiries, (held.expires_unix_seconds, held.address))
         return found
 
     def forget_rested(self, before: float) -> None:

@@ -386,6 +386,23 @@ async def test_addresses_of_owners_that_are_gone_are_swept(tmp_path: Path, etcd:
         assert {x.owner for x in a.book.allocations()} == {"endpoint/x/eth0", "job"}
 
 
+async def test_a_full_disk_is_named_kills_nothing_and_passes(tmp_path: Path, etcd: EmbeddedEtcd) -> None:
+    async with node("a", tmp_path, etcd, small("10.9.0.0/24", 24)) as a:
+        await a.book.allocate("brief", ttl=1.0)
+        (pages,) = a.db.execute("PRAGMA page_count").fetchone()
+        a.db.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(errors.ResourceExhausted, match="full"):
+            for i in range(200):
+                await a.book.allocate(f"{i:0255}")
+        held = len(a.book.allocations())
+        a.db.execute("PRAGMA max_page_count=100000")
+        await a.book.allocate("after")
+        assert len(a.book.allocations()) == held + 1
+        a.clock.now += 2
+        await until(lambda: not a.book.allocations("brief"))
+        assert not any(task.done() for task in a.book.tasks())
+
+
 def test_what_was_committed_before_a_kill_is_there_after_it(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import sys
