@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Turn benchmark lines (standard input) into the rows of docs/BENCHMARKS.md."""
+
+import json
+import sys
+
+print("| bench | metric | value | baseline | ratio |")
+print("|---|---|---|---|---|")
+for line in sys.stdin:
+    row = json.loads(line)
+    base = row["baseline"]
+    ratio = f"{row['ratio']:.2f}"
+    print(f"| {row['bench']} | `{row['metric']}` | {row['value']:g} {row['unit']} | {base['name']} {base['value']:g} | {ratio} |")
