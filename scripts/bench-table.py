@@ -10,4 +10,5 @@ for line in sys.stdin:
     row = json.loads(line)
     base = row["baseline"]
     ratio = f"{row['ratio']:.2f}"
-    print(f"| {row['bench']} | `{row['metric']}` | {row['value']:g} {row['unit']} | {base['name']} {base['value']:g} | {ratio} |")
+    value = f"{row['value']:g} {row['unit']}"
+    print(f"| {row['bench']} | `{row['metric']}` | {value} | {base['name']} {base['value']:g} | {ratio} |")

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 OUTPUTS = ("table", "json", "yaml")
 DEFAULT_TIMEOUT = 10.0
+READY_S = 5.0  # longest wait for a service to accept connections
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,22 @@ class Ctl:
         return asyncio.run(self._call(use, service))
 
     async def _call(self, use: Callable[[grpc.aio.Channel], Awaitable[T]], service: str) -> T:
+        import asyncio
+
         import grpc
 
-        from services.common.errors import from_rpc_error
+        from services.common.errors import Unavailable, from_rpc_error
 
         async with self.channel(service) as channel:
             try:
+                # A service that is being restarted is back in a moment.
+                await asyncio.wait_for(channel.channel_ready(), min(self.seconds, READY_S))
                 return await use(channel)
+            except TimeoutError:
+                raise Unavailable(
+                    f"the {service} service of node {self.name!r} does not answer",
+                    fix=f"see what ails it: fibril --instance {self.name} status",
+                ) from None
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from None
 

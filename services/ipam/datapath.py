@@ -104,9 +104,23 @@ class Datapath:
         if self._problem is not None:
             return [ComponentStatus("datapath", "failed", str(self._problem))]
         return [
-            ComponentStatus("datapath", "ok", "programs are loaded"),
+            self._pins(),
             *(ComponentStatus(f"kernel.{feature.name}", "ok", feature.message) for feature in self._optional),
         ]
+
+    def _pins(self) -> ComponentStatus:
+        try:
+            complete = self._complete()
+        except (OSError, errors.FibrilError):
+            complete = False
+        if complete:
+            return ComponentStatus("datapath", "ok", "programs are loaded")
+        return ComponentStatus(
+            "datapath",
+            "degraded",
+            f"pins below {self._instance.pin_dir} have been removed: packets flow on, new pods cannot be wired; "
+            "restart the service, which makes them anew",
+        )
 
 
 def _digest() -> str:

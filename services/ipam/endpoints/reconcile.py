@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 CHUNK: Final = 16
 """Endpoints whose programs are looked at in one visit of the netlink thread (some 0.3 ms each)."""
+NODE_RESYNC_S: Final = 10.0
+"""Between comparisons of the node's own parts, on which every pod depends: few, so cheap to look at often."""
 _SETTLE_S: Final = 0.02
 _SETTLED: Final = frozenset({State.READY, State.DEGRADED})
 
@@ -228,4 +230,4 @@ def node_reconciler(
 ) -> Reconciler[str, NodeNet]:
     """`changed` is called when something of the node had to be made."""
     ops = NodeReconcile(node, addresses, changed)
-    return Reconciler("node parts", ops.desired, ops, resync_s=resync_s)
+    return Reconciler("node-parts", ops.desired, ops, resync_s=min(resync_s, NODE_RESYNC_S))

@@ -127,7 +127,7 @@ class Holdings:
             return self.pools[name]
         except KeyError:
             known = ", ".join(sorted(self.pools)) or "none exists"
-            raise errors.NotFound(f"there is no pool {name!r}", field="pool", fix=f"pools: {known}") from None
+            raise errors.NotFound(f"there is no pool {name[:64]!r}", field="pool", fix=f"pools: {known}") from None
 
     def shelf(self, pool: str, family: Family) -> Shelf:
         """This node's blocks of a pool and family."""

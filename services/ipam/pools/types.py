@@ -109,9 +109,9 @@ def check_name(name: str, field: str) -> str:
 
 def check_owner(owner: str) -> str:
     """An owner; InvalidArgument otherwise."""
-    if not 0 < len(owner) <= OWNER_MAX or not owner.isprintable():
+    if not 0 < len(owner) <= OWNER_MAX or not owner.isprintable() or not owner.strip():
         raise errors.InvalidArgument(
-            f"owner {owner[:60]!r} is empty, too long or not printable",
+            f"owner {owner[:60]!r} is blank, too long or not printable",
             field="owner",
             fix=f"use 1 to {OWNER_MAX} printable characters",
         )

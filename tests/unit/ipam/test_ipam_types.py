@@ -59,7 +59,7 @@ def test_mode_and_block_size_stay() -> None:
         check_change(pool(), pool(v4=25))
 
 
-@pytest.mark.parametrize("owner", ["", "x" * 256, "a\nb"])
+@pytest.mark.parametrize("owner", ["", " ", "x" * 256, "a\nb"])
 def test_bad_owners_are_refused(owner: str) -> None:
     with pytest.raises(errors.InvalidArgument):
         check_owner(owner)
