@@ -70,11 +70,12 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -
 class Space:
     """A network namespace and a thread that lives in it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, existing: bool = False) -> None:
         self.name = name
         self.path = f"/run/netns/{name}"
-        ip("netns", "add", name)
-        ip("-n", name, "link", "set", "lo", "up")
+        if not existing:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
         self._thread: ThreadPoolExecutor | None = None
 
     def run(self, work: Callable[..., T], *args: Any) -> T:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import socket
 import subprocess
 import threading
 import time
@@ -19,9 +18,8 @@ import pytest
 from fibril.endpoint.v1 import endpoint_pb2 as ep
 from fibril.ipam.v1 import ipam_pb2
 from fibril.monitor.v1 import monitor_pb2
-from tests.e2e.endpoints.podkit import Node, Pod, ip, ip_json, tcp_echo, tcp_server, udp_server, wait_until
-
-PORT = 4711
+from tests.e2e.endpoints.podkit import Node, Pod, ip, ip_json, tcp_server, udp_server, wait_until
+from tests.e2e.endpoints.probes import PORT, Probes
 
 
 @pytest.fixture
@@ -32,50 +30,6 @@ def own() -> Iterator[Node]:
         yield made
     finally:
         made.close()
-
-
-class Probes:
-    """New TCP connections at 100 a second and a datagram every 2 ms, until stopped; counts what fails."""
-
-    def __init__(self, client: Pod, server: Pod) -> None:
-        self.connections = self.datagrams = 0
-        self.failures: list[str] = []
-        self._client, self._server = client, server
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=target) for target in (self._connect, self._datagram)]
-
-    def __enter__(self) -> Probes:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _connect(self) -> None:
-        version = 4
-        while not self._stop.wait(0.01):
-            try:
-                tcp_echo(self._client.space, version, self._server.address(version), PORT)
-                self.connections += 1
-            except OSError as error:
-                self.failures.append(f"connection over IPv{version}: {error}")
-            version = 10 - version
-
-    def _datagram(self) -> None:
-        with self._client.space.socket(4, socket.SOCK_DGRAM) as udp:
-            udp.connect((self._server.address(4), PORT))
-            while not self._stop.wait(0.002):
-                wanted = b"%d" % self.datagrams
-                try:
-                    udp.send(wanted)
-                    while udp.recv(100) != wanted:
-                        pass
-                except OSError as error:
-                    self.failures.append(f"datagram: {error}")
-                self.datagrams += 1
 
 
 def drops(node: Node) -> dict[int, int]:
