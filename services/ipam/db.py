@@ -68,6 +68,7 @@ def open_db(path: Path) -> sqlite3.Connection:
     FailedPrecondition when the file is damaged or comes from a newer Fibril; nothing is changed then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)  # which pods run here, with which labels, is nobody else's business
     db = sqlite3.connect(path, isolation_level="DEFERRED", factory=NodeDb)
     try:
         db.execute("PRAGMA journal_mode=WAL")

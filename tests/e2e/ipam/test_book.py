@@ -448,3 +448,8 @@ def test_a_damaged_or_newer_database_is_refused_and_left_alone(tmp_path: Path) -
     sqlite3.connect(newer).execute("PRAGMA user_version=99").connection.close()
     with pytest.raises(errors.FailedPrecondition, match="version 99"):
         open_db(newer)
+
+
+def test_the_database_is_for_its_owner_only(tmp_path: Path) -> None:
+    open_db(tmp_path / "state" / "ipam.db").close()
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
