@@ -8,6 +8,8 @@ enum verdict {
 	VERDICT_DROPPED = 1,   /* as in fibril.monitor.v1.Verdict */
 	VERDICT_DELIVERED = 2, /* to a pod of this node */
 	VERDICT_TO_STACK = 3,  /* to the host's network stack */
+	VERDICT_TO_OVERLAY = 4, /* to another node, encapsulated */
+	VERDICT_TO_NODE = 5,   /* to another node by a direct route */
 };
 
 struct event {
@@ -16,6 +18,8 @@ struct event {
 	struct fib_addr dst;
 	__u32 src_id;        /* endpoint ids, 0: not a pod of this node, or not looked up yet */
 	__u32 dst_id;
+	__u32 src_identity;  /* 0: not known */
+	__u32 dst_identity;
 	__u32 len;           /* bytes, Ethernet header included */
 	__u32 ifindex;
 	__u16 reason;        /* enum drop_reason */
@@ -31,4 +35,4 @@ struct event {
 	__u8 icmp_code;
 	__u8 pad;
 };
-_Static_assert(sizeof(struct event) == 72, "ABI");
+_Static_assert(sizeof(struct event) == 80, "ABI");

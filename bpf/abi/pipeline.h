@@ -25,12 +25,16 @@ enum slot {
 	SLOT_POLICY_INGRESS = 3,
 	SLOT_DELIVER = 4,
 	SLOT_NEIGHBOUR = 5, /* ARP and neighbour discovery from a pod */
+	SLOT_REMOTE = 6,    /* what is for no pod of this node; empty: the host's stack */
 	SLOT_COUNT = 16,
 };
 
 enum direction {
 	DIR_FROM_POD = 1, /* as in fibril.monitor.v1.Direction */
 	DIR_TO_POD = 2,
+	DIR_FROM_OVERLAY = 3,
+	DIR_FROM_UPLINK = 4,
+	DIR_FROM_HOST = 5,
 	DIR_COUNT = 8,
 };
 

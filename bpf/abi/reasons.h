@@ -21,5 +21,12 @@ enum drop_reason {
 	REASON_LINK_LOCAL = 15, /* Destination is an IPv6 link-local address. */
 	REASON_MARTIAN = 16, /* An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6). */
 	REASON_SLOT_MISSING = 17, /* The program a packet should go to next is not installed. */
+	REASON_OVERLAY_IDENTITY = 96, /* The identity a packet carries is not that of its source address. */
+	REASON_OVERLAY_SOURCE = 97, /* The packet came from another node than the one its source address belongs to. */
+	REASON_OVERLAY_KEY = 98, /* A packet on the overlay device without tunnel information. */
+	REASON_OVERLAY_DESTINATION = 99, /* A packet out of the overlay for an address that is neither a pod's nor the node's here. */
+	REASON_UPLINK_SPOOFED = 100, /* A packet outside the overlay whose source address is reached through the overlay. */
+	REASON_NODE_UNREACHABLE = 101, /* The destination's node is known but cannot be sent to. */
+	REASON_REDIRECT = 102, /* The kernel refused to send the packet out. */
 	REASON_COUNT = 128, /* room, not a reason */
 };

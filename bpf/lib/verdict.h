@@ -28,6 +28,8 @@ static __always_inline void verdict_report(struct __sk_buff *skb, struct pkt_ctx
 	event->time = bpf_ktime_get_ns();
 	event->src_id = pkt->src_id;
 	event->dst_id = pkt->dst_id;
+	event->src_identity = pkt->src_identity;
+	event->dst_identity = pkt->dst_identity;
 	event->len = skb->len;
 	event->ifindex = skb->ifindex;
 	event->reason = reason;

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.common.errors import InvalidArgument
+from services.common.etcd.config import EtcdConfig
 from services.common.host import HostConfig
 from services.ipam.endpoints.model import MTU_MAX, MTU_MIN
-from services.ipam.pools.config import EtcdConfig, PoolsConfig
+from services.ipam.pools.config import PoolsConfig
 
 
 @dataclass(frozen=True)

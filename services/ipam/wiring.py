@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import socket
 import sqlite3
 from collections.abc import Sequence
 
@@ -55,7 +53,7 @@ class IpamService:
             Holdings(self._db),
             self._etcd,
             PoolStore(self._etcd, cfg.etcd.cluster),
-            node_name(instance, cfg),
+            cfg.etcd.node_name(instance),
             cfg.pools.first(),
         )
         self._netlink = Netlink()
@@ -172,14 +170,6 @@ class IpamService:
     def _gateways_in_use(self) -> set[str]:
         records = self._manager.by_number().values()
         return {gateway for record in records for gateway in (record.ipv4_gateway, record.ipv6_gateway)}
-
-
-def node_name(instance: Instance, cfg: IpamConfig) -> str:
-    """What this node is called in the cluster; must not change while it holds blocks."""
-    if cfg.etcd.node:
-        return cfg.etcd.node
-    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()).strip("-.") or "host"
-    return f"{host}_{instance.name}"
 
 
 async def _watch(task: asyncio.Task[None]) -> None:

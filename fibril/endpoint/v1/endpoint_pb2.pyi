@@ -99,6 +99,7 @@ class Endpoint(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_SECONDS_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Node-local number, 1 to 65,535."""
     container_id: _builtins.str
@@ -139,6 +140,8 @@ class Endpoint(_message.Message):
     """One sentence on the state when it is not READY."""
     created_unix_seconds: _builtins.float
     """Seconds since the Unix epoch at which it was created."""
+    identity: _builtins.int
+    """Security identity that the data path uses for it; 5 (init) until the identity service has set one."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels, as from Kubernetes or `fibril pod add --label`."""
@@ -167,10 +170,11 @@ class Endpoint(_message.Message):
         state: Global___EndpointState.ValueType = ...,
         message: _builtins.str = ...,
         created_unix_seconds: _builtins.float = ...,
+        identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_id", b"cgroup_id", "container_id", b"container_id", "created_unix_seconds", b"created_unix_seconds", "host_ifindex", b"host_ifindex", "host_ifname", b"host_ifname", "host_mac", b"host_mac", "id", b"id", "ifname", b"ifname", "ipv4", b"ipv4", "ipv4_gateway", b"ipv4_gateway", "ipv6", b"ipv6", "ipv6_gateway", b"ipv6_gateway", "labels", b"labels", "mac", b"mac", "message", b"message", "mtu", b"mtu", "netns", b"netns", "netns_cookie", b"netns_cookie", "pod", b"pod", "pool", b"pool", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_id", b"cgroup_id", "container_id", b"container_id", "created_unix_seconds", b"created_unix_seconds", "host_ifindex", b"host_ifindex", "host_ifname", b"host_ifname", "host_mac", b"host_mac", "id", b"id", "identity", b"identity", "ifname", b"ifname", "ipv4", b"ipv4", "ipv4_gateway", b"ipv4_gateway", "ipv6", b"ipv6", "ipv6_gateway", b"ipv6_gateway", "labels", b"labels", "mac", b"mac", "message", b"message", "mtu", b"mtu", "netns", b"netns", "netns_cookie", b"netns_cookie", "pod", b"pod", "pool", b"pool", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -573,3 +577,155 @@ class CheckEndpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckEndpointResponse: _TypeAlias = CheckEndpointResponse  # noqa: Y015
+
+@_typing.final
+class SetEndpointLabelsRequest(_message.Message):
+    """SetEndpointLabelsRequest holds all labels an endpoint shall have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KEY_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def key(self) -> Global___EndpointKey:
+        """Its key."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As in CreateEndpointRequest; labels not named are removed."""
+
+    def __init__(
+        self,
+        *,
+        key: Global___EndpointKey | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "labels", b"labels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetEndpointLabelsRequest: _TypeAlias = SetEndpointLabelsRequest  # noqa: Y015
+
+@_typing.final
+class SetEndpointLabelsResponse(_message.Message):
+    """SetEndpointLabelsResponse holds the endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint:
+        """The endpoint as it is now."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetEndpointLabelsResponse: _TypeAlias = SetEndpointLabelsResponse  # noqa: Y015
+
+@_typing.final
+class EndpointIdentity(_message.Message):
+    """EndpointIdentity is the identity of one endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Endpoint number."""
+    container_id: _builtins.str
+    """Its container, so that a number that was given to another endpoint meanwhile is not mistaken."""
+    identity: _builtins.int
+    """Identity; not 0."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        container_id: _builtins.str = ...,
+        identity: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "id", b"id", "identity", b"identity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndpointIdentity: _TypeAlias = EndpointIdentity  # noqa: Y015
+
+@_typing.final
+class SetEndpointIdentitiesRequest(_message.Message):
+    """SetEndpointIdentitiesRequest sets many at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointIdentity]:
+        """At most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        identities: _abc.Iterable[Global___EndpointIdentity] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identities", b"identities"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetEndpointIdentitiesRequest: _TypeAlias = SetEndpointIdentitiesRequest  # noqa: Y015
+
+@_typing.final
+class SetEndpointIdentitiesResponse(_message.Message):
+    """SetEndpointIdentitiesResponse tells what was not set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNKNOWN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of endpoints that do not exist (any more)."""
+
+    def __init__(
+        self,
+        *,
+        unknown: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["unknown", b"unknown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetEndpointIdentitiesResponse: _TypeAlias = SetEndpointIdentitiesResponse  # noqa: Y015

@@ -74,6 +74,16 @@ class EndpointServiceStub:
                 request_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointRequest.SerializeToString,
                 response_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointResponse.FromString,
                 _registered_method=True)
+        self.SetEndpointLabels = channel.unary_unary(
+                '/fibril.endpoint.v1.EndpointService/SetEndpointLabels',
+                request_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsRequest.SerializeToString,
+                response_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsResponse.FromString,
+                _registered_method=True)
+        self.SetEndpointIdentities = channel.unary_unary(
+                '/fibril.endpoint.v1.EndpointService/SetEndpointIdentities',
+                request_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesRequest.SerializeToString,
+                response_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesResponse.FromString,
+                _registered_method=True)
 
 
 class EndpointServiceServicer:
@@ -131,6 +141,20 @@ class EndpointServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetEndpointLabels(self, request, context):
+        """SetEndpointLabels replaces the labels of an endpoint; who follows endpoints gives it another identity.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetEndpointIdentities(self, request, context):
+        """SetEndpointIdentities tells the data path the identities of endpoints; for the identity service. Unknown endpoints are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EndpointServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +187,16 @@ def add_EndpointServiceServicer_to_server(servicer, server):
                     servicer.CheckEndpoint,
                     request_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointRequest.FromString,
                     response_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointResponse.SerializeToString,
+            ),
+            'SetEndpointLabels': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetEndpointLabels,
+                    request_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsRequest.FromString,
+                    response_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsResponse.SerializeToString,
+            ),
+            'SetEndpointIdentities': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetEndpointIdentities,
+                    request_deserializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesRequest.FromString,
+                    response_serializer=fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -337,6 +371,60 @@ class EndpointService:
             '/fibril.endpoint.v1.EndpointService/CheckEndpoint',
             fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointRequest.SerializeToString,
             fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.CheckEndpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetEndpointLabels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fibril.endpoint.v1.EndpointService/SetEndpointLabels',
+            fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsRequest.SerializeToString,
+            fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointLabelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetEndpointIdentities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fibril.endpoint.v1.EndpointService/SetEndpointIdentities',
+            fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesRequest.SerializeToString,
+            fibril_dot_endpoint_dot_v1_dot_endpoint__pb2.SetEndpointIdentitiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

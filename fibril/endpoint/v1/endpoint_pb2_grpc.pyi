@@ -55,6 +55,10 @@ class EndpointServiceStub:
     """WatchEndpoints streams endpoints: snapshot, SYNCED, then changes."""
     CheckEndpoint: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.CheckEndpointRequest, _endpoint_pb2.CheckEndpointResponse]
     """CheckEndpoint compares an endpoint with the kernel and lists every difference, changing nothing."""
+    SetEndpointLabels: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.SetEndpointLabelsRequest, _endpoint_pb2.SetEndpointLabelsResponse]
+    """SetEndpointLabels replaces the labels of an endpoint; who follows endpoints gives it another identity."""
+    SetEndpointIdentities: _grpc.UnaryUnaryMultiCallable[_endpoint_pb2.SetEndpointIdentitiesRequest, _endpoint_pb2.SetEndpointIdentitiesResponse]
+    """SetEndpointIdentities tells the data path the identities of endpoints; for the identity service. Unknown endpoints are left out."""
 
 @_typing.type_check_only
 class EndpointServiceAsyncStub(EndpointServiceStub):
@@ -83,6 +87,10 @@ class EndpointServiceAsyncStub(EndpointServiceStub):
     """WatchEndpoints streams endpoints: snapshot, SYNCED, then changes."""
     CheckEndpoint: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.CheckEndpointRequest, _endpoint_pb2.CheckEndpointResponse]  # type: ignore[assignment]
     """CheckEndpoint compares an endpoint with the kernel and lists every difference, changing nothing."""
+    SetEndpointLabels: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.SetEndpointLabelsRequest, _endpoint_pb2.SetEndpointLabelsResponse]  # type: ignore[assignment]
+    """SetEndpointLabels replaces the labels of an endpoint; who follows endpoints gives it another identity."""
+    SetEndpointIdentities: _aio.UnaryUnaryMultiCallable[_endpoint_pb2.SetEndpointIdentitiesRequest, _endpoint_pb2.SetEndpointIdentitiesResponse]  # type: ignore[assignment]
+    """SetEndpointIdentities tells the data path the identities of endpoints; for the identity service. Unknown endpoints are left out."""
 
 class EndpointServiceServicer(metaclass=_abc_1.ABCMeta):
     """EndpointService creates and removes the network interface of a pod: a veth pair into the pod's network namespace,
@@ -144,5 +152,21 @@ class EndpointServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_endpoint_pb2.CheckEndpointResponse, _abc.Awaitable[_endpoint_pb2.CheckEndpointResponse]]:
         """CheckEndpoint compares an endpoint with the kernel and lists every difference, changing nothing."""
+
+    @_abc_1.abstractmethod
+    def SetEndpointLabels(
+        self,
+        request: _endpoint_pb2.SetEndpointLabelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_endpoint_pb2.SetEndpointLabelsResponse, _abc.Awaitable[_endpoint_pb2.SetEndpointLabelsResponse]]:
+        """SetEndpointLabels replaces the labels of an endpoint; who follows endpoints gives it another identity."""
+
+    @_abc_1.abstractmethod
+    def SetEndpointIdentities(
+        self,
+        request: _endpoint_pb2.SetEndpointIdentitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_endpoint_pb2.SetEndpointIdentitiesResponse, _abc.Awaitable[_endpoint_pb2.SetEndpointIdentitiesResponse]]:
+        """SetEndpointIdentities tells the data path the identities of endpoints; for the identity service. Unknown endpoints are left out."""
 
 def add_EndpointServiceServicer_to_server(servicer: EndpointServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

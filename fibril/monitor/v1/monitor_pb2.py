@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from fibril.types.v1 import reasons_pb2 as fibril_dot_types_dot_v1_dot_reasons__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66ibril/monitor/v1/monitor.proto\x12\x11\x66ibril.monitor.v1\x1a\x1d\x66ibril/types/v1/reasons.proto\"<\n\x12WatchEventsRequest\x12\x11\n\tforwarded\x18\x01 \x01(\x08\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\r\"\xbc\x03\n\x05\x45vent\x12\x17\n\x0ftime_unix_nanos\x18\x01 \x01(\x03\x12+\n\x07verdict\x18\x02 \x01(\x0e\x32\x1a.fibril.monitor.v1.Verdict\x12+\n\x06reason\x18\x03 \x01(\x0e\x32\x1b.fibril.types.v1.DropReason\x12/\n\tdirection\x18\x04 \x01(\x0e\x32\x1c.fibril.monitor.v1.Direction\x12\x17\n\x0fsource_endpoint\x18\x05 \x01(\r\x12\x1c\n\x14\x64\x65stination_endpoint\x18\x06 \x01(\r\x12\x12\n\nsource_pod\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65stination_pod\x18\x08 \x01(\t\x12\x0e\n\x06source\x18\t \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\n \x01(\t\x12\x13\n\x0bsource_port\x18\x0b \x01(\r\x12\x18\n\x10\x64\x65stination_port\x18\x0c \x01(\r\x12\x10\n\x08protocol\x18\r \x01(\r\x12\x11\n\tethertype\x18\x0e \x01(\r\x12\x0e\n\x06length\x18\x0f \x01(\r\x12\x11\n\ttcp_flags\x18\x10 \x01(\r\x12\x0f\n\x07ifindex\x18\x11 \x01(\r\"L\n\x13WatchEventsResponse\x12\'\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.fibril.monitor.v1.Event\x12\x0c\n\x04lost\x18\x02 \x01(\x04\"\x14\n\x12GetCountersRequest\"\x87\x01\n\x07\x43ounter\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.fibril.types.v1.DropReason\x12/\n\tdirection\x18\x02 \x01(\x0e\x32\x1c.fibril.monitor.v1.Direction\x12\x0f\n\x07packets\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"C\n\x13GetCountersResponse\x12,\n\x08\x63ounters\x18\x01 \x03(\x0b\x32\x1a.fibril.monitor.v1.Counter*T\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTION_FROM_POD\x10\x01\x12\x14\n\x10\x44IRECTION_TO_POD\x10\x02*d\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_DROPPED\x10\x01\x12\x15\n\x11VERDICT_DELIVERED\x10\x02\x12\x14\n\x10VERDICT_TO_STACK\x10\x03\x32\xce\x01\n\x0eMonitorService\x12^\n\x0bWatchEvents\x12%.fibril.monitor.v1.WatchEventsRequest\x1a&.fibril.monitor.v1.WatchEventsResponse0\x01\x12\\\n\x0bGetCounters\x12%.fibril.monitor.v1.GetCountersRequest\x1a&.fibril.monitor.v1.GetCountersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x66ibril/monitor/v1/monitor.proto\x12\x11\x66ibril.monitor.v1\x1a\x1d\x66ibril/types/v1/reasons.proto\"<\n\x12WatchEventsRequest\x12\x11\n\tforwarded\x18\x01 \x01(\x08\x12\x13\n\x0b\x65ndpoint_id\x18\x02 \x01(\r\"\xf3\x03\n\x05\x45vent\x12\x17\n\x0ftime_unix_nanos\x18\x01 \x01(\x03\x12+\n\x07verdict\x18\x02 \x01(\x0e\x32\x1a.fibril.monitor.v1.Verdict\x12+\n\x06reason\x18\x03 \x01(\x0e\x32\x1b.fibril.types.v1.DropReason\x12/\n\tdirection\x18\x04 \x01(\x0e\x32\x1c.fibril.monitor.v1.Direction\x12\x17\n\x0fsource_endpoint\x18\x05 \x01(\r\x12\x1c\n\x14\x64\x65stination_endpoint\x18\x06 \x01(\r\x12\x12\n\nsource_pod\x18\x07 \x01(\t\x12\x17\n\x0f\x64\x65stination_pod\x18\x08 \x01(\t\x12\x0e\n\x06source\x18\t \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\n \x01(\t\x12\x13\n\x0bsource_port\x18\x0b \x01(\r\x12\x18\n\x10\x64\x65stination_port\x18\x0c \x01(\r\x12\x10\n\x08protocol\x18\r \x01(\r\x12\x11\n\tethertype\x18\x0e \x01(\r\x12\x0e\n\x06length\x18\x0f \x01(\r\x12\x11\n\ttcp_flags\x18\x10 \x01(\r\x12\x0f\n\x07ifindex\x18\x11 \x01(\r\x12\x17\n\x0fsource_identity\x18\x12 \x01(\r\x12\x1c\n\x14\x64\x65stination_identity\x18\x13 \x01(\r\"L\n\x13WatchEventsResponse\x12\'\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x18.fibril.monitor.v1.Event\x12\x0c\n\x04lost\x18\x02 \x01(\x04\"\x14\n\x12GetCountersRequest\"\x87\x01\n\x07\x43ounter\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.fibril.types.v1.DropReason\x12/\n\tdirection\x18\x02 \x01(\x0e\x32\x1c.fibril.monitor.v1.Direction\x12\x0f\n\x07packets\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\"C\n\x13GetCountersResponse\x12,\n\x08\x63ounters\x18\x01 \x03(\x0b\x32\x1a.fibril.monitor.v1.Counter*\xa4\x01\n\tDirection\x12\x19\n\x15\x44IRECTION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x44IRECTION_FROM_POD\x10\x01\x12\x14\n\x10\x44IRECTION_TO_POD\x10\x02\x12\x1a\n\x16\x44IRECTION_FROM_OVERLAY\x10\x03\x12\x19\n\x15\x44IRECTION_FROM_UPLINK\x10\x04\x12\x17\n\x13\x44IRECTION_FROM_HOST\x10\x05*\x91\x01\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_DROPPED\x10\x01\x12\x15\n\x11VERDICT_DELIVERED\x10\x02\x12\x14\n\x10VERDICT_TO_STACK\x10\x03\x12\x16\n\x12VERDICT_TO_OVERLAY\x10\x04\x12\x13\n\x0fVERDICT_TO_NODE\x10\x05\x32\xce\x01\n\x0eMonitorService\x12^\n\x0bWatchEvents\x12%.fibril.monitor.v1.WatchEventsRequest\x1a&.fibril.monitor.v1.WatchEventsResponse0\x01\x12\\\n\x0bGetCounters\x12%.fibril.monitor.v1.GetCountersRequest\x1a&.fibril.monitor.v1.GetCountersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fibril.monitor.v1.monitor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DIRECTION']._serialized_start=901
-  _globals['_DIRECTION']._serialized_end=985
-  _globals['_VERDICT']._serialized_start=987
-  _globals['_VERDICT']._serialized_end=1087
+  _globals['_DIRECTION']._serialized_start=957
+  _globals['_DIRECTION']._serialized_end=1121
+  _globals['_VERDICT']._serialized_start=1124
+  _globals['_VERDICT']._serialized_end=1269
   _globals['_WATCHEVENTSREQUEST']._serialized_start=85
   _globals['_WATCHEVENTSREQUEST']._serialized_end=145
   _globals['_EVENT']._serialized_start=148
-  _globals['_EVENT']._serialized_end=592
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=594
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=670
-  _globals['_GETCOUNTERSREQUEST']._serialized_start=672
-  _globals['_GETCOUNTERSREQUEST']._serialized_end=692
-  _globals['_COUNTER']._serialized_start=695
-  _globals['_COUNTER']._serialized_end=830
-  _globals['_GETCOUNTERSRESPONSE']._serialized_start=832
-  _globals['_GETCOUNTERSRESPONSE']._serialized_end=899
-  _globals['_MONITORSERVICE']._serialized_start=1090
-  _globals['_MONITORSERVICE']._serialized_end=1296
+  _globals['_EVENT']._serialized_end=647
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=649
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=725
+  _globals['_GETCOUNTERSREQUEST']._serialized_start=727
+  _globals['_GETCOUNTERSREQUEST']._serialized_end=747
+  _globals['_COUNTER']._serialized_start=750
+  _globals['_COUNTER']._serialized_end=885
+  _globals['_GETCOUNTERSRESPONSE']._serialized_start=887
+  _globals['_GETCOUNTERSRESPONSE']._serialized_end=954
+  _globals['_MONITORSERVICE']._serialized_start=1272
+  _globals['_MONITORSERVICE']._serialized_end=1478
 # @@protoc_insertion_point(module_scope)

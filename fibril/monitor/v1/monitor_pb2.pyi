@@ -32,6 +32,12 @@ class _DirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Direction.V
     """Leaving a pod."""
     DIRECTION_TO_POD: _Direction.ValueType  # 2
     """Entering a pod from the host's stack."""
+    DIRECTION_FROM_OVERLAY: _Direction.ValueType  # 3
+    """Coming out of the overlay from another node."""
+    DIRECTION_FROM_UPLINK: _Direction.ValueType  # 4
+    """Coming in by the uplink, not in the overlay, for a pod of this node."""
+    DIRECTION_FROM_HOST: _Direction.ValueType  # 5
+    """From the host's stack to a pod of another node, before it enters the overlay."""
 
 class Direction(_Direction, metaclass=_DirectionEnumTypeWrapper):
     """Where on its way a packet was seen."""
@@ -42,6 +48,12 @@ DIRECTION_FROM_POD: Direction.ValueType  # 1
 """Leaving a pod."""
 DIRECTION_TO_POD: Direction.ValueType  # 2
 """Entering a pod from the host's stack."""
+DIRECTION_FROM_OVERLAY: Direction.ValueType  # 3
+"""Coming out of the overlay from another node."""
+DIRECTION_FROM_UPLINK: Direction.ValueType  # 4
+"""Coming in by the uplink, not in the overlay, for a pod of this node."""
+DIRECTION_FROM_HOST: Direction.ValueType  # 5
+"""From the host's stack to a pod of another node, before it enters the overlay."""
 Global___Direction: _TypeAlias = Direction  # noqa: Y015
 
 class _Verdict:
@@ -58,6 +70,10 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     """Delivered to a pod of this node."""
     VERDICT_TO_STACK: _Verdict.ValueType  # 3
     """Handed to the host's network stack."""
+    VERDICT_TO_OVERLAY: _Verdict.ValueType  # 4
+    """Sent to another node in the overlay."""
+    VERDICT_TO_NODE: _Verdict.ValueType  # 5
+    """Sent to another node by a direct route."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """What was decided."""
@@ -70,6 +86,10 @@ VERDICT_DELIVERED: Verdict.ValueType  # 2
 """Delivered to a pod of this node."""
 VERDICT_TO_STACK: Verdict.ValueType  # 3
 """Handed to the host's network stack."""
+VERDICT_TO_OVERLAY: Verdict.ValueType  # 4
+"""Sent to another node in the overlay."""
+VERDICT_TO_NODE: Verdict.ValueType  # 5
+"""Sent to another node by a direct route."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 @_typing.final
@@ -121,6 +141,8 @@ class Event(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     TCP_FLAGS_FIELD_NUMBER: _builtins.int
     IFINDEX_FIELD_NUMBER: _builtins.int
+    SOURCE_IDENTITY_FIELD_NUMBER: _builtins.int
+    DESTINATION_IDENTITY_FIELD_NUMBER: _builtins.int
     time_unix_nanos: _builtins.int
     """Nanoseconds since the Unix epoch."""
     verdict: Global___Verdict.ValueType
@@ -155,6 +177,10 @@ class Event(_message.Message):
     """TCP flags; 0 otherwise."""
     ifindex: _builtins.int
     """Host-side interface index it was seen on."""
+    source_identity: _builtins.int
+    """Identity of the sender; 0 when not known."""
+    destination_identity: _builtins.int
+    """Identity of the receiver; 0 when not known."""
     def __init__(
         self,
         *,
@@ -175,10 +201,12 @@ class Event(_message.Message):
         length: _builtins.int = ...,
         tcp_flags: _builtins.int = ...,
         ifindex: _builtins.int = ...,
+        source_identity: _builtins.int = ...,
+        destination_identity: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "destination_endpoint", b"destination_endpoint", "destination_pod", b"destination_pod", "destination_port", b"destination_port", "direction", b"direction", "ethertype", b"ethertype", "ifindex", b"ifindex", "length", b"length", "protocol", b"protocol", "reason", b"reason", "source", b"source", "source_endpoint", b"source_endpoint", "source_pod", b"source_pod", "source_port", b"source_port", "tcp_flags", b"tcp_flags", "time_unix_nanos", b"time_unix_nanos", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "destination_endpoint", b"destination_endpoint", "destination_identity", b"destination_identity", "destination_pod", b"destination_pod", "destination_port", b"destination_port", "direction", b"direction", "ethertype", b"ethertype", "ifindex", b"ifindex", "length", b"length", "protocol", b"protocol", "reason", b"reason", "source", b"source", "source_endpoint", b"source_endpoint", "source_identity", b"source_identity", "source_pod", b"source_pod", "source_port", b"source_port", "tcp_flags", b"tcp_flags", "time_unix_nanos", b"time_unix_nanos", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

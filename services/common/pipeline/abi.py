@@ -1,4 +1,4 @@
-"""The contract of bpf/abi/*.h in ctypes: maps of the families `endpoint` and `pipeline`, both version 1.
+"""The contract of bpf/abi/*.h in ctypes: maps of all families, version 1.
 
 Structures carry the C names' fields, sizes and offsets; tests/datapath compares them with what the compiler
 made. Fields the C headers call __be16 or __be32 hold network order: use the helpers, not the integers.
@@ -18,15 +18,22 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 EP_MAX: Final = 65536
 EP_NEAR_SLOTS: Final = 4096
+IPC_ADDR_MAX: Final = 524288
+IPC_PREFIX_MAX: Final = 65536
+ND_MAX: Final = 16384
 SLOTS_MAP: Final = "pl_slots"
 EVENTS_BYTES: Final = 1 << 20
 
 ENDPOINT_FAMILY: Final = "endpoint/v1"
 PIPELINE_FAMILY: Final = "pipeline/v1"
+IPCACHE_FAMILY: Final = "ipcache/v1"
+NODE_FAMILY: Final = "node/v1"
 MAPS: Final = {
     **{name: f"{ENDPOINT_FAMILY}/{name}" for name in ("ep_iface", "ep_addr", "ep_near", "ep_netns", "ep_cgroup")},
     **{name: f"{PIPELINE_FAMILY}/{name}"
        for name in (SLOTS_MAP, "pl_ctx", "pl_config", "pl_counters", "pl_events")},
+    **{name: f"{IPCACHE_FAMILY}/{name}" for name in ("ipc_addr", "ipc_prefix")},
+    **{name: f"{NODE_FAMILY}/{name}" for name in ("nd_nodes", "nd_config")},
 }
 """Map -> pin path below an instance's pin directory."""
 
@@ -42,6 +49,7 @@ class Slot(enum.IntEnum):
     POLICY_INGRESS = 3
     DELIVER = 4
     NEIGHBOUR = 5
+    REMOTE = 6
 
 
 SLOT_COUNT: Final = 16
@@ -52,6 +60,9 @@ class Direction(enum.IntEnum):
 
     FROM_POD = 1
     TO_POD = 2
+    FROM_OVERLAY = 3
+    FROM_UPLINK = 4
+    FROM_HOST = 5
 
 
 DIR_COUNT: Final = 8
@@ -63,6 +74,8 @@ class Verdict(enum.IntEnum):
     DROPPED = 1
     DELIVERED = 2
     TO_STACK = 3
+    TO_OVERLAY = 4
+    TO_NODE = 5
 
 
 class EndpointFlag(enum.IntFlag):
@@ -176,12 +189,72 @@ class Event(ct.Structure):
 
     _fields_ = (
         ("time", ct.c_uint64), ("src", FibAddr), ("dst", FibAddr), ("src_id", ct.c_uint32),
-        ("dst_id", ct.c_uint32), ("len", ct.c_uint32), ("ifindex", ct.c_uint32), ("reason", ct.c_uint16),
+        ("dst_id", ct.c_uint32), ("src_identity", ct.c_uint32), ("dst_identity", ct.c_uint32), ("len", ct.c_uint32), ("ifindex", ct.c_uint32), ("reason", ct.c_uint16),
         ("ethertype", ct.c_uint16), ("sport", ct.c_uint16), ("dport", ct.c_uint16), ("verdict", ct.c_uint8),
         ("direction", ct.c_uint8),
         ("family", ct.c_uint8), ("proto", ct.c_uint8), ("tcp_flags", ct.c_uint8), ("icmp_type", ct.c_uint8),
         ("icmp_code", ct.c_uint8), ("pad", ct.c_uint8),
     )
+
+
+class IpcacheFlag(enum.IntFlag):
+    """IPC_* of struct ipcache_entry."""
+
+    SINGLE = 0x1
+
+
+class IpcacheEntry(ct.Structure):
+    """struct ipcache_entry: the value of ipc_addr and ipc_prefix."""
+
+    _fields_ = (("identity", ct.c_uint32), ("before", ct.c_uint32), ("before_until", ct.c_uint32),
+                ("node", ct.c_uint16), ("flags", ct.c_uint16))
+
+
+class IpcachePrefix(ct.Structure):
+    """struct ipcache_prefix: the key of ipc_prefix."""
+
+    _fields_ = (("bits", ct.c_uint32), ("addr", ct.c_uint8 * 16))
+
+    @classmethod
+    def of(cls, prefix: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Self:
+        raw = bytes(FibAddr.of(prefix.network_address))
+        return cls(bits=prefix.prefixlen + (96 if prefix.version == 4 else 0), addr=(ct.c_uint8 * 16)(*raw))
+
+    def network(self) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+        raw = bytes(self.addr)
+        if raw.startswith(_V4_PREFIX) and self.bits >= 96:
+            return ipaddress.IPv4Network((raw[12:], self.bits - 96))
+        return ipaddress.IPv6Network((raw, self.bits))
+
+
+class NodeMode(enum.IntEnum):
+    """enum node_mode."""
+
+    NONE = 0
+    LOCAL = 1
+    OVERLAY = 2
+    ROUTED = 3
+    STACK = 4
+
+
+class NodeFlag(enum.IntFlag):
+    """NODE_* flags of struct node_entry."""
+
+    TUNNEL_V6 = 0x1
+
+
+class NodeEntry(ct.Structure):
+    """struct node_entry: a value of nd_nodes."""
+
+    _fields_ = (("v6", FibAddr), ("v4", ct.c_uint32), ("ifindex", ct.c_uint32), ("mtu", ct.c_uint16),
+                ("mode", ct.c_uint8), ("flags", ct.c_uint8), ("pad", ct.c_uint32))
+
+
+class NetworkDevices(ct.Structure):
+    """struct network_config: the one value of nd_config."""
+
+    _fields_ = (("overlay_ifindex", ct.c_uint32), ("host_ifindex", ct.c_uint32),
+                ("uplink_ifindex", ct.c_uint32), ("reserved", ct.c_uint32 * 5))
 
 
 def host16(value: int) -> int:

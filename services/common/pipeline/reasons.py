@@ -27,6 +27,13 @@ class Reason(enum.IntEnum):
     LINK_LOCAL = 15
     MARTIAN = 16
     SLOT_MISSING = 17
+    OVERLAY_IDENTITY = 96
+    OVERLAY_SOURCE = 97
+    OVERLAY_KEY = 98
+    OVERLAY_DESTINATION = 99
+    UPLINK_SPOOFED = 100
+    NODE_UNREACHABLE = 101
+    REDIRECT = 102
 
     @property
     def label(self) -> str:
@@ -116,5 +123,33 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     17: (
         "The program a packet should go to next is not installed.",
         "Restart the service that owns it; `fibril bpf` shows which slots are filled.",
+    ),
+    96: (
+        "The identity a packet carries is not that of its source address.",
+        "Somebody sends into the overlay who is no node, or a node's table is old: compare `fibril ipcache get ADDRESS` on both nodes.",
+    ),
+    97: (
+        "The packet came from another node than the one its source address belongs to.",
+        "As OVERLAY_IDENTITY; also when a node uses an address it is not registered with (`fibril node ls`).",
+    ),
+    98: (
+        "A packet on the overlay device without tunnel information.",
+        "Something on this host sends into the overlay device directly; it is the data path's only.",
+    ),
+    99: (
+        "A packet out of the overlay for an address that is neither a pod's nor the node's here.",
+        "Seen for a moment while a pod is removed; otherwise the sender's table is old.",
+    ),
+    100: (
+        "A packet outside the overlay whose source address is reached through the overlay.",
+        "Somebody on the network uses a pod's address, or the nodes are configured for different modes (`fibril node ls`).",
+    ),
+    101: (
+        "The destination's node is known but cannot be sent to.",
+        "`fibril node get NODE` says what is wrong: no common address family, or no address yet.",
+    ),
+    102: (
+        "The kernel refused to send the packet out.",
+        "The overlay device or the uplink is missing or down; `fibril status` names it.",
     ),
 }
