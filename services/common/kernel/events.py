@@ -1,4 +1,4 @@
-"""What changes among interfaces and qdiscs, as it happens.
+"""What changes among interfaces, qdiscs, addresses and routes, as it happens.
 
 with Events() as events:            # in the thread's namespace
     links = ...list everything...   # after subscribing, so that nothing falls between
@@ -19,26 +19,41 @@ from services.common.kernel import netlink, rtnl
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 GROUP_LINK, GROUP_TC = 1, 4
+GROUP_IPV4_ADDRESS, GROUP_IPV4_ROUTE, GROUP_IPV6_ADDRESS, GROUP_IPV6_ROUTE = 5, 7, 9, 11
 _RECEIVE_BUFFER: Final = 4 << 20
-_KINDS: Final[dict[int, Literal["link", "link-gone", "qdisc", "qdisc-gone"]]] = {
+Kind = Literal[
+    "link", "link-gone", "qdisc", "qdisc-gone", "address", "address-gone", "route", "route-gone", "lost"
+]
+_KINDS: Final[dict[int, Kind]] = {
     rtnl.NEWLINK: "link",
     rtnl.DELLINK: "link-gone",
     rtnl.NEWQDISC: "qdisc",
     rtnl.DELQDISC: "qdisc-gone",
+    rtnl.NEWADDR: "address",
+    rtnl.DELADDR: "address-gone",
+    rtnl.NEWROUTE: "route",
+    rtnl.DELROUTE: "route-gone",
 }
 
 
 @dataclass(frozen=True)
 class Event:
-    """One change. "lost": the kernel dropped events because nobody read; list everything again."""
+    """One change. "lost": the kernel dropped events because nobody read; list everything again.
 
-    kind: Literal["link", "link-gone", "qdisc", "qdisc-gone", "lost"]
+    IPv4 routes that go with their interface, or because it goes down, are not announced.
+    """
+
+    kind: Kind
     link: netlink.Link | None = None
     qdisc: netlink.Qdisc | None = None
+    address: netlink.Address | None = None
+    route: netlink.Route | None = None
 
 
 class Events:
-    """A subscription, used from the event loop's thread. Iterate it once."""
+    """A subscription, used from the event loop's thread, in the namespace of the thread that makes it.
+    Iterate it once.
+    """
 
     def __init__(self, groups: tuple[int, ...] = (GROUP_LINK, GROUP_TC)) -> None:
         self._sock = socket.socket(
@@ -97,6 +112,10 @@ def decode(data: bytes) -> list[Event]:
             # Bridges and IPv6 announce their own, nameless, kind of link message here.
             if 3 in answer.attrs and answer.fixed[0] == socket.AF_UNSPEC:
                 found.append(Event(kind, link=netlink.parse_link(answer)))
-        else:
+        elif kind.startswith("qdisc"):
             found.append(Event(kind, qdisc=netlink.parse_qdisc(answer)))
+        elif kind.startswith("address"):
+            found.append(Event(kind, address=netlink.parse_address(answer)))
+        elif (route := netlink.parse_route(answer)) is not None:
+            found.append(Event(kind, route=route))
     return found

@@ -58,14 +58,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Address:
+    """An address of an interface; flags are IFA_F_*."""
+
     ifindex: int
     address: IPAddress
     prefix: int
+    scope: int = SCOPE_UNIVERSE
+    flags: int = 0
 
 
 @dataclass(frozen=True)
 class Route:
-    """One route of the node. gateway, ifindex and source are None or 0 where a route has none."""
+    """One route of the node. gateway, ifindex, source, metric and mtu are None or 0 where a route has none; of
+    several next hops the first is meant.
+    """
 
     destination: IPNetwork
     gateway: IPAddress | None
@@ -75,6 +81,8 @@ class Route:
     scope: int
     proto: int
     table: int
+    metric: int = 0
+    mtu: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ def _route(
     scope: int,
     table: int,
     mtu: int,
+    metric: int,
     flags: int,
     what: str,
     tolerate: frozenset[int],
@@ -180,6 +189,8 @@ def _route(
         attrs.append(("RTA_TABLE", table))
     if mtu:
         attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", mtu)]}))
+    if metric:
+        attrs.append(("RTA_PRIORITY", metric))
     return Message(
         kind,
         {
@@ -206,8 +217,9 @@ def route_put(
     table: int = TABLE_MAIN,
     mtu: int = 0,
     what: str = "",
+    metric: int = 0,
 ) -> Message:
-    """Add a route or replace the one with the same destination. Without gateway its scope is link."""
+    """Add a route or replace the one with the same destination and metric. Without gateway its scope is link."""
     scope = SCOPE_LINK if gateway is None and ifindex and destination.version == 4 else SCOPE_UNIVERSE
     return _route(
         rtnl.NEWROUTE,
@@ -219,6 +231,7 @@ def route_put(
         scope,
         table,
         mtu,
+        metric,
         rtnl.CREATE | rtnl.REPLACE,
         what or f"set route to {destination}",
         frozenset(),
@@ -226,9 +239,9 @@ def route_put(
 
 
 def route_del(
-    destination: IPNetwork, ifindex: int = 0, route_type: int = 0, table: int = TABLE_MAIN
+    destination: IPNetwork, ifindex: int = 0, route_type: int = 0, table: int = TABLE_MAIN, metric: int = 0
 ) -> Message:
-    """Delete our route to a destination; absent is success."""
+    """Delete our route to a destination (with a metric, if given); absent is success."""
     # Scope nowhere (255) matches any.
     return _route(
         rtnl.DELROUTE,
@@ -240,6 +253,7 @@ def route_del(
         255,
         table,
         0,
+        metric,
         0,
         f"delete route to {destination}",
         _GONE,
@@ -339,12 +353,10 @@ class Rtnl(RtnlSocket):
 
     def addresses(self, ifindex: int = 0) -> list[Address]:
         """Addresses of one interface, or of all."""
-        found = []
+        found: list[Address] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             request = Message(rtnl.GETADDR, {"family": family, "index": ifindex}, [], what="list addresses")
-            for answer in self.dump(request):
-                _, prefix, _, _, index = struct.unpack("BBBBI", answer.fixed)
-                found.append(Address(index, ip_address(answer.attrs.get(2) or answer.attrs[1]), prefix))
+            found += map(parse_address, self.dump(request))
         return found
 
     def routes(self, ifindex: int = 0, proto: int = PROTO_FIBRIL, table: int = TABLE_MAIN) -> list[Route]:
@@ -363,7 +375,7 @@ class Rtnl(RtnlSocket):
             except errors.NotFound:
                 # A table begins to exist with its first route: a new namespace has not even a main one.
                 continue
-            found += [route for answer in answers if (route := _parse_route(answer)) is not None]
+            found += [route for answer in answers if (route := parse_route(answer)) is not None]
         return found
 
     def neighbours(self, ifindex: int = 0) -> list[Neighbour]:
@@ -399,7 +411,7 @@ class Rtnl(RtnlSocket):
             what=f"look the route to {address} up",
         )
         try:
-            route = _parse_route(self.get(request))
+            route = parse_route(self.get(request))
         except errors.FibrilError:
             return False
         return route is not None and route.type == LOCAL
@@ -432,7 +444,16 @@ def parse_link(answer: rtnl.Answer) -> Link:
     )
 
 
-def _parse_route(answer: rtnl.Answer) -> Route | None:
+def parse_address(answer: rtnl.Answer) -> Address:
+    """An Address out of a NEWADDR or DELADDR message."""
+    _, prefix, low, scope, index = struct.unpack("BBBBI", answer.fixed)
+    attrs = answer.attrs
+    flags = struct.unpack("I", attrs[8])[0] if 8 in attrs else low
+    return Address(index, ip_address(attrs.get(2) or attrs[1]), prefix, scope, flags)
+
+
+def parse_route(answer: rtnl.Answer) -> Route | None:
+    """A Route out of a NEWROUTE or DELROUTE message; None if it is neither IPv4 nor IPv6."""
     family, length, _, _, table, proto, scope, kind = struct.unpack_from("8B", answer.fixed)
     if family not in (socket.AF_INET, socket.AF_INET6):
         return None
@@ -444,6 +465,11 @@ def _parse_route(answer: rtnl.Answer) -> Route | None:
         if destination.version == 4
         else IPv6Network((int(destination), length))
     )
+    if 9 in attrs and len(attrs[9]) >= 8:
+        # struct rtnexthop: length, flags, hops, interface; then its own attributes.
+        length, index = struct.unpack_from("HxxI", attrs[9])
+        attrs = {**attrs, 4: struct.pack("I", index), **rtnl.attributes(attrs[9][8:length])}
+    metrics = rtnl.attributes(attrs.get(8, b""))
     return Route(
         network,
         ip_address(attrs[5]) if 5 in attrs else None,
@@ -453,6 +479,8 @@ def _parse_route(answer: rtnl.Answer) -> Route | None:
         scope,
         proto,
         struct.unpack("I", attrs[15])[0] if 15 in attrs else table,
+        struct.unpack("I", attrs[6])[0] if 6 in attrs else 0,
+        struct.unpack("I", metrics[2])[0] if 2 in metrics else 0,
     )
 
 
