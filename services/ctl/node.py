@@ -30,7 +30,7 @@ from services.ctl import health, procs, supervisor
 from services.ctl.progress import Progress
 
 if TYPE_CHECKING:
-    from services.common.etcd.embedded import EmbeddedEtcd
+    from services.common.etcd.embedded import EmbeddedEtcd, Member
 
 # Service -> module that runs it; in order of start.
 SERVICES = {"ipam": "services.ipam"}
@@ -49,11 +49,19 @@ class Options:
     etcd: tuple[str, ...] = ()
     config: str = ""
     cluster: str = ""
+    etcd_members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Lists come from JSON.
         object.__setattr__(self, "services", tuple(self.services))
         object.__setattr__(self, "etcd", tuple(self.etcd))
+        object.__setattr__(self, "etcd_members", tuple(self.etcd_members))
+        if self.etcd and self.etcd_members:
+            raise InvalidArgument(
+                "there cannot be both an etcd of others and members of our own",
+                field="etcd_members",
+                fix="give --etcd or --etcd-members",
+            )
         unknown = [s for s in self.services if s not in SERVICES]
         if unknown or not self.services:
             raise InvalidArgument(
@@ -304,20 +312,49 @@ def _remove_if_empty(path: Path) -> None:
         return  # not empty, not there, or not ours to remove
 
 
-def embedded_etcd(instance: Instance) -> EmbeddedEtcd:
-    """The etcd a node has when it is given none."""
+def embedded_etcd(instance: Instance, member: Member | None = None) -> EmbeddedEtcd:
+    """The etcd a node has when it is given none, or the member of one that lives here."""
     from services.common.etcd.embedded import EmbeddedEtcd
 
-    return EmbeddedEtcd(instance.state_dir / "etcd", instance.run_dir / ETCD)
+    return EmbeddedEtcd(instance.state_dir / "etcd", instance.run_dir / ETCD, member=member)
+
+
+def _own_etcd(instance: Instance, options: Options) -> tuple[tuple[str, ...], EmbeddedEtcd | None]:
+    """URLs of the etcd to use, and the server that is to run here."""
+    from services.common.etcd.embedded import Member, client_url
+
+    if options.etcd:
+        return options.etcd, None
+    if not options.etcd_members:
+        alone = embedded_etcd(instance)
+        return (alone.endpoint,), alone
+    urls = tuple(client_url(address) for address in options.etcd_members)
+    own = next(filter(_is_local, options.etcd_members), None)
+    return urls, None if own is None else embedded_etcd(instance, Member(own, options.etcd_members))
+
+
+def _is_local(address: str) -> bool:
+    """Whether this host has an address. Raises InvalidArgument when it is none."""
+    import socket
+    from ipaddress import ip_address
+
+    try:
+        family = socket.AF_INET if ip_address(address).version == 4 else socket.AF_INET6
+    except ValueError:
+        raise InvalidArgument(f"{address!r} is not an IP address", field="etcd_members") from None
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def specs(instance: Instance, options: Options) -> list[supervisor.ChildSpec]:
     """The processes of a node, in order of start. Raises FailedPrecondition when etcd is not installed."""
     children = []
-    urls = options.etcd
-    if not urls:
-        etcd = embedded_etcd(instance)
-        urls = (etcd.endpoint,)
+    urls, etcd = _own_etcd(instance, options)
+    if etcd is not None:
         children.append(supervisor.ChildSpec(ETCD, etcd.argv, etcd.env, etcd.cwd, etcd.prepare))
     words = ["--instance", instance.name, "--etcd", ",".join(urls)]
     if options.config:

@@ -1,6 +1,6 @@
-"""An etcd of our own: one server process for one node, or for the nodes of a lab.
+"""An etcd of our own: one server process for one node, or for the nodes of a lab; or one of several members.
 
-It listens on unix sockets only, below the run directory: there is no port to find, none for another user of
+Alone it listens on unix sockets only, below the run directory: there is no port to find, none for another user of
 the machine to connect to, and nodes in other network namespaces reach it all the same. etcd 3.4 takes the
 name of a socket as host:port and makes it in its working directory; hence the odd file name and `cwd`.
 
@@ -27,12 +27,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.pidfile import ProcessRef
 from services.common.pidfile import read as read_pidfile
 
+CLIENT_PORT, PEER_PORT = 2379, 2380  # of each of several members
 _CLIENT, _PEER = "client:0", "peer:0"
 _POLL_S = 0.005
 # Of the log, when the server does not start.
@@ -47,6 +49,61 @@ _BECOME = (
 )
 
 
+@dataclass(frozen=True)
+class Member:
+    """One of several servers, each at the same ports of its own address. They talk in the clear, so the network
+    between them must be one to trust."""
+
+    address: str
+    all: tuple[str, ...]
+
+    def options(self) -> Mapping[str, str]:
+        """What etcd needs to be told of it."""
+        client, peer = client_url(self.address), _peer_url(self.address)
+        return {
+            "name": self.address,
+            "listen-client-urls": client,
+            "advertise-client-urls": client,
+            "listen-peer-urls": peer,
+            "initial-advertise-peer-urls": peer,
+            "initial-cluster": ",".join(f"{address}={_peer_url(address)}" for address in self.all),
+            # A lost leader is replaced within a second (defaults: two).
+            "heartbeat-interval": "50",
+            "election-timeout": "500",
+        }
+
+
+def client_url(address: str) -> str:
+    """Where clients reach a member."""
+    return f"http://{_host(address)}:{CLIENT_PORT}"
+
+
+def _peer_url(address: str) -> str:
+    return f"http://{_host(address)}:{PEER_PORT}"
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _alone() -> Mapping[str, str]:
+    """For the only member."""
+    client, peer = f"unix://{_CLIENT}", f"unix://{_PEER}"
+    return {
+        "name": "node",
+        "listen-client-urls": client,
+        "advertise-client-urls": client,
+        "listen-peer-urls": peer,
+        "initial-advertise-peer-urls": peer,
+        "initial-cluster": f"node={peer}",
+        # It has nobody to hear from: the shortest sensible wait for an election it cannot lose. Leads 40 ms
+        # after the first start and at most 200 ms after a later one (defaults: 2 s), for 1 % of a CPU when
+        # idle (defaults: 0.6 %).
+        "heartbeat-interval": "20",
+        "election-timeout": "100",
+    }
+
+
 class EmbeddedEtcd:
     """One etcd server with its data in `data_dir` and its sockets, pid file and log in `run_dir`.
 
@@ -55,13 +112,21 @@ class EmbeddedEtcd:
     """
 
     def __init__(
-        self, data_dir: Path, run_dir: Path, *, binary: str = "etcd", quota_bytes: int = 2 << 30
+        self,
+        data_dir: Path,
+        run_dir: Path,
+        *,
+        binary: str = "etcd",
+        quota_bytes: int = 2 << 30,
+        member: Member | None = None,
     ) -> None:
-        """binary: path, or name to look for in PATH. quota_bytes: above it etcd refuses changes."""
+        """binary: path, or name to look for in PATH. quota_bytes: above it etcd refuses changes. member: be one
+        of several; by default the only one, on unix sockets."""
         self.data_dir = data_dir.absolute()
         self.run_dir = run_dir.absolute()
         self._binary = binary
         self._quota_bytes = quota_bytes
+        self._member = member
         self._child: subprocess.Popen[bytes] | None = None
 
     # What a supervisor needs
@@ -69,7 +134,7 @@ class EmbeddedEtcd:
     @property
     def endpoint(self) -> str:
         """The URL for EtcdClient."""
-        return f"unix:{self.run_dir}/{_CLIENT}"
+        return f"unix:{self.run_dir}/{_CLIENT}" if self._member is None else client_url(self._member.address)
 
     @property
     def pidfile(self) -> Path:
@@ -98,20 +163,9 @@ class EmbeddedEtcd:
                 f"there is no {self._binary} on this machine",
                 fix="install it (apt-get install etcd-server), or use an existing cluster (--etcd URL,URL)",
             )
-        client, peer = f"unix://{_CLIENT}", f"unix://{_PEER}"
         options = {
-            "name": "node",
             "data-dir": str(self.data_dir),
-            "listen-client-urls": client,
-            "advertise-client-urls": client,
-            "listen-peer-urls": peer,
-            "initial-advertise-peer-urls": peer,
-            "initial-cluster": f"node={peer}",
-            # One member has nobody to hear from: the shortest sensible wait for an election it cannot lose.
-            # Leads 40 ms after the first start and at most 200 ms after a later one (defaults: 2 s), for 1 %
-            # of a CPU when idle (defaults: 0.6 %).
-            "heartbeat-interval": "20",
-            "election-timeout": "100",
+            **(_alone() if self._member is None else self._member.options()),
             "initial-election-tick-advance": "true",
             "quota-backend-bytes": str(self._quota_bytes),
             "auto-compaction-mode": "periodic",
@@ -131,6 +185,8 @@ class EmbeddedEtcd:
         The token goes into the cluster's id when the data directory is made. With it clients see that an etcd
         made anew is not the one they knew, though everything else about it is equal.
         """
+        if self._member is not None:
+            return {}  # members must agree on it
         return {"ETCD_INITIAL_CLUSTER_TOKEN": secrets.token_hex(8)}
 
     def prepare(self) -> None:
@@ -154,7 +210,7 @@ class EmbeddedEtcd:
         reader: asyncio.StreamReader
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(self.run_dir / _CLIENT)
+                reader, writer = await self._connect()
                 try:
                     writer.write(b"GET /health HTTP/1.0\r\nHost: etcd\r\n\r\n")
                     answer = await reader.read()
@@ -163,7 +219,7 @@ class EmbeddedEtcd:
         except TimeoutError:
             return f"etcd does not answer within {timeout_s:g} s"
         except OSError as error:
-            return f"etcd does not listen on {self.run_dir / _CLIENT}: {error.strerror}"
+            return f"etcd does not listen on {self.endpoint}: {error.strerror}"
         head, _, body = answer.partition(b"\r\n\r\n")
         if b" 200 " in head.partition(b"\r\n")[0]:
             return ""
@@ -253,6 +309,11 @@ class EmbeddedEtcd:
             if held is not None:
                 for path in (self.run_dir / _CLIENT, self.run_dir / _PEER, self.pidfile):
                     path.unlink(missing_ok=True)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._member is not None:
+            return await asyncio.open_connection(self._member.address, CLIENT_PORT)
+        return await asyncio.open_unix_connection(self.run_dir / _CLIENT)
 
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         """Start the server; None when one runs."""

@@ -27,6 +27,14 @@ def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[st
     metavar="URL,…",
     help="Use this etcd instead of a child of our own.",
 )
+@click.option(
+    "--etcd-members",
+    default="",
+    callback=_words,
+    metavar="ADDRESS,…",
+    help="Have an etcd of our own on the nodes with these addresses; the same list on every node. Its members talk "
+    "in the clear: for networks you trust.",
+)
 @click.option("--cluster", default="", metavar="NAME", help="Cluster the node belongs to.")
 @click.option("--foreground", is_flag=True, help="Become the supervisor, for service managers.")
 @pass_ctl
@@ -35,6 +43,7 @@ def command(
     services: tuple[str, ...],
     in_process: bool,
     etcd: tuple[str, ...],
+    etcd_members: tuple[str, ...],
     cluster: str,
     foreground: bool,
 ) -> None:
@@ -44,7 +53,14 @@ def command(
 
     chosen = tuple(node.SERVICES) if services in ((), ("all",)) else services
     config = "" if ctl.config is None else str(Path(ctl.config).absolute())
-    options = node.Options(services=chosen, in_process=in_process, etcd=etcd, config=config, cluster=cluster)
+    options = node.Options(
+        services=chosen,
+        in_process=in_process,
+        etcd=etcd,
+        config=config,
+        cluster=cluster,
+        etcd_members=etcd_members,
+    )
     if foreground:
         node.foreground(ctl.instance, options)
     show(ctl, node.up(ctl.instance, options, UP_TIMEOUT if ctl.timeout is None else ctl.timeout))
