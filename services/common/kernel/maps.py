@@ -188,6 +188,40 @@ class BpfMap(Generic[K, V]):
             done += count
         return done
 
+    def update_packed(self, keys: bytes, values: bytes) -> tuple[int, errors.FibrilError | None]:
+        """Insert or replace many, given as bytes one behind the other: how many were done, and what stopped the next.
+
+        For tables whose elements would take longer to wrap than to write. Not for per-CPU maps.
+        """
+        total, done = len(keys) // self.info.key_size, 0
+        raw_keys, raw_values = (
+            ct.create_string_buffer(keys, len(keys)),
+            ct.create_string_buffer(values, len(values)),
+        )
+        while done < total:
+            at_key = ct.addressof(raw_keys) + done * self.info.key_size
+            at_value = ct.addressof(raw_values) + done * self.info.value_size
+            wanted = min(BATCH, total - done)
+            count, failure = bpf.map_batch(bpf.MAP_UPDATE_BATCH, self.fd, wanted, at_key, at_value)
+            # A kernel that refuses batches as such leaves the count as it was.
+            if failure in _NO_BATCH and count in (0, wanted):
+                try:
+                    bpf.map_elem(bpf.MAP_UPDATE, self.fd, at_key, at_value)
+                    count, failure = 1, 0
+                except OSError as error:
+                    failure = error.errno or 0
+            done += count
+            if failure:
+                return done, self._error(failure, "update")
+        return done, None
+
+    def items_packed(self) -> Iterator[tuple[bytes, bytes]]:
+        """All elements as bytes, some thousand at a time: keys one behind the other, values likewise."""
+        if self.percpu:
+            raise TypeError(f"{self.label} is per-CPU: use items_percpu")
+        for keys, values, count in self._batches():
+            yield bytes(keys)[: count * self.info.key_size], values.raw[: count * self._stride]
+
     def delete_batch(self, keys: Iterable[K]) -> int:
         """Delete many, absent ones included; how many were there."""
         deleted = 0
@@ -229,6 +263,13 @@ class BpfMap(Generic[K, V]):
 
     def _walk(self) -> Iterator[tuple[K, ct.Array[ct.c_char], int]]:
         """(key, buffer, offset of its value) of every element."""
+        width = self._stride * self._cpus
+        for keys, values, count in self._batches():
+            for index in range(count):
+                yield self._key.from_buffer_copy(keys, index * self.info.key_size), values, index * width
+
+    def _batches(self) -> Iterator[tuple[Any, ct.Array[ct.c_char], int]]:
+        """(array of keys, buffer of values, elements in both)."""
         size, width = BATCH, self._stride * self._cpus
         # The kernel keeps its position here: a bucket number, or a whole key in LPM tries.
         token = ct.create_string_buffer(max(8, self.info.key_size))
@@ -248,12 +289,12 @@ class BpfMap(Generic[K, V]):
                 size *= 4
                 continue
             if failure in _NO_BATCH and first:
-                yield from self._walk_slowly()
+                for key, raw, _ in self._walk_slowly():
+                    yield (self._key * 1)(key), raw, 1
                 return
             if failure not in (0, errno.ENOENT):
                 raise self._error(failure, "lookup")
-            for index in range(count):
-                yield self._key.from_buffer_copy(keys, index * self.info.key_size), values, index * width
+            yield keys, values, count
             if failure == errno.ENOENT:
                 return
             first = False

@@ -61,6 +61,17 @@ def test_batches_larger_than_one_system_call_are_complete(table: Made) -> None:
     assert {k.b for k in iter(table.keys())} == set(wanted)
 
 
+def test_elements_go_in_and_out_as_bytes(table: Made) -> None:
+    wanted = {number: number * 2 for number in range(2 * BATCH + 7)}
+    keys = b"".join(bytes(key(k)) for k in wanted)
+    values = b"".join(bytes(Value(v)) for v in wanted.values())
+    assert table.update_packed(keys, values) == (len(wanted), None)
+    assert content(table) == wanted
+    batches = list(table.items_packed())
+    assert sorted(b"".join(k for k, _ in batches)) == sorted(keys)
+    assert sorted(b"".join(v for _, v in batches)) == sorted(values)
+
+
 def test_deleting_a_batch_passes_over_absent_keys(table: Made) -> None:
     table.update_batch((key(n), Value(n)) for n in range(10))
     assert table.delete_batch(key(n) for n in (100, 3, 101, 4, 9, 102)) == 3
@@ -86,6 +97,14 @@ def test_a_full_map_says_its_name_count_and_limit(kind: str, batched: bool) -> N
                 for number in range(9):
                     table.update(key(number), Value(number))
         assert table.count() == 8
+
+
+@pytest.mark.parametrize("kind", ["hash", "lpm_trie"])
+def test_a_full_map_says_how_many_bytes_it_took(kind: str) -> None:
+    with BpfMap.create(kind, Key, Value, 8, NO_PREALLOC, "tiny") as table:
+        done, error = table.update_packed(b"".join(bytes(key(n)) for n in range(10)), bytes(80))
+        assert done == 8
+        assert isinstance(error, errors.ResourceExhausted)
 
 
 def test_every_cpu_has_a_value_of_its_own() -> None:
