@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import struct
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -22,13 +23,23 @@ GROUP_LINK, GROUP_TC = 1, 4
 GROUP_IPV4_ADDRESS, GROUP_IPV4_ROUTE, GROUP_IPV6_ADDRESS, GROUP_IPV6_ROUTE = 5, 7, 9, 11
 _RECEIVE_BUFFER: Final = 4 << 20
 Kind = Literal[
-    "link", "link-gone", "qdisc", "qdisc-gone", "address", "address-gone", "route", "route-gone", "lost"
+    "link",
+    "link-gone",
+    "qdisc",
+    "qdisc-gone",
+    "filter-gone",
+    "address",
+    "address-gone",
+    "route",
+    "route-gone",
+    "lost",
 ]
 _KINDS: Final[dict[int, Kind]] = {
     rtnl.NEWLINK: "link",
     rtnl.DELLINK: "link-gone",
     rtnl.NEWQDISC: "qdisc",
     rtnl.DELQDISC: "qdisc-gone",
+    rtnl.DELTFILTER: "filter-gone",
     rtnl.NEWADDR: "address",
     rtnl.DELADDR: "address-gone",
     rtnl.NEWROUTE: "route",
@@ -41,6 +52,7 @@ class Event:
     """One change. "lost": the kernel dropped events because nobody read; list everything again.
 
     IPv4 routes that go with their interface, or because it goes down, are not announced.
+    ifindex: of the interface that lost a tc filter.
     """
 
     kind: Kind
@@ -48,6 +60,7 @@ class Event:
     qdisc: netlink.Qdisc | None = None
     address: netlink.Address | None = None
     route: netlink.Route | None = None
+    ifindex: int = 0
 
 
 class Events:
@@ -114,6 +127,8 @@ def decode(data: bytes) -> list[Event]:
                 found.append(Event(kind, link=netlink.parse_link(answer)))
         elif kind.startswith("qdisc"):
             found.append(Event(kind, qdisc=netlink.parse_qdisc(answer)))
+        elif kind == "filter-gone":
+            found.append(Event(kind, ifindex=struct.unpack_from("4xi", answer.fixed)[0]))
         elif kind.startswith("address"):
             found.append(Event(kind, address=netlink.parse_address(answer)))
         elif (route := netlink.parse_route(answer)) is not None:

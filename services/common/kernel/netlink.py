@@ -35,8 +35,9 @@ PROTO_FIBRIL: Final = 0xF1
 TABLE_MAIN: Final = 254
 SCOPE_UNIVERSE, SCOPE_LINK = 0, 253
 UNICAST, LOCAL, BLACKHOLE, UNREACHABLE = 1, 2, 6, 7
-IFF_UP: Final = 1
+IFF_UP, IFF_NOARP = 1, 0x80
 _PERMANENT, _NODAD, _EXT_SKIP_STATS = 0x80, 0x02, 8
+_RTM_F_FIB_MATCH: Final = 0x2000
 _GONE: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL})
 
 
@@ -54,6 +55,7 @@ class Link:
     kind: str
     peer_ifindex: int
     peer_nsid: int | None
+    noarp: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ def link_up(ifindex: int, what: str = "") -> Message:
         {"index": ifindex, "flags": IFF_UP, "change": IFF_UP},
         [],
         what=what or f"set interface {ifindex} up",
+    )
+
+
+def link_noarp(ifindex: int) -> Message:
+    """Have no address on the other side of an interface resolved: what is routed there is sent at once."""
+    return Message(
+        rtnl.SETLINK,
+        {"index": ifindex, "flags": IFF_NOARP, "change": IFF_NOARP},
+        [],
+        what=f"turn address resolution on interface {ifindex} off",
     )
 
 
@@ -400,6 +412,27 @@ class Rtnl(RtnlSocket):
         request = Message(rtnl.GETQDISC, {"index": ifindex}, [], what="list qdiscs")
         return [qdisc for qdisc in map(parse_qdisc, self.dump(request)) if ifindex in (0, qdisc.ifindex)]
 
+    def route_for(self, destination: IPNetwork) -> Route | None:
+        """The route that packets to a network's first address take if it is to exactly this network.
+
+        With its metric, of several; whoever made it.
+        """
+        request = Message(
+            rtnl.GETROUTE,
+            {
+                "family": family_of(destination),
+                "dst_len": destination.max_prefixlen,
+                "flags": _RTM_F_FIB_MATCH,
+            },
+            [("RTA_DST", str(destination.network_address))],
+            what=f"look the route to {destination} up",
+        )
+        try:
+            route = parse_route(self.get(request))
+        except (errors.NotFound, errors.FailedPrecondition):  # ENETUNREACH
+            return None
+        return route if route is not None and route.destination == destination else None
+
     def is_local(self, address: IPAddress) -> bool:
         """Whether packets to an address are taken in: the kernel does so some time after an IPv6 address
         was added.
@@ -441,6 +474,7 @@ def parse_link(answer: rtnl.Answer) -> Link:
         kind=info.get(1, b"").rstrip(b"\0").decode(),
         peer_ifindex=struct.unpack("I", attrs[5])[0] if 5 in attrs else 0,
         peer_nsid=struct.unpack("i", nsid)[0] if nsid else None,
+        noarp=bool(flags & IFF_NOARP),
     )
 
 

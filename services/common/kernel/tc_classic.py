@@ -1,6 +1,7 @@
 """tc programs as direct-action filters of a clsact qdisc. Use it through `attach`.
 
-Our filter is the one of priority PRIORITY; replacing it is atomic. Netlink thread, as for all netlink.
+Our filter is the one of priority PRIORITY, or of another that the caller chooses for an interface that several
+nodes share; replacing it is atomic. Netlink thread, as for all netlink.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _PARENT: Final = {"ingress": 0xFFFFFFF2, "egress": 0xFFFFFFF3}
 _ETH_P_ALL: Final = 3
 _TCA_OPTIONS, _TCA_BPF_ID = 2, 11
 Direction = Literal["ingress", "egress"]
+_DIRECTIONS: Final[tuple[Direction, ...]] = ("ingress", "egress")
 _GONE: Final = frozenset({errno.ENOENT, errno.ENODEV, errno.EINVAL})
 
 
@@ -32,8 +34,10 @@ def _filter(
     attrs: list[tuple[str, object]],
     flags: int,
     tolerate: frozenset[int] = frozenset(),
+    priority: int = PRIORITY,
 ) -> Message:
-    info = PRIORITY << 16 | socket.htons(_ETH_P_ALL)
+    # Priority 0 lists the filters of all priorities and protocols.
+    info = priority << 16 | socket.htons(_ETH_P_ALL) if priority else 0
     return Message(
         kind,
         {
@@ -58,7 +62,7 @@ class HookTaken(Exception):
         self.kind = kind
 
 
-def attach(ifindex: int, programs: Mapping[Direction, int]) -> None:
+def attach(ifindex: int, programs: Mapping[Direction, int], priority: int = PRIORITY) -> None:
     """Add the clsact qdisc if it is missing and put the programs in our filters, in one batch.
 
     HookTaken if an ingress qdisc is in the way, else typed errors as of any netlink request.
@@ -82,6 +86,7 @@ def attach(ifindex: int, programs: Mapping[Direction, int]) -> None:
                 direction,
                 [("TCA_KIND", "bpf"), ("TCA_OPTIONS", options)],
                 rtnl.CREATE | rtnl.REPLACE,
+                priority=priority,
             )
         )
     with RtnlSocket() as netlink:
@@ -92,7 +97,7 @@ def attach(ifindex: int, programs: Mapping[Direction, int]) -> None:
             taken = [kind for kind in _kinds(netlink, ifindex) if kind != "clsact"]
         if taken:
             # An ingress qdisc has taken our filter all the same.
-            netlink.try_apply([_removal(ifindex, direction) for direction in programs])
+            netlink.try_apply([_removal(ifindex, direction, priority) for direction in programs])
             raise HookTaken(taken[0])
         netlink.apply(filters)
 
@@ -108,26 +113,51 @@ def _kinds(netlink: RtnlSocket, ifindex: int) -> list[str]:
     return found
 
 
-def _removal(ifindex: int, direction: Direction) -> Message:
-    return _filter(rtnl.DELTFILTER, ifindex, direction, [("TCA_KIND", "bpf")], 0, _GONE)
+def _removal(ifindex: int, direction: Direction, priority: int) -> Message:
+    return _filter(rtnl.DELTFILTER, ifindex, direction, [("TCA_KIND", "bpf")], 0, _GONE, priority)
 
 
-def detach(ifindex: int, direction: Direction) -> bool:
+def detach(ifindex: int, direction: Direction, priority: int = PRIORITY) -> bool:
     """Remove our filter; whether it was there. The qdisc stays: others may use it."""
     try:
-        present = bool(attached(ifindex, direction))
+        present = bool(attached(ifindex, direction, priority))
     except errors.NotFound:
         return False
     with RtnlSocket() as netlink:
-        netlink.apply([_removal(ifindex, direction)])
+        netlink.apply([_removal(ifindex, direction, priority)])
     return present
 
 
-def attached(ifindex: int, direction: Direction) -> list[int]:
-    """Ids of the programs in all filters of the hook."""
+def remove_unused(ifindex: int) -> bool:
+    """Remove the clsact qdisc of an interface unless anybody has a filter there; whether it went."""
     with RtnlSocket() as netlink:
         try:
-            found = netlink.dump(_filter(rtnl.GETTFILTER, ifindex, direction, [], 0))
+            for direction in _DIRECTIONS:
+                if netlink.dump(_filter(rtnl.GETTFILTER, ifindex, direction, [], 0, priority=0)):
+                    return False
+        except (errors.FailedPrecondition, errors.NotFound):
+            return False
+        if _kinds(netlink, ifindex) != ["clsact"]:
+            return False
+        netlink.apply(
+            [
+                Message(
+                    rtnl.DELQDISC,
+                    {"family": socket.AF_UNSPEC, "index": ifindex, "handle": _HANDLE, "parent": _CLSACT},
+                    [("TCA_KIND", "clsact")],
+                    what=f"remove the clsact qdisc of interface {ifindex}",
+                    tolerate=_GONE,
+                )
+            ]
+        )
+    return True
+
+
+def attached(ifindex: int, direction: Direction, priority: int = PRIORITY) -> list[int]:
+    """Ids of the programs in the filters of a priority (0: of all) on the hook."""
+    with RtnlSocket() as netlink:
+        try:
+            found = netlink.dump(_filter(rtnl.GETTFILTER, ifindex, direction, [], 0, priority=priority))
         except errors.FailedPrecondition:  # no clsact qdisc there
             return []
     ids = (rtnl.attributes(entry.attrs.get(_TCA_OPTIONS, b"")).get(_TCA_BPF_ID) for entry in found)
