@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from services.common.errors import InvalidArgument
 from services.common.etcd.config import EtcdConfig
 from services.common.host import HostConfig
+from services.common.network import NetworkConfig
 from services.ipam.endpoints.model import MTU_MAX, MTU_MIN
 from services.ipam.pools.config import PoolsConfig
 
@@ -15,7 +16,9 @@ from services.ipam.pools.config import PoolsConfig
 class EndpointsConfig:
     """Pod interfaces and what the node needs for them."""
 
-    mtu: int = field(default=0, metadata={"help": "MTU of pods that ask for none, bytes; 0: the uplink's"})
+    mtu: int = field(
+        default=0, metadata={"help": "MTU of pods that ask for none, bytes; 0: what fits through the uplink"}
+    )
     masquerade: bool = field(
         default=True, metadata={"help": "give what pods send to the world the node's address (nftables)"}
     )
@@ -74,6 +77,7 @@ class IpamConfig:
 
     host: HostConfig = field(default_factory=HostConfig)
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     endpoints: EndpointsConfig = field(default_factory=EndpointsConfig)
     cni: CniConfig = field(default_factory=CniConfig)

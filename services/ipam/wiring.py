@@ -57,7 +57,9 @@ class IpamService:
             cfg.pools.first(),
         )
         self._netlink = Netlink()
-        self._node = NodeSetup(instance, self._netlink, cfg.endpoints.masquerade, cfg.endpoints.mtu)
+        self._node = NodeSetup(
+            instance, self._netlink, cfg.network, cfg.endpoints.masquerade, cfg.endpoints.mtu
+        )
         self._kernel = PodOps(instance, self._netlink, self._node)
         self._addresses = BookAddresses(self._book, self._node, self._gateways_in_use)
         self._manager = EndpointManager(Store(self._db), self._addresses, self._kernel, instance.host_ifname)

@@ -217,7 +217,9 @@ class CniServer:
         began = time.time()
         failures = []
         for record in self._manager.list():
-            if record.labels.get(spec.NETWORK_LABEL) != conf.network or record.created_unix_seconds >= began:
+            # As ADD gave it: labels may have been replaced since.
+            network = record.spec.labels.get(spec.NETWORK_LABEL)
+            if network != conf.network or record.created_unix_seconds >= began:
                 continue
             if spec.Attachment(record.container_id, record.ifname) in (conf.valid_attachments or ()):
                 continue

@@ -14,6 +14,7 @@ from services.ipam.endpoints.manager import EndpointManager
 from services.ipam.endpoints.model import EndpointRecord, EndpointSpec
 
 PAGE_DEFAULT, PAGE_MAX = 1000, 10_000
+IDENTITIES_MAX = 10_000
 
 
 class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
@@ -116,6 +117,30 @@ class EndpointApi(endpoint_pb2_grpc.EndpointServiceServicer):
             differences=await self._manager.check(request.key.container_id, request.key.ifname)
         )
 
+    async def SetEndpointLabels(
+        self, request: pb.SetEndpointLabelsRequest, context: object
+    ) -> pb.SetEndpointLabelsResponse:
+        record = await self._manager.relabel(
+            request.key.container_id, request.key.ifname, dict(request.labels)
+        )
+        return pb.SetEndpointLabelsResponse(endpoint=to_proto(record))
+
+    async def SetEndpointIdentities(
+        self, request: pb.SetEndpointIdentitiesRequest, context: object
+    ) -> pb.SetEndpointIdentitiesResponse:
+        if len(request.identities) > IDENTITIES_MAX:
+            raise errors.InvalidArgument(
+                f"{len(request.identities)} identities, at most {IDENTITIES_MAX} are allowed",
+                field="identities",
+            )
+        for index, each in enumerate(request.identities):
+            if not each.identity:
+                raise errors.InvalidArgument(
+                    f"endpoint {each.id} cannot have identity 0", field=f"identities[{index}].identity"
+                )
+        wanted = ((each.id, each.container_id, each.identity) for each in request.identities)
+        return pb.SetEndpointIdentitiesResponse(unknown=await self._manager.set_identities(wanted))
+
 
 def to_proto(record: EndpointRecord) -> pb.Endpoint:
     return pb.Endpoint(
@@ -140,6 +165,7 @@ def to_proto(record: EndpointRecord) -> pb.Endpoint:
         state=pb.EndpointState.ValueType(int(record.state)),
         message=record.message,
         created_unix_seconds=record.created_unix_seconds,
+        identity=record.identity,
     )
 
 

@@ -17,8 +17,6 @@ from services.common.pipeline import abi, install
 from services.common.pipeline.endpoints import AddrTable, IfaceTable
 from services.ipam.endpoints.model import EndpointRecord
 
-IDENTITY_INIT: Final = 5
-"""Reserved identity of a pod whose labels have none yet; the identity service replaces it."""
 NAMES: Final = ("ep_iface", "ep_addr", "ep_netns", "ep_cgroup")
 
 
@@ -31,18 +29,9 @@ def value_of(record: EndpointRecord, ifindex: int, flags: int) -> abi.Endpoint:
         mtu=record.mtu,
         ipv4=record.ipv4,
         ipv6=record.ipv6,
-        identity=IDENTITY_INIT,
+        identity=record.identity,
         flags=flags,
     )
-
-
-def same_value(have: abi.Endpoint | bytes | None, want: abi.Endpoint) -> bool:
-    """Equal but for the identity, which another service may have set."""
-    if have is None:
-        return False
-    copy = abi.Endpoint.from_buffer_copy(bytes(have))
-    copy.identity = want.identity
-    return bytes(copy) == bytes(want)
 
 
 @dataclass(frozen=True)
@@ -87,13 +76,8 @@ class EndpointMaps:
             each.close()
 
     def put(self, record: EndpointRecord, ifindex: int, flags: int = 0) -> None:
-        """Write all entries of an endpoint; ResourceExhausted if a map is full. An identity that is set
-        stays.
-        """
+        """Write all entries of an endpoint; ResourceExhausted if a map is full."""
         value = value_of(record, ifindex, flags)
-        old = self._iface.lookup(ifindex)
-        if old is not None and old.id == record.id and old.identity:
-            value.identity = old.identity
         self._iface.update(ifindex, value)
         for address in filter(None, (record.ipv4, record.ipv6)):
             self._addr.update(abi.FibAddr.of(address), value)
@@ -103,6 +87,16 @@ class EndpointMaps:
                     table.update(key, record.id, bpf.NOEXIST)
                 except errors.AlreadyExists:
                     pass  # the first endpoint of a namespace or cgroup stands for it
+
+    def set_identity(self, record: EndpointRecord) -> None:
+        """Write the record's identity into the entries there are: what else they hold stays as it is."""
+        tables: list[tuple[IfaceTable | AddrTable, Any]] = [(self._iface, record.host_ifindex)]
+        tables += [(self._addr, abi.FibAddr.of(a)) for a in (record.ipv4, record.ipv6) if a]
+        for table, key in tables:
+            value = table.lookup(key)
+            if value is not None and value.id == record.id and value.identity != record.identity:
+                value.identity = record.identity
+                table.update(key, value)
 
     def stop_delivery(self, record: EndpointRecord) -> None:
         """Remove the address entries: nothing is redirected to the endpoint any more."""

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from services.common import errors
 from services.common.feed import Change, Feed
@@ -29,55 +29,17 @@ from services.ipam.endpoints.model import (
     Heirs,
     Ids,
     Key,
-    Lease,
     Place,
     Recovery,
     State,
 )
+from services.ipam.endpoints.ports import Addresses, Kernel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-
-class Addresses(Protocol):
-    """The address book, as endpoints see it."""
-
-    async def lease(self, record: EndpointRecord) -> Lease:
-        """Addresses for the record's spec, with usable gateways. The same owner gets the same ones again."""
-
-    async def release(self, owner: str) -> None:
-        """Give all of the owner's addresses back; none is fine."""
-
-    async def sweep(self, live: set[str]) -> None:
-        """Release what endpoints hold whose owner is not in `live`."""
-
-
-class Kernel(Protocol):
-    """What endpoints are made of (see ops.PodOps)."""
-
-    def unavailable(self) -> errors.FibrilError | None:
-        """Why no endpoint can be made now."""
-
-    def capacity(self) -> int:
-        """How many endpoints the maps hold."""
-
-    def mtu(self) -> int:
-        """MTU for pods that ask for none, bytes."""
-
-    async def place(self, spec: EndpointSpec) -> Place:
-        """FailedPrecondition if the namespace (field netns) or cgroup (cgroup_path) is gone."""
-
-    async def wire(self, record: EndpointRecord) -> int:
-        """Make all of it; the host side's ifindex. Leaves nothing if it raises."""
-
-    async def unwire(self, record: EndpointRecord, heirs: Heirs) -> None:
-        """Remove all of it; absent is success."""
-
-    async def repair(self, record: EndpointRecord) -> int:
-        """Make what is missing; the host side's ifindex. NotFound if the namespace is gone."""
-
-    async def check(self, record: EndpointRecord) -> list[str]:
-        """Every difference, one sentence each."""
+IDENTIFY_CHUNK: Final = 500
+"""Identities that are set in one visit of the netlink thread (some 5 ms)."""
 
 
 @dataclass
@@ -218,6 +180,47 @@ class EndpointManager:
         if record is not None:
             await self._carry_through(self._repair(record.key, number), _Call())
 
+    async def relabel(self, container_id: str, ifname: str, labels: Mapping[str, str]) -> EndpointRecord:
+        """Replace the labels; the identity stays until somebody sets another. NotFound, InvalidArgument."""
+        key = model.check_key(container_id, ifname)
+        model.check_labels(labels)
+        async with self._locks.hold(key):
+            record = self._index.by_key(key)
+            if record is None or record.state is State.DELETING:
+                raise errors.NotFound(f"no endpoint {key[1]} of container {key[0]}")
+            if record.labels != labels:
+                record = self._record(replace(record, relabelled=dict(labels)))
+            return record
+
+    async def set_identities(self, identities: Iterable[tuple[int, str, int]]) -> Sequence[int]:
+        """(number, container id, identity) each: recorded, then told to programs; numbers nobody has any more.
+
+        Takes no lock, so that no creation under way holds the others up: see `_record` and `_settled`.
+        """
+        wanted = {number: (container_id, identity) for number, container_id, identity in identities}
+        numbers = [
+            number for number, (container_id, _) in wanted.items() if self._is_of(number, container_id)
+        ]
+        for start in range(0, len(numbers), IDENTIFY_CHUNK):
+            # Looked at chunk by chunk: between two, anything may happen to those that follow.
+            chunk = [n for n in numbers[start : start + IDENTIFY_CHUNK] if self._is_of(n, wanted[n][0])]
+            before = [self._index.by_number()[number] for number in chunk]
+            records = [replace(record, identity=wanted[record.id][1]) for record in before]
+            news = [now for was, now in zip(before, records, strict=True) if was != now]
+            self._store.put_all(news)
+            for record in news:
+                self._publish(record)
+            # All of them: who repeats a call that failed here means the programs.
+            await self._kernel.identify([r for r in records if r.state is not State.CREATING])
+        return sorted(wanted.keys() - set(numbers))
+
+    def _is_of(self, number: int, container_id: str) -> bool:
+        """Whether a number is that of an endpoint of this container, one that is not being removed."""
+        record = self._index.by_id(number)
+        return (
+            record is not None and record.container_id == container_id and record.state is not State.DELETING
+        )
+
     async def _carry_through(self, work: Coroutine[Any, Any, T], call: _Call) -> T:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -276,13 +279,11 @@ class EndpointManager:
             ipv6=lease.ipv6,
             ipv6_gateway=lease.ipv6_gateway,
         )
-        self._record(record)
+        record = self._record(record)
         ifindex = await self._kernel.wire(record)
         if call.abandoned:
             raise errors.Cancelled("the caller gave up; the endpoint is undone")
-        record = record.to(State.READY, host_ifindex=ifindex)
-        self._record(record)
-        return record
+        return await self._settled(record, record.to(State.READY, host_ifindex=ifindex))
 
     async def _undo(self, number: int, key: Key, cause: BaseException) -> None:
         """After a failed creation. What cannot be undone now stays recorded as DELETING and is tried
@@ -350,8 +351,7 @@ class EndpointManager:
     async def _remove(self, record: EndpointRecord) -> None:
         """From any state to gone. On failure the record stays DELETING; the error says what is left."""
         if record.state is not State.DELETING:
-            record = record.to(State.DELETING)
-            self._record(record)
+            record = self._record(record.to(State.DELETING))
         try:
             await self._kernel.unwire(record, self._heirs(record))
             await self._addresses.release(record.owner)
@@ -400,17 +400,30 @@ class EndpointManager:
         except errors.NotFound:
             raise
         except errors.FibrilError as error:
-            degraded = record.to(State.DEGRADED, error.message)
-            if degraded != record:
-                self._record(degraded)
+            self._record(record.to(State.DEGRADED, error.message))
             raise
-        mended = record.to(State.READY, host_ifindex=ifindex)
-        if mended != record:
-            self._record(mended)
-        return mended
+        return await self._settled(record, record.to(State.READY, host_ifindex=ifindex))
 
-    def _record(self, record: EndpointRecord) -> None:
-        self._store.put(record)
+    async def _settled(self, before: EndpointRecord, after: EndpointRecord) -> EndpointRecord:
+        """Record what the kernel was brought to from `before`; an identity set meanwhile may have missed it."""
+        now = self._record(after)
+        if now.identity != before.identity:
+            await self._kernel.identify([now])
+        return now
+
+    def _record(self, record: EndpointRecord) -> EndpointRecord:
+        """Record a step of whoever holds the endpoint's lock; the record as it is now, with the identity that
+        `set_identities` may have given it meanwhile.
+        """
+        now = self._index.by_id(record.id)
+        if now is not None:
+            record = replace(record, identity=now.identity)
+        if record != now:
+            self._store.put(record)
+            self._publish(record)
+        return record
+
+    def _publish(self, record: EndpointRecord) -> None:
         self._index.put(record)
         self._feed.publish("put", record)
         self._changed(record.id)

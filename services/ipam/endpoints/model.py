@@ -25,6 +25,8 @@ LABELS_MAX, LABEL_LENGTH_MAX, POD_LENGTH_MAX = 64, 253, 253
 PATH_MAX: Final = 4095
 DEFAULT_IFNAME: Final = "eth0"
 DEFAULT_POOL: Final = "default"
+IDENTITY_INIT: Final = 5
+"""Reserved identity of a pod whose labels have none yet."""
 
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _NO_LABELS: Final[Mapping[str, str]] = {}
@@ -106,7 +108,7 @@ class EndpointSpec:
             raise errors.InvalidArgument(
                 f"the pod name is longer than {POD_LENGTH_MAX} characters or not printable", field="pod"
             )
-        _check_labels(self.labels)
+        check_labels(self.labels)
         cgroup = self.cgroup_path.strip("/")
         if "\0" in cgroup or len(cgroup) > PATH_MAX or ".." in cgroup.split("/"):
             raise errors.InvalidArgument(
@@ -144,7 +146,8 @@ def check_key(container_id: str, ifname: str) -> Key:
     return container_id, name
 
 
-def _check_labels(labels: Mapping[str, str]) -> None:
+def check_labels(labels: Mapping[str, str]) -> None:
+    """InvalidArgument for labels no endpoint may have."""
     if len(labels) > LABELS_MAX:
         raise errors.InvalidArgument(
             f"{len(labels)} labels, at most {LABELS_MAX} are allowed", field="labels"
@@ -169,7 +172,10 @@ def _canonical(text: str, kind: type[IPv4Address] | type[IPv6Address], name: str
 
 @dataclass(frozen=True, slots=True)
 class EndpointRecord:
-    """One endpoint as recorded. Names as in fibril.endpoint.v1.Endpoint."""
+    """One endpoint as recorded. Names as in fibril.endpoint.v1.Endpoint.
+
+    relabelled: labels set after creation, which count instead of the spec's; None: never.
+    """
 
     id: int
     spec: EndpointSpec
@@ -187,6 +193,8 @@ class EndpointRecord:
     host_ifindex: int = 0
     mtu: int = 0
     message: str = ""
+    identity: int = IDENTITY_INIT
+    relabelled: Mapping[str, str] | None = None
 
     @property
     def key(self) -> Key:
@@ -214,7 +222,7 @@ class EndpointRecord:
 
     @property
     def labels(self) -> Mapping[str, str]:
-        return self.spec.labels
+        return self.spec.labels if self.relabelled is None else self.relabelled
 
     @property
     def owner(self) -> str:
@@ -229,7 +237,11 @@ class EndpointRecord:
 
     def encode(self) -> bytes:
         """For the database: JSON without what is empty."""
-        values = {name: value for name, value in asdict(self).items() if value or name == "state"}
+        values = {
+            name: value
+            for name, value in asdict(self).items()
+            if value or name == "state" or (name == "relabelled" and value is not None)
+        }
         values["spec"] = {name: value for name, value in values["spec"].items() if value}
         return json.dumps(values, separators=(",", ":")).encode()
 

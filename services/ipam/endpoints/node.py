@@ -23,6 +23,7 @@ from services.common.instance import Instance
 from services.common.kernel import netlink as nl
 from services.common.kernel import nft, sysctl
 from services.common.kernel.netlink import IPAddress, IPNetwork, Netlink, Rtnl
+from services.common.network import NetworkConfig
 from services.ipam.endpoints import model
 from services.ipam.endpoints.hoststate import Sysctls
 
@@ -43,20 +44,28 @@ class NodeNet:
 
 
 class NodeSetup:
-    """Brings the node in line with a NodeNet. `mtu` is the smallest of the uplinks', for pods that ask for
-    none.
+    """Brings the node in line with a NodeNet. `mtu` is for pods that ask for none: what is configured, else what
+    fits through the uplink to other nodes.
     """
 
-    def __init__(self, instance: Instance, netlink: Netlink, masquerade: bool = True, mtu: int = 0) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        netlink: Netlink,
+        network: NetworkConfig,
+        masquerade: bool = True,
+        mtu: int = 0,
+    ) -> None:
         self._instance = instance
         self._netlink = netlink
+        self._network = network
         self._masquerade = masquerade
         self._sysctls = Sysctls(instance)
         self._rules = ""
         self._listing = ""
         self._applied = NodeNet()
         self._fixed_mtu = mtu
-        self.mtu = mtu or DEFAULT_MTU
+        self.mtu = mtu or DEFAULT_MTU - network.overhead(has_ipv4=True)
 
     @property
     def applied(self) -> NodeNet:
@@ -78,7 +87,7 @@ class NodeSetup:
         self._addresses(node, index, wanted, changed)
         self._blocks(node, wanted, changed)
         self._nftables(wanted, changed)
-        self.mtu = self._fixed_mtu or uplink_mtu(node)
+        self.mtu = self._fixed_mtu or pod_mtu(node, self._network)
         return changed
 
     def _forwarding(self, node: Rtnl) -> None:
@@ -201,15 +210,21 @@ def ruleset(instance: Instance, wanted: NodeNet, masquerade: bool) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def uplink_mtu(node: Rtnl) -> int:
-    """The smallest MTU of the interfaces that default routes leave by; DEFAULT_MTU without one."""
-    indexes = {
-        route.ifindex for route in node.routes(proto=0) if route.destination.prefixlen == 0 and route.ifindex
-    }
-    if not indexes:
-        return DEFAULT_MTU
-    found = [link.mtu for link in node.links() if link.ifindex in indexes]
-    return min(max(min(found, default=DEFAULT_MTU), model.MTU_MIN), model.MTU_MAX)
+def pod_mtu(node: Rtnl, network: NetworkConfig) -> int:
+    """What pods may send so that it fits through the uplinks in the way nodes are connected: the smallest uplink's
+    MTU without what the overlay adds. Uplinks are the device configured, else those of default routes; without
+    one, DEFAULT_MTU and IPv4 are assumed.
+    """
+    if network.device:
+        uplinks = [link for link in node.links(network.device) if link.name == network.device]
+    else:
+        indexes = {r.ifindex for r in node.routes(proto=0) if r.destination.prefixlen == 0 and r.ifindex}
+        uplinks = [link for link in node.links() if link.ifindex in indexes] if indexes else []
+    has_ipv4 = not uplinks or bool(network.ipv4)
+    for link in uplinks:
+        has_ipv4 = has_ipv4 or any(entry.address.version == 4 for entry in node.addresses(link.ifindex))
+    mtu = min((link.mtu for link in uplinks), default=DEFAULT_MTU) - network.overhead(has_ipv4=has_ipv4)
+    return min(max(mtu, model.MTU_MIN), model.MTU_MAX)
 
 
 def remove(node: Rtnl, instance: Instance) -> list[str]:

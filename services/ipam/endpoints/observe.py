@@ -118,11 +118,11 @@ def differences(record: EndpointRecord, seen: Observed) -> Iterator[str]:
 
 def map_differences(record: EndpointRecord, ifindex: int, flags: int, maps: MapView) -> Iterator[str]:
     """How the map entries differ from what they should be."""
-    want = epmaps.value_of(record, ifindex, flags)
-    if not epmaps.same_value(maps.iface.get(ifindex), want):
+    want = bytes(epmaps.value_of(record, ifindex, flags))
+    if maps.iface.get(ifindex) != want:
         yield f"map ep_iface lacks interface {ifindex} or has another value"
     for address in filter(None, (record.ipv4, record.ipv6)):
-        if not epmaps.same_value(maps.addr.get(bytes(abi.FibAddr.of(address))), want):
+        if maps.addr.get(bytes(abi.FibAddr.of(address))) != want:
             yield f"map ep_addr lacks {address} or has another value"
     if record.netns_cookie and record.netns_cookie not in maps.netns:
         yield f"map ep_netns lacks namespace {record.netns_cookie}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,15 @@ class PodOps:
 
     async def check(self, record: EndpointRecord) -> list[str]:
         return await self._netlink.call(self._check, record)
+
+    async def identify(self, records: Sequence[EndpointRecord]) -> None:
+        await self._netlink.run(self._identify, records)
+
+    def _identify(self, records: Sequence[EndpointRecord]) -> None:
+        # Without maps there is nothing to tell: who makes them fills them from the records.
+        if self._maps is not None:
+            for record in records:
+                self._maps.set_identity(record)
 
     def _wire(self, node: Rtnl, record: EndpointRecord) -> int:
         link = link_of(record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+from collections.abc import Iterable
 
 from services.ipam.endpoints.model import EndpointRecord
 
@@ -37,12 +38,16 @@ class Store:
 
     def put(self, record: EndpointRecord) -> None:
         """Insert or replace."""
+        self.put_all([record])
+
+    def put_all(self, records: Iterable[EndpointRecord]) -> None:
+        """Insert or replace, in one transaction."""
         with self._db:
-            self._db.execute(
+            self._db.executemany(
                 "INSERT INTO endpoints(id, container_id, ifname, record, state) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT(id) DO UPDATE SET container_id=excluded.container_id, ifname=excluded.ifname, "
                 "record=excluded.record, state=excluded.state",
-                (record.id, record.container_id, record.ifname, record.encode(), record.state.name),
+                [(r.id, r.container_id, r.ifname, r.encode(), r.state.name) for r in records],
             )
 
     def delete(self, number: int) -> None:

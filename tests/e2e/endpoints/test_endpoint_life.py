@@ -73,7 +73,7 @@ def test_an_endpoint_is_complete_when_create_returns(node: Node) -> None:
         assert node.endpoints.GetEndpoint(ep.GetEndpointRequest(**by), timeout=5).endpoint == made
     value = node.map_value(pod)
     assert value is not None
-    assert (value.id, str(value.ipv4), str(value.ipv6), value.mtu) == (made.id, made.ipv4, made.ipv6, 1500)
+    assert (value.id, str(value.ipv4), str(value.ipv6), value.mtu) == (made.id, made.ipv4, made.ipv6, 1450)
     for address in (made.ipv4, made.ipv6):
         assert pod.space.run(takes_in, address) and not node.space.run(takes_in, address)
     # Again is the same one.

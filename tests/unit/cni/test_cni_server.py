@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fibril.endpoint.v1.endpoint_pb2 import Endpoint
 from services.common import errors
 from services.ipam.cni import spec
 from services.ipam.cni.server import CniServer
+from services.ipam.endpoints.model import EndpointRecord, EndpointSpec, State
 
 ENV = {"CNI_CONTAINERID": "c1", "CNI_NETNS": "/run/netns/x", "CNI_IFNAME": "eth0"}
 CONF: dict[str, Any] = {"cniVersion": "1.1.0", "name": "net", "type": "fibril-cni"}
@@ -28,7 +29,7 @@ class FakeManager:
     """Endpoints in a dict; `fail` is raised by the next operation; `gate` holds creations up."""
 
     def __init__(self) -> None:
-        self.endpoints: dict[tuple[str, str], Endpoint] = {}
+        self.endpoints: dict[tuple[str, str], EndpointRecord] = {}
         self.specs: list[Any] = []
         self.fail: BaseException | None = None
         self.gate = asyncio.Event()
@@ -53,10 +54,9 @@ class FakeManager:
             self.undone += 1
             raise
         self.created.set()
-        made = Endpoint(
-            container_id=wanted.container_id, ifname=wanted.ifname, netns=wanted.netns, ipv4="10.244.0.5",
-            ipv6="fd00::5", ipv4_gateway="10.244.0.1", ipv6_gateway="fd00::1", mac="02:00:00:00:00:02",
-            host_mac="02:00:00:00:00:01", host_ifname="fb1", mtu=1500, labels=wanted.labels,
+        made = EndpointRecord(
+            1, wanted, State.READY, 0.0, ipv4="10.244.0.5", ipv6="fd00::5", ipv4_gateway="10.244.0.1",
+            ipv6_gateway="fd00::1", mac="02:00:00:00:00:02", host_mac="02:00:00:00:00:01", host_ifname="fb1", mtu=1500,
         )  # fmt: skip
         return self.endpoints.setdefault((wanted.container_id, wanted.ifname), made)
 
@@ -153,7 +153,9 @@ async def test_gc_deletes_only_its_own_networks_unlisted_endpoints(
 ) -> None:
     for container, network in (("a", "net"), ("b", "net"), ("c", "other")):
         await answer(server, "ADD", {**CONF, "name": network}, CNI_CONTAINERID=container)
-    manager.endpoints["d", "eth0"] = Endpoint(container_id="d", ifname="eth0")  # not made by CNI
+    # One that CNI has not made, and one whose labels somebody has replaced.
+    manager.endpoints["d", "eth0"] = EndpointRecord(4, EndpointSpec("d"), State.READY, 0.0)
+    manager.endpoints["b", "eth0"] = replace(manager.endpoints["b", "eth0"], relabelled={})
     conf = {**CONF, "cni.dev/valid-attachments": [{"containerID": "a", "ifname": "eth0"}]}
     assert await answer(server, "GC", conf) == (0, None)
     assert sorted(container for container, _ in manager.endpoints) == ["a", "c", "d"]

@@ -48,13 +48,9 @@ def test_a_whole_endpoint_has_no_differences() -> None:
     assert list(observe.differences(RECORD, seen(maps=None))) == []
 
 
-def test_an_identity_set_by_another_service_is_no_difference() -> None:
-    value = epmaps.value_of(RECORD, 5, 0)
-    value.identity = 0x1234
-    whole = seen().maps
-    assert whole is not None
-    view = dataclasses.replace(whole, iface={5: bytes(value)})
-    assert list(observe.differences(RECORD, seen(maps=view))) == []
+def test_another_identity_than_recorded_is_a_difference() -> None:
+    told = dataclasses.replace(RECORD, identity=0x100001)
+    assert len(list(observe.differences(told, seen()))) == 3
 
 
 @pytest.mark.parametrize(
