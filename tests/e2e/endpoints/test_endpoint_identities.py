@@ -80,7 +80,7 @@ def forget_identities(node: Node) -> None:
 def test_pods_packets_fit_through_the_device_to_other_nodes() -> None:
     node = Node({"network.device": "small"}, world=False, run=False)
     try:
-        ip("-n", node.name, "link", "add", "small", "mtu", "1400", "type", "dummy")
+        ip("-n", node.name, "link", "add", "small", "mtu", "1400", "type", "veth", "peer", "name", "far")
         ip("-n", node.name, "link", "set", "small", "up")
         ip("-n", node.name, "addr", "add", "2001:db8:8::1/64", "dev", "small", "nodad")
         node.begin()
