@@ -82,6 +82,11 @@ class Ctl:
 
         socket = self.instance.socket(service)
         if not socket.exists():
+            if any(self.instance.run_dir.glob("*.sock")):
+                raise Unavailable(
+                    f"the {service} service of node {self.name!r} is not running: there is no {socket}",
+                    fix=f"start it with: fibril --instance {self.name} up",
+                )
             raise Unavailable(
                 f"node {self.name!r} is not running: there is no {socket}",
                 fix=f"start it with: fibril --instance {self.name} up",
@@ -127,6 +132,21 @@ async def pages(fetch: Callable[[Any], Awaitable[Any]], items: str) -> list[Any]
         token = page.next_token
         if not token:
             return found
+
+
+def completed(ctx: click.Context, incomplete: str, names: Callable[[Ctl], Sequence[str]]) -> list[str]:
+    """Completions asked from a service: none when it does not answer at once."""
+    from dataclasses import replace
+
+    from services.common.errors import FibrilError
+
+    ctl = ctx.find_object(Ctl)
+    if ctl is None:
+        return []
+    try:
+        return [name for name in names(replace(ctl, timeout=1.0)) if name.startswith(incomplete)]
+    except FibrilError:
+        return []
 
 
 def words(argv: Sequence[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
-from services.ctl.context import Ctl, pages, pass_ctl
+from services.ctl.context import Ctl, completed, pages, pass_ctl
 from services.ctl.render import age, columns, short, to_record
 
 ENDPOINTS = columns(
@@ -17,6 +17,7 @@ ENDPOINTS = columns(
     "ipv4",
     "ipv6",
     "host_ifname",
+    "identity",
     ("STATE", lambda r: short(r["state"], "ENDPOINT_STATE_")),
     ("AGE", lambda r: age(r["created_unix_seconds"])),
     "message",
@@ -89,6 +90,11 @@ def find(ctl: Ctl, what: str) -> dict[str, Any]:
     return to_record(ctl.call(lambda ch: stub(ch).GetEndpoint(request, timeout=ctl.seconds)).endpoint)
 
 
+def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Pods, or containers that are none."""
+    return completed(ctx, incomplete, lambda ctl: [_name(e) for e in list_all(ctl)])
+
+
 @click.group(short_help="Pod interfaces of the node.")
 def command() -> None:
     """Pod interfaces of the node."""
@@ -102,15 +108,48 @@ def ls(ctl: Ctl) -> None:
 
 
 @command.command("get")
-@click.argument("what")
+@click.argument("what", shell_complete=_complete)
 @pass_ctl
 def get(ctl: Ctl, what: str) -> None:
     """Show one endpoint, by number, address, pod, container id or container id/interface."""
     ctl.describe(find(ctl, what))
 
 
+@command.command("label")
+@click.argument("what", shell_complete=_complete)
+@click.argument("changes", nargs=-1, required=True, metavar="KEY=VALUE… KEY-…")
+@pass_ctl
+def label(ctl: Ctl, what: str, changes: Sequence[str]) -> None:
+    """Set labels of an endpoint (KEY=VALUE) or take them away (KEY-); the others stay. Its identity follows."""
+    from fibril.endpoint.v1 import endpoint_pb2
+
+    found = find(ctl, what)
+    request = endpoint_pb2.SetEndpointLabelsRequest(
+        key=endpoint_pb2.EndpointKey(container_id=found["container_id"], ifname=found["ifname"]),
+        labels=merged(found["labels"], changes),
+    )
+    answer = ctl.call(lambda ch: stub(ch).SetEndpointLabels(request, timeout=ctl.seconds))
+    ctl.describe(to_record(answer.endpoint))
+
+
+def merged(labels: Mapping[str, str], changes: Sequence[str]) -> dict[str, str]:
+    """Labels after some changes: "key=value" sets one, "key-" takes one away. Raises InvalidArgument."""
+    from services.common.errors import InvalidArgument
+
+    result = dict(labels)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if equals and key:
+            result[key] = value
+        elif not equals and change.endswith("-") and change != "-":
+            result.pop(change[:-1], None)
+        else:
+            raise InvalidArgument(f"{change!r} is neither KEY=VALUE nor KEY-", field="changes")
+    return result
+
+
 @command.command("check")
-@click.argument("what", required=False)
+@click.argument("what", required=False, shell_complete=_complete)
 @pass_ctl
 def check(ctl: Ctl, what: str | None) -> int:
     """Compare an endpoint (by default all) with the kernel; exit code 1 when something differs."""
