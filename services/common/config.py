@@ -19,7 +19,7 @@ import enum
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -38,20 +38,24 @@ def load(
     env_prefix: str = "FIBRIL",
     overrides: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
+    others: Collection[str] = (),
 ) -> T:
-    """Fill `cls`. `overrides` maps dotted paths to text; `env` is the process's environment when None.
+    """Fill `cls`. `overrides` maps dotted paths to text; `env` is the process's environment when None. `others`:
+    sections of file and overrides that are somebody else's to read and to check.
 
     Raises NotFound for a missing file, InvalidArgument (field = dotted path) for an unknown key, a wrong type
     or whatever a __post_init__ refuses.
     """
     tree: dict[str, Any] = {}
     if file is not None:
-        tree = _check_keys(cls, _read(file), "", str(file))
+        content = {key: value for key, value in _read(file).items() if key not in others}
+        tree = _check_keys(cls, content, "", str(file), others)
     for path, text in _from_env(cls, env_prefix, os.environ if env is None else env):
         _put(tree, path, _Text(text))
     for path, text in (overrides or {}).items():
-        _find(cls, path, "flag")
-        _put(tree, path, _Text(text))
+        if path.partition(".")[0] not in others:
+            _find(cls, path, "flag", others)
+            _put(tree, path, _Text(text))
     return typing.cast(T, _build(cls, tree, ""))
 
 
@@ -59,14 +63,17 @@ class _Text(str):
     """A value that comes as text whatever its type: from the environment or a flag."""
 
 
-def sample(cls: type[Any], indent: str = "") -> str:
-    """Every option of `cls` as YAML with its help as comment, all commented out at their defaults."""
+def sample(*classes: type[Any], indent: str = "") -> str:
+    """Every option as YAML with its help as comment, all commented out at their defaults; what several classes
+    share is shown once.
+    """
     lines: list[str] = []
-    for spec, kind in _fields(cls).values():
+    fields = {name: found for cls in classes for name, found in _fields(cls).items()}
+    for spec, kind in fields.values():
         if dataclasses.is_dataclass(kind):
             lines += [
                 f"{indent}{spec.name}:",
-                sample(typing.cast("type[Any]", kind), indent + "  ").rstrip("\n"),
+                sample(typing.cast("type[Any]", kind), indent=indent + "  ").rstrip("\n"),
             ]
             continue
         if text := spec.metadata.get("help"):
@@ -140,14 +147,16 @@ def _unknown(key: str, known: list[str], where: str) -> InvalidArgument:
     return InvalidArgument(f"unknown key {key} in {where}", field=key, fix=hint)
 
 
-def _check_keys(cls: Any, tree: Mapping[Any, Any], prefix: str, where: str) -> dict[str, Any]:
+def _check_keys(
+    cls: Any, tree: Mapping[Any, Any], prefix: str, where: str, others: Collection[str] = ()
+) -> dict[str, Any]:
     """A copy of `tree` with every key known. Values are checked when they are converted."""
     fields = _fields(cls)
     result: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if key not in fields:
-            known = [f"{prefix}{name}" for name in fields] if prefix else [*fields, *_paths(cls)]
+            known = [f"{prefix}{name}" for name in fields] if prefix else [*fields, *others, *_paths(cls)]
             raise _unknown(path, known, where)
         kind = fields[key][1]
         if dataclasses.is_dataclass(kind):
@@ -177,10 +186,10 @@ def _from_env(cls: Any, prefix: str, env: Mapping[str, str]) -> Iterator[tuple[s
             raise _unknown(key, list(known), "the environment")
 
 
-def _find(cls: Any, path: str, where: str) -> None:
+def _find(cls: Any, path: str, where: str, others: Collection[str]) -> None:
     known = list(_paths(cls))
     if path not in known:
-        raise _unknown(path, known, where)
+        raise _unknown(path, [*known, *others], where)
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -65,16 +65,19 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
         )
 
     def components(self) -> list[ComponentStatus]:
-        """All parts by name, `since` filled in. A service that cannot say how it is counts as failed."""
+        """All parts by name, `since` filled in. Where a process hosts several services, a part's name begins with
+        its service's. A service that cannot say how it is counts as failed.
+        """
         found: list[ComponentStatus] = []
         for service in self._services:
+            prefix = f"{service.name}." if len(self._services) > 1 else ""
             try:
-                found += service.status()
+                parts = list(service.status())
             except Exception as error:
                 log.error("status failed", extra={"service": service.name}, exc_info=error)
                 message = f"its status cannot be read ({type(error).__name__}); see the log"
-                message = f"its status cannot be read ({type(error).__name__}); see the log"
-                found.append(ComponentStatus(service.name, "failed", message))
+                parts = [ComponentStatus("status", "failed", message)]
+            found += (dataclasses.replace(part, name=prefix + part.name) for part in parts)
         now = time.time()
         seen, self._seen = self._seen, {}
         for index, part in enumerate(found):

@@ -160,4 +160,10 @@ async def _ask(instance: Instance, service: str, wait: float) -> tuple[bool, lis
             since_unix_seconds=answer.ready_unix_seconds,
         )
     ]
-    return bool(answer.ready_unix_seconds), parts + [Part(service, **to_record(c)) for c in answer.components]
+    # A process with several services tells of all of them on each socket.
+    prefix = f"{service}." if len(answer.services) > 1 else ""
+    for component in answer.components:
+        if component.name.startswith(prefix):
+            record = to_record(component)
+            parts.append(Part(service, **{**record, "name": component.name.removeprefix(prefix)}))
+    return bool(answer.ready_unix_seconds), parts

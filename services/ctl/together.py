@@ -6,12 +6,11 @@ For small nodes and the lab: one interpreter's memory instead of one a service. 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from services.common import config, host
+from services.common import command, host
 from services.common.errors import FibrilError
 from services.common.host import HostConfig, Service
 from services.common.instance import Instance
@@ -20,35 +19,37 @@ Overrides = Mapping[str, str]
 
 
 def _ipam(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Service, HostConfig]:
+    from services.ipam.__main__ import build
     from services.ipam.config import IpamConfig
-    from services.ipam.wiring import IpamService
 
-    cfg = config.load(IpamConfig, file=file, overrides=overrides)
-    return IpamService(instance, cfg), cfg.host
+    cfg = command.load("ipam", IpamConfig, file, overrides)
+    return build(instance, cfg), cfg.host
+
+
+def _identity(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Service, HostConfig]:
+    from services.identity.__main__ import build
+    from services.identity.config import IdentityConfig
+
+    cfg = command.load("identity", IdentityConfig, file, overrides)
+    return build(instance, cfg), cfg.host
 
 
 BUILD: Mapping[str, Callable[[Instance, Path | None, Overrides], tuple[Service, HostConfig]]] = {
-    "ipam": _ipam
+    "ipam": _ipam,
+    "identity": _identity,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 after a drain, 1 after a failure, 2 for a wrong command line or configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m services.ctl.together", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = command.argument_parser("python -m services.ctl.together", (__doc__ or "").split("\n")[0])
     parser.add_argument("--services", required=True, metavar="NAME,NAME", help=f"from: {', '.join(BUILD)}")
-    parser.add_argument("--instance", default="node", help="instance name (default: node)")
-    parser.add_argument("--etcd", default="", metavar="URL,URL", help="etcd members")
-    parser.add_argument("--cluster", default="", help="cluster name")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML)")
     args = parser.parse_args(argv)
     names = args.services.split(",")
     for name in names:
         if name not in BUILD:
             parser.error(f"there is no service {name!r}")
-    given = {"etcd.endpoints": args.etcd, "etcd.cluster": args.cluster}
-    overrides = {key: value for key, value in given.items() if value}
+    overrides = command.overrides(parser, args)
     try:
         instance = Instance.from_env(args.instance)
         built = [BUILD[name](instance, args.config, overrides) for name in names]

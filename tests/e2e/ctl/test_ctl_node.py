@@ -23,7 +23,7 @@ def test_up_status_pods_check(node: Node) -> None:
     node.fibril("up")
     told = node.json("status")
     assert told["health"] == "HEALTH_OK"
-    assert {p["source"] for p in told["parts"]} >= {"process", "ipam"}
+    assert {p["source"] for p in told["parts"]} >= {"process", "ipam", "identity"}
     assert node.instance.run_dir.stat().st_mode & 0o777 == 0o750
     one = node.json("pod", "add", "one")
     two = node.json("pod", "add", "two")
@@ -69,7 +69,7 @@ def test_two_ups_at_once_make_one_node(node: Node) -> None:
     running = [node.start(*FIBRIL, "up", stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [popen.wait(60) for popen in running] == [0, 0, 0], node.logs()
     names = [p.name for p in _held(node)]
-    assert sorted(names) == ["etcd", "ipam", "supervisor"]
+    assert sorted(names) == ["etcd", "identity", "ipam", "supervisor"]
 
 
 def _held(node: Node) -> list[procs.Process]:
@@ -93,7 +93,7 @@ def test_a_node_is_not_touched_from_another_namespace(node: Node) -> None:
 
 
 def test_configuration_reaches_the_services(node: Node, tmp_path: Path) -> None:
-    file = tmp_path / "ipam.yaml"
+    file = tmp_path / "fibril.yaml"
     file.write_text("endpoints: {mtu: 1357}\n")
     node.fibril("--config", str(file), "up")
     node.fibril("pod", "add", "a")
@@ -101,7 +101,7 @@ def test_configuration_reaches_the_services(node: Node, tmp_path: Path) -> None:
 
 
 def test_a_wrong_configuration_is_said_by_up(node: Node, tmp_path: Path) -> None:
-    file = tmp_path / "ipam.yaml"
+    file = tmp_path / "fibril.yaml"
     file.write_text("endpoints: {mtuu: 1357}\n")
     failed = node.fibril("--config", str(file), "up", code=1)
     assert "mtuu" in failed.stderr
@@ -128,7 +128,7 @@ def test_up_with_other_options_changes_how_it_runs(node: Node) -> None:
     node.fibril("up", "--in-process")
     after = node.processes()
     assert after["supervisor"] != before["supervisor"]
-    assert "ipam" not in after
+    assert not {"ipam", "identity"} & set(after)
     node.fibril("check")
 
 

@@ -57,7 +57,7 @@ class Hosted(ipam_pb2_grpc.IpamServiceServicer):
             raise ValueError("cannot stop")
 
     def status(self) -> Sequence[ComponentStatus]:
-        return [ComponentStatus(f"{self.name}.part")]
+        return [ComponentStatus("part")]
 
 
 def say(text: str) -> None:

@@ -57,6 +57,21 @@ def load(tmp_path: Path, text: str = "", env: Mapping[str, str] | None = None, *
     return config.load(Root, file=file, env_prefix="FIBRIL", env=env or {}, overrides=overrides)
 
 
+def test_sections_of_others_are_left_alone_and_known(tmp_path: Path) -> None:
+    file = tmp_path / "fibril.yaml"
+    file.write_text("size: 3\nlb: {any: thing}\n")
+    given = {"lb.any": "x", "etcd.timeout_s": "1"}
+    loaded = config.load(Root, file=file, overrides=given, env={}, others={"lb"})
+    assert (loaded.size, loaded.etcd.timeout_s) == (3, 1.0)
+    for text, key in (("lbb: {}", "lbb"), ("x: 1", "x")):
+        file.write_text(text)
+        with pytest.raises(InvalidArgument) as refused:
+            config.load(Root, file=file, env={}, others={"lb"})
+        assert refused.value.field == key and "lb" in refused.value.fix
+    with pytest.raises(InvalidArgument):
+        config.load(Root, overrides={"lb.any": "x"}, env={})
+
+
 def test_without_anything_defaults_hold() -> None:
     assert config.load(Root, env={}) == Root()
 

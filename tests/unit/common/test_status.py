@@ -84,8 +84,8 @@ async def test_a_service_whose_status_raises_is_failed_and_alone() -> None:
     broken = Fake("lb", failure=ValueError("secret"))
     answer = await get(StatusServicer(Instance(), [broken, Fake("ipam", [ComponentStatus("etcd")])]))
     assert [(part.name, part.health) for part in answer.components] == [
-        ("etcd", HEALTH_OK),
-        ("lb", HEALTH_FAILED),
+        ("ipam.etcd", HEALTH_OK),
+        ("lb.status", HEALTH_FAILED),
     ]
     assert "secret" not in answer.components[1].message
 

@@ -1,0 +1,18 @@
+"""Configuration of the identity process; every option has a default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.common.etcd.config import EtcdConfig
+from services.common.host import HostConfig
+from services.common.network import NetworkConfig
+
+
+@dataclass(frozen=True)
+class IdentityConfig:
+    """All sections of the identity process."""
+
+    host: HostConfig = field(default_factory=HostConfig)
+    etcd: EtcdConfig = field(default_factory=EtcdConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
