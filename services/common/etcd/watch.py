@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +110,14 @@ class Mirror:
         return events
 
 
-async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[Event, None]:
+async def watch_prefix(
+    client: EtcdClient, prefix: str, replaced: Callable[[], None] | None = None
+) -> AsyncGenerator[Event, None]:
     """Snapshot, Synced, then Put and Delete as they happen, and Synced after each further listing. Events of
     one key come in the order of their revisions.
+
+    replaced: called before the events of a listing of another etcd than before, whose revisions cannot be compared
+    with those told so far.
 
     Never raises on its own and never ends: while etcd is away it is silent and `client.healthy` tells. Close
     it (`contextlib.aclosing`) or cancel the task that reads it.
@@ -123,7 +128,12 @@ async def watch_prefix(client: EtcdClient, prefix: str) -> AsyncGenerator[Event,
     while True:
         try:
             if list_first:
-                for event in mirror.listed(await client.get_prefix(prefix)):
+                listing = await client.get_prefix(prefix)
+                if replaced is not None and not (
+                    mirror.revision == 0 or mirror.same_etcd(listing.cluster_id, listing.revision)
+                ):
+                    replaced()
+                for event in mirror.listed(listing):
                     yield event
                 list_first = False
             async with aclosing(client.watch_stream(prefix, mirror.revision + 1)) as answers:

@@ -134,7 +134,7 @@ class Table:
         """All that count, in no order. The table must not change meanwhile."""
         return iter(self._best.values())
 
-    def keys(self) -> list[bytes]:
+    def prefixes(self) -> list[bytes]:
         """Every prefix."""
         return list(self._best)
 
@@ -145,7 +145,10 @@ class Table:
 
     def declared(self, source: Source, key: bytes, node: str = "") -> Entry | None:
         """One declaration, whether it counts or not."""
-        return next((d for d in self.declarations(key) if _is(d, source, node)), None)
+        best = self._best.get(key)
+        if best is None or _is(best, source, node):
+            return best
+        return next((d for d in self._others.get(key, ()) if _is(d, source, node)), None)
 
     def take(self) -> list[Change]:
         """The difference between what counted when this was last called and what counts now."""

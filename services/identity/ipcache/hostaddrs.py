@@ -1,0 +1,78 @@
+"""The addresses of this host, whoever gave it them: packets from them are the host's own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from services.common import errors
+from services.common.kernel import events as ev
+from services.common.kernel import netlink as nl
+from services.common.kernel.netlink import IPAddress, Netlink, Rtnl
+
+log = logging.getLogger(__name__)
+
+RESYNC_S: Final = 60.0
+_SETTLE_S: Final = 0.05
+
+
+class HostAddresses:
+    """Follows them from `start` on, in the network namespace of the thread that calls it."""
+
+    def __init__(self, netlink: Netlink, changed: Callable[[], None]) -> None:
+        self._netlink = netlink
+        self._changed = changed
+        self._events: ev.Events | None = None
+        self.addresses: frozenset[IPAddress] = frozenset()
+        """Those others can send to: neither loopback nor link-local."""
+
+    async def start(self) -> None:
+        """Look once."""
+        # Before looking, so that no change falls between.
+        self._events = ev.Events((ev.GROUP_IPV4_ADDRESS, ev.GROUP_IPV6_ADDRESS))
+        await self._look()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    async def run(self) -> None:
+        """Until cancelled; after `start`."""
+        assert self._events is not None
+        dirty = asyncio.Event()
+        listening = asyncio.create_task(self._listen(self._events, dirty), name="ipcache.addresses.events")
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(dirty.wait(), RESYNC_S)
+                    # Changes come in bunches.
+                    await asyncio.sleep(_SETTLE_S)
+                dirty.clear()
+                await self._look()
+        finally:
+            listening.cancel()
+
+    async def _listen(self, events: ev.Events, dirty: asyncio.Event) -> None:
+        async for _ in events:
+            dirty.set()
+
+    async def _look(self) -> None:
+        try:
+            found = await self._netlink.call(Rtnl.addresses)
+        except (errors.FibrilError, OSError) as error:
+            log.warning("cannot list the host's addresses", extra={"cause": str(error)})
+            return
+        addresses = frozenset(
+            entry.address
+            for entry in found
+            if entry.scope == nl.SCOPE_UNIVERSE
+            and not entry.address.is_loopback
+            and not entry.address.is_link_local
+        )
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self._changed()
