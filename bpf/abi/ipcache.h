@@ -11,6 +11,14 @@
 #include "abi/addr.h"
 #include "lib/maps.h"
 
+/* Reserved identities that programs give (services/identity/numbers.py has all). */
+#define IDENTITY_WORLD 2
+#define IDENTITY_INIT 5
+#define IDENTITY_REMOTE_NODE 6
+/* Identity numbers below this are reserved, those of the last cluster mean something on one node only. */
+#define IDENTITY_CLUSTER_FIRST (1 << 20)
+#define IDENTITY_LOCAL_FIRST (4095u << 20)
+
 #define IPC_ADDR_MAX 524288
 #define IPC_PREFIX_MAX 65536
 
@@ -46,4 +54,12 @@ static __always_inline struct ipcache_entry *ipcache_lookup(struct fib_addr *add
 	key.bits = 128;
 	__builtin_memcpy(key.addr, addr->w, sizeof(key.addr));
 	return ipc_prefix.lookup(&key);
+}
+
+/* Identity of an address; the world's where nothing is known. */
+static __always_inline __u32 ipcache_identity(struct fib_addr *addr)
+{
+	struct ipcache_entry *entry = ipcache_lookup(addr);
+
+	return entry ? entry->identity : IDENTITY_WORLD;
 }

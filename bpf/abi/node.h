@@ -38,7 +38,9 @@ struct network_config {
 	__u32 overlay_ifindex; /* VXLAN device */
 	__u32 host_ifindex;    /* fb<tag>host: the host's side towards pods */
 	__u32 uplink_ifindex;
-	__u32 reserved[5];
+	__u8 host_mac[6];      /* of fb<tag>host: what is sent in by it must be addressed to it */
+	__u16 pad;
+	__u32 reserved[3];
 };
 _Static_assert(sizeof(struct network_config) == 32, "ABI");
 

@@ -6,8 +6,23 @@
 #pragma once
 
 #include "abi/endpoint.h"
+#include "abi/ipcache.h"
 #include "lib/parse.h"
 #include "lib/slot.h"
+
+/* Who sends: a pod of this node (through the stack, because one of the two is shaped or the packet was an
+ * exception), the host, somebody of another node, the world. */
+static __always_inline void to_pod_source(struct pkt_ctx *pkt)
+{
+	struct endpoint *pod = endpoint_by_address(&pkt->src, pkt->family);
+
+	if (pod) {
+		pkt->src_id = pod->id;
+		pkt->src_identity = pod->identity;
+		return;
+	}
+	pkt->src_identity = ipcache_identity(&pkt->src);
+}
 
 int fib_to_pod(struct __sk_buff *skb)
 {
@@ -35,7 +50,9 @@ int fib_to_pod(struct __sk_buff *skb)
 	pkt->dst_flags = pod->flags;
 	pkt->dst_ifindex = pod->ifindex;
 	/* The host's own ARP is nobody's policy. */
-	if (pkt->family)
+	if (pkt->family) {
+		to_pod_source(pkt);
 		pl_slots.call(skb, SLOT_POLICY_INGRESS);
+	}
 	return verdict_pass(skb, pkt, VERDICT_DELIVERED, TC_ACT_UNSPEC);
 }

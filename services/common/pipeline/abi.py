@@ -254,7 +254,8 @@ class NetworkDevices(ct.Structure):
     """struct network_config: the one value of nd_config."""
 
     _fields_ = (("overlay_ifindex", ct.c_uint32), ("host_ifindex", ct.c_uint32),
-                ("uplink_ifindex", ct.c_uint32), ("reserved", ct.c_uint32 * 5))
+                ("uplink_ifindex", ct.c_uint32), ("host_mac", ct.c_uint8 * 6), ("pad", ct.c_uint16),
+                ("reserved", ct.c_uint32 * 3))
 
 
 def host16(value: int) -> int:

@@ -32,7 +32,7 @@ def spec() -> loader.ProgramSpec:
     """What the ipam service loads."""
     return loader.ProgramSpec(
         source=Path("ipam/ipam.c"), service=SERVICE, functions=dict.fromkeys(PROGRAMS, "sched_cls"),
-        maps=dict(abi.MAPS), slots={abi.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}})
+        maps={name: path for name, path in abi.MAPS.items() if not path.startswith(abi.NODE_FAMILY)}, slots={abi.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}})
 
 
 def program_path(instance: Instance, name: str) -> Path:
