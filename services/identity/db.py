@@ -9,8 +9,9 @@ from services.common import db
 
 MIGRATIONS = (
     """
-    CREATE TABLE lease (id INTEGER NOT NULL);
-    CREATE TABLE holders (holder TEXT PRIMARY KEY, number INTEGER NOT NULL, labels TEXT NOT NULL);
+    CREATE TABLE lease (id INTEGER NOT NULL, owner TEXT NOT NULL);
+    CREATE TABLE holders (
+        holder TEXT PRIMARY KEY, number INTEGER NOT NULL, labels TEXT NOT NULL, given TEXT NOT NULL);
     CREATE TABLE local_identities (number INTEGER PRIMARY KEY, labels TEXT NOT NULL UNIQUE);
     CREATE TABLE local_entries (
         prefix TEXT NOT NULL, owner TEXT NOT NULL, identity INTEGER NOT NULL, PRIMARY KEY (prefix, owner));
@@ -20,5 +21,8 @@ MIGRATIONS = (
 
 
 def open_db(path: Path) -> sqlite3.Connection:
-    """See services.common.db.open_db. Labels are JSON with sorted keys."""
+    """See services.common.db.open_db. Labels are JSON with sorted keys.
+
+    holders.labels: those that count, which the number stands for; given: all that the holder has.
+    """
     return db.open_db(path, MIGRATIONS, "restore it, or move it away: holders must then ask again")

@@ -146,40 +146,99 @@ async def test_keys_of_a_lease_go_with_it(client: EtcdClient) -> None:
 class Kept:
     """A key kept alive by a lease."""
 
-    def __init__(self, client: EtcdClient, ttl_s: int) -> None:
+    def __init__(self, client: EtcdClient, ttl_s: int, lease: int = 0, key: str = "kept") -> None:
         self._client = client
+        self._key = key
         self.leases: list[int] = []
+        self.granted: list[int] = []
         self.fail = 0
-        self.keeper = LeaseKeeper(client, ttl_s, self._write)
+        self.keeper = LeaseKeeper(client, ttl_s, lease=lease, remember=self.granted.append)
+        self.keeper.on_grant(self.write)
 
-    async def _write(self, lease: int) -> None:
+    async def write(self, lease: int) -> None:
         self.leases.append(lease)
         if self.fail:
             self.fail -= 1
             raise Unavailable("not this time")
-        await self._client.put("kept", b"", lease=lease)
+        await self._client.put(self._key, b"", lease=lease)
 
 
 async def test_a_kept_lease_outlives_its_time_and_is_replaced_when_lost(client: EtcdClient) -> None:
     kept = Kept(client, 2)
     task = asyncio.create_task(kept.keeper.run())
     try:
-        await until(lambda: kept.keeper.valid, "the first lease")
+        await until(lambda: client.get("kept"), "the key written")
         began = time.monotonic()
         await until(lambda: time.monotonic() - began > 3, "more than its time")
         assert await client.get("kept") is not None
-        assert len(kept.leases) == 1
+        assert kept.leases == kept.granted and len(kept.leases) == 1 and kept.keeper.valid
 
         kept.fail = 1
         await client.revoke(kept.leases[0])
         assert await client.get("kept") is None
+        await until(lambda: kept.keeper.problem, "notice of the failure")
         await until(lambda: client.get("kept"), "the key written anew")
         # Asked again with the same lease after it had failed.
         assert len(kept.leases) == 3 and kept.leases[1] == kept.leases[2] == kept.keeper.lease
+        await until(lambda: not kept.keeper.problem, "the end of the problem")
     finally:
         task.cancel()
     await kept.keeper.revoke()
     assert await client.get("kept") is None and kept.keeper.lease == 0
+
+
+async def test_a_lease_that_somebody_misses_is_replaced_at_once(client: EtcdClient) -> None:
+    kept = Kept(client, 60)
+    task = asyncio.create_task(kept.keeper.run())
+    try:
+        await until(lambda: client.get("kept"), "the key written")
+        await client.revoke(kept.keeper.lease)
+        kept.keeper.suspect()
+        await until(lambda: client.get("kept"), "the key written anew")
+        assert kept.leases == kept.granted and len(kept.leases) == 2
+    finally:
+        task.cancel()
+
+
+async def test_a_lease_is_gone_on_with_unless_it_has_ended(client: EtcdClient) -> None:
+    lease = await client.grant(60)
+    first = Kept(client, 60, lease)
+    assert first.keeper.lease == 0 and not first.keeper.valid
+    task = asyncio.create_task(first.keeper.run())
+    try:
+        await until(lambda: client.get("kept"), "the key written")
+        assert first.leases == [lease] and first.granted == []
+    finally:
+        task.cancel()
+    await client.revoke(lease)
+    second = Kept(client, 60, lease)
+    task = asyncio.create_task(second.keeper.run())
+    try:
+        await until(lambda: client.get("kept"), "the key written anew")
+        assert second.leases == second.granted != [lease]
+    finally:
+        task.cancel()
+
+
+async def test_who_has_keys_under_a_lease_holds_up_nobody_else(client: EtcdClient) -> None:
+    kept = Kept(client, 2)
+    stuck = asyncio.Event()
+
+    async def wait(_lease: int) -> None:
+        await stuck.wait()
+
+    kept.keeper.on_grant(wait)
+    task = asyncio.create_task(kept.keeper.run())
+    try:
+        await until(lambda: client.get("kept"), "the key written")
+        late = Kept(client, 2, key="late")
+        kept.keeper.on_grant(late.write)
+        await until(lambda: client.get("late"), "the key of one who came later")
+        began = time.monotonic()
+        await until(lambda: time.monotonic() - began > 3, "more than the lease's time")
+        assert kept.keeper.valid and len(kept.granted) == 1
+    finally:
+        task.cancel()
 
 
 async def test_a_kept_lease_survives_an_etcd_that_is_killed(etcd: EmbeddedEtcd, client: EtcdClient) -> None:
@@ -191,6 +250,6 @@ async def test_a_kept_lease_survives_an_etcd_that_is_killed(etcd: EmbeddedEtcd, 
         await until(lambda: not kept.keeper.valid, "the end of it by our own clock")
         await etcd.start()
         await until(lambda: kept.keeper.valid, "a valid lease")
-        assert await client.get("kept") is not None
+        await until(lambda: client.get("kept"), "the key")
     finally:
         task.cancel()
