@@ -138,6 +138,17 @@ class EtcdClient:
         answer = await self._range(request)
         return key_value(answer.kvs[0]) if answer.kvs else None
 
+    async def get_many(self, keys: Collection[str]) -> Mapping[str, KeyValue]:
+        """Those of these keys that exist, all as of the same moment. Raises InvalidArgument above 128 keys."""
+        if len(keys) > TXN_OPS_MAX:
+            raise InvalidArgument(f"{len(keys)} keys exceed the limit of {TXN_OPS_MAX} in one read")
+        request = rpc.TxnRequest()
+        for key in keys:
+            request.success.add().request_range.key = encode(key)
+        answer = await self._read(lambda e, t: e.kv.Txn(request, timeout=t))
+        found = (kv for response in answer.responses for kv in response.response_range.kvs)
+        return {kv.key: kv for kv in map(key_value, found)}
+
     async def get_prefix(self, prefix: str, *, keys_only: bool = False) -> Listing:
         """Every key that begins with `prefix`, read in pages that all show the same revision."""
         start, end = encode(prefix) or b"\0", range_end(encode(prefix))
@@ -203,32 +214,43 @@ class EtcdClient:
         self,
         expect: Mapping[str, int],
         *,
+        nothing_below: Collection[str] = (),
         put: Mapping[str, bytes] | None = None,
         delete: Collection[str] = (),
         lease: int = 0,
+        leases: Mapping[str, int] | None = None,
     ) -> int | None:
-        """If every key of `expect` was last changed at the revision given (0: does not exist), put and delete
-        all these; the revision at which it happened, else None and nothing has changed.
+        """If every key of `expect` was last changed at the revision given (0: does not exist), and no key begins
+        with any of `nothing_below`, put and delete all these; the revision at which it happened, else None and
+        nothing has changed.
 
-        Raises InvalidArgument above 128 keys in `expect`, or in `put` and `delete` together, and for a key
+        lease: what the keys put are attached to, 0 for none; leases: where it is another one, by key.
+
+        Raises InvalidArgument above 128 conditions, or 128 keys in `put` and `delete` together, and for a key
         named twice; NotFound for a lease that has ended.
         """
-        puts = put or {}
-        for what, count in (("conditions", len(expect)), ("changes", len(puts) + len(delete))):
+        puts, own = put or {}, leases or {}
+        conditions, changes = len(expect) + len(nothing_below), len(puts) + len(delete)
+        for what, count in (("conditions", conditions), ("changes", changes)):
             if count > TXN_OPS_MAX:
                 raise InvalidArgument(
                     f"an etcd transaction of {count} {what} exceeds the limit of {TXN_OPS_MAX}"
                 )
-        compare = [
-            rpc.Compare(key=encode(k), target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=r)
-            for k, r in expect.items()
-        ]
-        changes = [
-            rpc.RequestOp(request_put=rpc.PutRequest(key=encode(k), value=v, lease=lease))
-            for k, v in puts.items()
-        ]
-        changes += [rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=encode(k))) for k in delete]
-        request = rpc.TxnRequest(compare=compare, success=changes)
+        request = rpc.TxnRequest()
+        for key, revision in expect.items():
+            request.compare.add(key=encode(key), target=rpc.Compare.MOD, mod_revision=revision)
+        for prefix in nothing_below:
+            # A comparison with no key at all is one with a key of revision 0.
+            start = encode(prefix)
+            request.compare.add(
+                key=start or b"\0", range_end=range_end(start), target=rpc.Compare.MOD, mod_revision=0
+            )
+        for key, value in puts.items():
+            request.success.add().request_put.MergeFrom(
+                rpc.PutRequest(key=encode(key), value=value, lease=own.get(key, lease))
+            )
+        for key in delete:
+            request.success.add().request_delete_range.key = encode(key)
         answer = await self._write(lambda e, t: e.kv.Txn(request, timeout=t))
         return int(answer.header.revision) if answer.succeeded else None
 

@@ -68,9 +68,39 @@ async def test_changes_on_condition_of_a_revision(client: EtcdClient) -> None:
     assert [kv.key for kv in (await client.get_prefix("")).kvs] == ["new"]
 
 
+async def test_changes_on_condition_that_nothing_is_below_a_prefix(client: EtcdClient) -> None:
+    assert await client.transact({}, nothing_below=["refs/7/"], put={"retired": b""})
+    await client.put("refs/7/node", b"")
+    await client.put("refs/77/node", b"")
+    for below in (["refs/7/"], ["refs/8/", "refs/7/"], ["refs/"], [""]):
+        assert await client.transact({}, nothing_below=below, put={"retired": b"x"}) is None
+    assert await client.transact({"retired": 1}, nothing_below=["refs/8/"], put={"retired": b"x"}) is None
+    found = await client.get("retired")
+    assert found is not None and found.value == b""
+    assert await client.transact(
+        {"retired": found.mod_revision}, nothing_below=["refs/8/", "refs/6"], delete=["retired"]
+    )
+
+
+async def test_keys_of_one_transaction_may_hang_on_several_leases(client: EtcdClient) -> None:
+    one, two = await client.grant(60), await client.grant(60)
+    put = {"a": b"", "b": b"", "c": b""}
+    assert await client.transact({}, put=put, lease=one, leases={"b": two, "c": 0})
+    found = await client.get_many(["c", "b", "a", "absent"])
+    assert {key: kv.lease for key, kv in found.items()} == {"a": one, "b": two, "c": 0}
+    assert await client.transact({}, put={"a": b""}), "a key put again is where it is put last"
+    await client.revoke(one)
+    await client.revoke(two)
+    assert [kv.key for kv in (await client.get_prefix("")).kvs] == ["a", "c"]
+
+
 async def test_what_etcd_refuses_is_named(client: EtcdClient) -> None:
     with pytest.raises(InvalidArgument, match="129 conditions exceeds the limit of 128"):
         await client.create({str(i): b"" for i in range(129)})
+    with pytest.raises(InvalidArgument, match="129 conditions exceeds the limit of 128"):
+        await client.transact({"x": 1}, nothing_below=[str(i) for i in range(128)])
+    with pytest.raises(InvalidArgument, match="129 keys exceed the limit of 128"):
+        await client.get_many([str(i) for i in range(129)])
     with pytest.raises(InvalidArgument, match="duplicate key"):
         await client.transact({}, put={"a": b""}, delete=["a"])
     with pytest.raises(NotFound, match="lease not found"):
