@@ -2,7 +2,7 @@
 
     both           what it is
     overlay        overlay
-    routed         routed, if on one network
+    routed         routed if on one network, else the host's routes know
     cloud          the host's routes know
     auto           routed if on one network and all pods can be, else overlay
     overlay+auto   overlay
@@ -73,6 +73,7 @@ class Pair:
 
     tunnel: family overlay packets travel in, else 0. mtu: largest packet of a pod that fits, 0 if not known.
     routable: families in which the other node's address can be a next hop.
+    needs_routes: `problem` is none if somebody else has given the host routes to the node's pods.
     """
 
     mode: abi.NodeMode
@@ -80,6 +81,7 @@ class Pair:
     tunnel: int = 0
     routable: frozenset[int] = frozenset()
     problem: str = ""
+    needs_routes: bool = False
 
 
 def families(blocks: Iterable[IPNetwork]) -> frozenset[int]:
@@ -98,7 +100,7 @@ def decide(own: Side, peer: Side, underlay: Underlay = Underlay.AUTO) -> Pair:
         return _overlay(own, peer, common, underlay, problem)
     mtu = _mtu(own, peer)
     if mode is not abi.NodeMode.ROUTED:
-        return Pair(mode, mtu, problem=problem)
+        return Pair(mode, mtu, problem=problem, needs_routes=own.mode is peer.mode)
     near = _near(own, peer, common)
     stuck = sorted((own.pods | peer.pods) - near)
     if stuck and not problem:
@@ -117,7 +119,10 @@ def _mode(own: Side, peer: Side, common: list[int]) -> tuple[abi.NodeMode, str]:
     if modes == {Mode.ROUTED}:
         if near:
             return abi.NodeMode.ROUTED, ""
-        return abi.NodeMode.NONE, "mode is routed but the nodes are not on one network; use auto or overlay"
+        return abi.NodeMode.STACK, (
+            "mode is routed, the nodes are on different networks and the host has no routes to its pods; "
+            "use auto or overlay, or have a routing daemon provide them"
+        )
     if modes <= {Mode.AUTO, Mode.ROUTED}:
         if near and own.pods | peer.pods <= near:
             return abi.NodeMode.ROUTED, ""

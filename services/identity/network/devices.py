@@ -1,0 +1,165 @@
+"""The devices packets between nodes pass: found or made, with their programs, and made known to all programs.
+
+One object, compared by being applied: a few requests that name their interface, whatever else the host has. fb<tag>host
+is the ipam service's: until that has made it there is none, and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from services.common import errors
+from services.common.instance import Instance
+from services.common.kernel import netlink as nl
+from services.common.kernel.netlink import IPAddress, Netlink, Rtnl
+from services.common.pipeline import abi
+from services.identity.network import install, overlay
+from services.identity.network.nodemap import NodeMap
+from services.identity.network.programs import Programs
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """overlay: have a VXLAN device (None: leave it as it is, not all is known yet); uplink: its index or 0."""
+
+    overlay: bool | None
+    uplink: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Indexes, 0 for what is not there. host_mac: of fb<tag>host. sources: of each family the address the host uses
+    towards pods.
+    """
+
+    overlay: int = 0
+    host: int = 0
+    uplink: int = 0
+    host_mac: str = ""
+    sources: tuple[IPAddress, ...] = ()
+
+
+class Devices:
+    """Ops of a reconciler over one object."""
+
+    KEY: Final = "devices"
+
+    def __init__(
+        self,
+        instance: Instance,
+        netlink: Netlink,
+        port: int,
+        programs: Programs,
+        nodemap: NodeMap,
+        wanted: Callable[[], Wanted],
+        changed: Callable[[], None],
+    ) -> None:
+        """changed: called after `found` has changed."""
+        self._instance = instance
+        self._netlink = netlink
+        self._port = port
+        self._programs = programs
+        self._nodemap = nodemap
+        self._wanted = wanted
+        self._changed = changed
+        self._swept = -1
+        self.found = Found()
+
+    def desired(self) -> Mapping[str, Wanted]:
+        return {self.KEY: self._wanted()}
+
+    async def actual(self) -> Mapping[str, Any]:
+        return {}
+
+    async def same(self, desired: Wanted, actual: Any) -> bool:
+        return False
+
+    async def update(self, key: str, desired: Wanted) -> None:
+        before = self.found
+        try:
+            await self._netlink.call(self._apply, desired)
+        finally:
+            if self.found != before:
+                self._changed()
+
+    async def delete(self, key: str) -> None:
+        pass
+
+    def _apply(self, node: Rtnl, wanted: Wanted) -> None:
+        """Each part on its own: what fails of one does not keep the others from being set up."""
+        failures: list[Exception] = []
+
+        def part(step: Callable[[], T], otherwise: T) -> T:
+            try:
+                return step()
+            except (errors.FibrilError, OSError) as error:
+                failures.append(error)
+                return otherwise
+
+        host, mac = part(lambda: self._host(node), (0, ""))
+        overlay_index = part(lambda: self._overlay(node, wanted), 0)
+        uplink = part(lambda: self._uplink(node, wanted), wanted.uplink)
+        self.found = Found(overlay_index, host, uplink, mac, part(lambda: self._sources(node, host), ()))
+        if self._programs.ready:
+            devices = abi.NetworkDevices(
+                overlay_ifindex=overlay_index, host_ifindex=host, uplink_ifindex=uplink
+            )
+            if mac:
+                devices.host_mac = abi.mac_bytes(mac)
+            if self._nodemap.set_devices(devices):
+                log.info("devices", extra={"found": str(self.found)})
+        if failures:
+            raise failures[0]
+
+    def _host(self, node: Rtnl) -> tuple[int, str]:
+        link = node.link(self._instance.node_ifname)
+        if link is None or not link.up:
+            return 0, ""
+        if not link.noarp:
+            # Addresses of other nodes' pods, which are routed here, are nobody's to answer for.
+            node.apply([nl.link_noarp(link.ifindex)])
+        if self._programs.ready:
+            self._programs.attach(link.ifindex, install.FROM_HOST)
+        return link.ifindex, link.mac
+
+    def _overlay(self, node: Rtnl, wanted: Wanted) -> int:
+        if wanted.overlay is False:
+            if overlay.remove(node, self._instance):
+                log.info("overlay device removed, no node needs it")
+            return 0
+        index = node.ifindex(overlay.ifname(self._instance))
+        if not self._programs.ready or (wanted.overlay is None and not index):
+            return index
+
+        def before_up(made: int) -> None:
+            self._programs.attach(made, install.FROM_OVERLAY)
+
+        return overlay.ensure(node, self._instance, self._port, before_up)
+
+    def _uplink(self, node: Rtnl, wanted: Wanted) -> int:
+        if not self._programs.ready:
+            return wanted.uplink
+        if wanted.uplink:
+            self._programs.attach(wanted.uplink, install.FROM_UPLINK)
+        if self._swept != wanted.uplink:
+            for name in self._programs.detach_uplinks(node, wanted.uplink):
+                log.info("program taken off", extra={"interface": name})
+            self._swept = wanted.uplink
+        return wanted.uplink
+
+    def _sources(self, node: Rtnl, host: int) -> tuple[IPAddress, ...]:
+        """The one used before, while it is there: connections of the host keep it, and no route changes."""
+        if not host:
+            return ()
+        there = [entry.address for entry in node.addresses(host) if entry.scope == nl.SCOPE_UNIVERSE]
+        kept = {address.version: address for address in self.found.sources if address in there}
+        for address in sorted(there, key=int):
+            kept.setdefault(address.version, address)
+        return tuple(kept[family] for family in sorted(kept))
