@@ -102,6 +102,12 @@ def attach(ifindex: int, programs: Mapping[Direction, int], priority: int = PRIO
         netlink.apply(filters)
 
 
+def taken_by(ifindex: int) -> str:
+    """Kind of the qdisc that is where clsact would go; "" if none is, or clsact."""
+    with RtnlSocket() as netlink:
+        return next((kind for kind in _kinds(netlink, ifindex) if kind != "clsact"), "")
+
+
 def _kinds(netlink: RtnlSocket, ifindex: int) -> list[str]:
     """Kinds of the qdiscs at the ingress/clsact place of an interface."""
     request = Message(rtnl.GETQDISC, {"index": ifindex}, [], what="list qdiscs")

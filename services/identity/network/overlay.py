@@ -52,7 +52,7 @@ def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int],
         if found is None or not found[0].up:
             node.apply([nl.no_link_local(index), nl.link_up(index)])
     except errors.AlreadyExists:
-        node.delete_link(name)
+        # A device that was made stays, down: taking it away again would be news each time this is tried.
         names = vxlan.others(node, port, name)
         who = f"VXLAN device {', '.join(names)}" if names else "another program"
         raise errors.FailedPrecondition(

@@ -4,9 +4,10 @@
     fib_from_uplink    tc ingress of the uplink: what arrives as it is, for pods of this node
     fib_from_host      tc egress of fb<tag>host: what the host sends to pods of other nodes
 
-Attached as filters of a clsact qdisc. The uplink is not this node's own: other filters there are left alone, and the
-priority is the instance's, so that nodes that share an uplink share it in peace. Programs outlive this process;
-they are looked at whenever an event says that one may be gone. Functions block: netlink thread.
+Attached as filters of a clsact qdisc, or by tcx where an `ingress` qdisc is in its way. The uplink is not this
+node's own: other filters there are left alone, and the priority is the instance's, so that nodes that share an uplink
+share it in peace. Programs outlive this process; they are looked at whenever an event says that one may be gone.
+Functions block: netlink thread.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Final
 
 from services.common import errors
 from services.common.instance import Instance
-from services.common.kernel import bpf, progs, tc_classic
+from services.common.kernel import attach, bpf, progs, tc_classic
 from services.common.kernel.netlink import Rtnl
 from services.common.kernel.tc_classic import Direction
 from services.common.pipeline import abi
@@ -28,6 +29,8 @@ from services.identity.network import install
 
 log = logging.getLogger(__name__)
 
+# The kernel keeps so much of a program's name.
+_NAME_MAX: Final = 15
 _HOOKS: Final[dict[str, Direction]] = {
     install.FROM_OVERLAY: "ingress", install.FROM_UPLINK: "ingress", install.FROM_HOST: "egress",
 }  # fmt: skip
@@ -88,20 +91,25 @@ class Programs:
         """Have a program on its hook of an interface; whether it had to be put there.
 
         Unavailable before `open`; NotFound if the interface is gone; FailedPrecondition if an `ingress` qdisc
-        is where clsact would go.
+        is where clsact would go and the kernel has no tcx, which can do without.
         """
         if name not in self._fds:
             raise errors.Unavailable("the network's BPF programs are not there yet")
         direction = _HOOKS[name]
         if tc_classic.attached(ifindex, direction, self._priority) == [self._ids[name]]:
             return False
-        try:
+        # Looked at first: to try and fail would be news, by which this is tried again.
+        if taken := tc_classic.taken_by(ifindex):
+            if any(entry.prog_id == self._ids[name] for entry in attach.attached(ifindex, direction)):
+                return False
+            if not attach.has_tcx():
+                raise errors.FailedPrecondition(
+                    f"interface {ifindex} has a qdisc of kind {taken} where clsact would go",
+                    fix="replace it by clsact, which takes the same filters",
+                )
+            attach.attach_tc(ifindex, direction, self._fds[name], via="tcx")
+        else:
             tc_classic.attach(ifindex, {direction: self._fds[name]}, self._priority)
-        except tc_classic.HookTaken as error:
-            raise errors.FailedPrecondition(
-                f"interface {ifindex} has a qdisc of kind {error.kind} where clsact would go",
-                fix="replace it by clsact, which takes the same filters",
-            ) from None
         log.info("program attached", extra={"program": name, "ifindex": ifindex})
         return True
 
@@ -111,13 +119,15 @@ class Programs:
 
 
 def _detach(node: Rtnl, instance: Instance, keep: int = 0) -> Iterator[str]:
-    priority = priority_of(instance)
+    priority, direction = priority_of(instance), _HOOKS[install.FROM_UPLINK]
     for link in node.links():
         if link.ifindex == keep or link.name.startswith(f"fb{instance.tag}"):
             continue
         with contextlib.suppress(errors.NotFound):
-            if tc_classic.detach(link.ifindex, _HOOKS[install.FROM_UPLINK], priority):
+            if tc_classic.detach(link.ifindex, direction, priority):
                 tc_classic.remove_unused(link.ifindex)
+                yield link.name
+            elif attach.detach_tc(link.ifindex, direction, install.FROM_UPLINK[:_NAME_MAX]):
                 yield link.name
 
 
