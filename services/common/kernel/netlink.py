@@ -123,6 +123,15 @@ def link_up(ifindex: int, what: str = "") -> Message:
     )
 
 
+def link_mtu(ifindex: int, mtu: int) -> Message:
+    return Message(
+        rtnl.SETLINK,
+        {"index": ifindex},
+        [("IFLA_MTU", mtu)],
+        what=f"set the MTU of interface {ifindex} to {mtu}",
+    )
+
+
 def link_noarp(ifindex: int) -> Message:
     """Have no address on the other side of an interface resolved: what is routed there is sent at once."""
     return Message(
@@ -347,7 +356,18 @@ class Rtnl(RtnlSocket):
     def link(self, name: str) -> Link | None:
         """One interface by name, None if there is none."""
         index = self.ifindex(name)
-        return next((link for link in self.links(name) if link.ifindex == index), None) if index else None
+        if not index:
+            return None
+        request = Message(
+            rtnl.GETLINK,
+            {"index": index},
+            [("IFLA_EXT_MASK", _EXT_SKIP_STATS)],
+            what=f"read interface {name}",
+        )
+        try:
+            return parse_link(self.get(request))
+        except errors.NotFound:  # gone meanwhile
+            return None
 
     def create_veth(
         self, name: str, mac: str, peer: str, peer_mac: str, mtu: int, peer_netns: NetNs | None = None

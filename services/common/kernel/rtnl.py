@@ -157,6 +157,7 @@ def typed_error(number: int, what: str, detail: str = "") -> errors.FibrilError:
         errno.EPERM: (errors.PermissionDenied, "run as root with CAP_NET_ADMIN"),
         errno.EACCES: (errors.PermissionDenied, "run as root with CAP_NET_ADMIN"),
         errno.EEXIST: (errors.AlreadyExists, ""),
+        errno.EADDRINUSE: (errors.AlreadyExists, ""),
         errno.ENODEV: (errors.NotFound, ""),
         errno.ENOENT: (errors.NotFound, ""),
         errno.ESRCH: (errors.NotFound, ""),

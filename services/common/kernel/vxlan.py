@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
+from services.common import errors
 from services.common.kernel import netlink as nl
 from services.common.kernel import rtnl
 from services.common.kernel.netlink import Link, Rtnl
@@ -18,7 +19,7 @@ from services.common.kernel.rtnl import Message
 
 MTU_MAX: Final = 65535 - 70
 """What the kernel makes of a wish for more: it leaves room for the outer headers (IPv6)."""
-_LEARNING, _PORT, _GBP, _EXTERNAL, _CSUM6_RX = 7, 15, 23, 25, 20
+_LEARNING, _PORT, _GBP, _EXTERNAL = 7, 15, 23, 25
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Vxlan:
     learning: bool = False
 
 
-def vxlan_add(name: str, wanted: Vxlan, mac: str, mtu: int = MTU_MAX) -> Message:
-    """A device, down, without IPv6 link-local address.
+def vxlan_add(name: str, wanted: Vxlan, mtu: int = MTU_MAX) -> Message:
+    """A device, down.
 
-    EEXIST if the name or (external devices) the port is taken; a port that another kind of device or a process
-    has is noticed when it is set up (EADDRINUSE). Packets without UDP checksum over IPv6 are not taken.
+    AlreadyExists if its name, or its port by another such device, is taken; a port that another kind of device or
+    a process has is noticed when it is set up (AlreadyExists too). Packets without UDP checksum over IPv6 are
+    not taken.
     """
     data: list[tuple[str, Any]] = [
         ("IFLA_VXLAN_PORT", wanted.port), ("IFLA_VXLAN_LEARNING", int(wanted.learning)),
@@ -48,7 +50,6 @@ def vxlan_add(name: str, wanted: Vxlan, mac: str, mtu: int = MTU_MAX) -> Message
         {},
         [
             ("IFLA_IFNAME", name),
-            ("IFLA_ADDRESS", mac),
             ("IFLA_MTU", mtu),
             ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "vxlan"), ("IFLA_INFO_DATA", {"attrs": data})]}),
         ],
@@ -62,7 +63,10 @@ def read(node: Rtnl, name: str) -> tuple[Link, Vxlan | None] | None:
     index = node.ifindex(name)
     if not index:
         return None
-    found = node.get(Message(rtnl.GETLINK, {"index": index}, [], what=f"read interface {name}"))
+    try:
+        found = node.get(Message(rtnl.GETLINK, {"index": index}, [], what=f"read interface {name}"))
+    except errors.NotFound:
+        return None
     info = rtnl.attributes(found.attrs.get(18, b""))
     link = nl.parse_link(found)
     if link.kind != "vxlan":
