@@ -12,6 +12,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from services.common.errors import Internal
+
 log = logging.getLogger(__name__)
 
 
@@ -34,6 +36,10 @@ class Tasks:
         if self._closing:
             task.cancel()
         return task
+
+    def adopt(self, task: asyncio.Task[None]) -> None:
+        """A task that somebody else began and ends, and that must not end by itself."""
+        self.spawn(f"{task.get_name()}.watch", _watch(task))
 
     @property
     def cause(self) -> BaseException | None:
@@ -76,3 +82,13 @@ class Tasks:
             self._failed.set()
         else:
             log.error("another task failed", extra={"task": task.get_name()}, exc_info=error)
+
+
+async def _watch(task: asyncio.Task[None]) -> None:
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.cancelled():
+            raise
+        return
+    raise Internal(f"task {task.get_name()} ended")

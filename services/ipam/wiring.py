@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fibril.endpoint.v1 import endpoint_pb2_grpc
 from fibril.ipam.v1 import ipam_pb2_grpc
 from fibril.monitor.v1 import monitor_pb2_grpc
-from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.kernel.events import Events
@@ -79,7 +78,7 @@ class IpamService:
         """Adopt what there is. What the host lacks for pods does not keep addresses from being served."""
         await self._book.start()
         for task in self._book.tasks():
-            ctx.tasks.spawn(f"{task.get_name()}.watch", _watch(task))
+            ctx.tasks.adopt(task)
         self._book.on_blocks(lambda: self._node_loop.wake(reconcile.NodeReconcile.KEY))
         # Before anything is compared, so that no change falls between.
         self._events = Events()
@@ -172,14 +171,3 @@ class IpamService:
     def _gateways_in_use(self) -> set[str]:
         records = self._manager.by_number().values()
         return {gateway for record in records for gateway in (record.ipv4_gateway, record.ipv6_gateway)}
-
-
-async def _watch(task: asyncio.Task[None]) -> None:
-    """Bring the end of a task of a part that keeps its own to the notice of the process."""
-    try:
-        await task
-    except asyncio.CancelledError:
-        if not task.cancelled():
-            raise
-        return
-    raise errors.Internal(f"task {task.get_name()} ended")

@@ -71,6 +71,18 @@ class Addresses(Protocol):
     async def remove(self, address: IPAddress) -> None: ...
 
 
+class View(Protocol):
+    """Who wants to see every endpoint, besides; see workload.endpoints.EndpointView."""
+
+    def restart(self) -> None: ...
+
+    def put(self, endpoint: pb.Endpoint) -> None: ...
+
+    def delete(self, number: int) -> None: ...
+
+    def synced(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Pod:
     """An endpoint as ipam tells it. identity: what programs have been told."""
@@ -101,11 +113,12 @@ def holder_of(endpoint: pb.Endpoint) -> str:
 class EndpointFollower:
     """One a node; used from one event loop. Endpoints go by their holder's name."""
 
-    def __init__(self, socket: Path, allocator: Allocator, publisher: Addresses) -> None:
+    def __init__(self, socket: Path, allocator: Allocator, publisher: Addresses, view: View) -> None:
         """socket: ipam's. The allocator and the publisher must be usable when `run` begins."""
         self._socket = socket
         self._allocator = allocator
         self._publisher = publisher
+        self._view = view
         self._pods: dict[str, Pod] = {}
         self._owners: dict[IPAddress, str] = {}
         self._new: set[str] = set()
@@ -180,13 +193,17 @@ class EndpointFollower:
             stub = EndpointServiceStub(to_ipam)
             self._teller = Teller(stub)
             seen: set[str] = set()
+            self._view.restart()
             try:
                 async for change in stub.WatchEndpoints(pb.WatchEndpointsRequest()):
                     if change.kind == types_pb2.WATCH_KIND_SYNCED:
+                        self._view.synced()
                         self._complete(seen)
                     elif change.kind == types_pb2.WATCH_KIND_DELETE:
+                        self._view.delete(change.endpoint.id)
                         self._gone(holder_of(change.endpoint))
                     else:
+                        self._view.put(change.endpoint)
                         seen.add(holder_of(change.endpoint))
                         self._there(change.endpoint)
             except grpc.aio.AioRpcError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, Protocol
 
 from services.common import errors
@@ -96,9 +96,16 @@ class Network:
         self._devices_loop: Reconciler[str, Wanted] = Reconciler(
             "devices", self._devices.desired, self._devices, resync_s=DEVICES_RESYNC_S
         )
+        self._users: list[Callable[[], Awaitable[None]]] = []
         self._events: ev.Events | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._settling = False
+
+    def on_programs(self, use: Callable[[], Awaitable[None]]) -> None:
+        """Have this called whenever programs and maps are pinned (again); what it raises counts as a failed
+        installation. To be said before `start`.
+        """
+        self._users.append(use)
 
     async def start(self) -> None:
         """Adopt what there is. What the host lacks is in `status` and tried again."""
@@ -258,6 +265,8 @@ class Network:
     # ---- programs and maps ------------------------------------------------------------------------------
     async def _use(self) -> None:
         await self._netlink.run(self._open)
+        for use in self._users:
+            await use()
 
     def _open(self) -> None:
         self._nodemap.open()

@@ -81,3 +81,22 @@ async def test_nothing_starts_after_close() -> None:
     task = tasks.spawn("late", asyncio.sleep(3600))
     await asyncio.wait([task], timeout=5)
     assert task.cancelled()
+
+
+async def test_the_end_of_an_adopted_task_is_a_failure_but_its_cancellation_is_not() -> None:
+    tasks, others = Tasks(), asyncio.get_running_loop()
+    stopped = others.create_task(asyncio.sleep(3600))
+    tasks.adopt(stopped)
+    stopped.cancel()
+    await asyncio.wait([stopped])
+    await asyncio.sleep(0)
+    assert tasks.cause is None
+    kept = others.create_task(asyncio.sleep(3600))
+    tasks.adopt(kept)
+    tasks.adopt(others.create_task(asyncio.sleep(0), name="part"))
+    await asyncio.wait_for(tasks.wait_failed(), 5)
+    assert "task part ended" in str(tasks.cause)
+    await tasks.close()
+    # It ends with whoever began it.
+    assert not kept.done()
+    kept.cancel()

@@ -24,7 +24,8 @@ from services.common.telemetry import Telemetry
 from services.identity.endpoints import follow
 from services.identity.endpoints.follow import EndpointFollower
 from services.identity.ipcache.publisher import Published
-from services.ipam.endpoints.api import EndpointApi
+from services.identity.workload.endpoints import EndpointView
+from services.ipam.endpoints.api import EndpointApi, to_proto
 from services.ipam.endpoints.manager import EndpointManager
 from services.ipam.endpoints.model import EndpointRecord, EndpointSpec, Lease
 from tests.unit.endpoints.endpointworld import World, started
@@ -136,6 +137,7 @@ class Rig:
         )
         self.allocator = Allocator()
         self.publisher = Publisher()
+        self.view = EndpointView()
         self.manager: EndpointManager
         self.follower: EndpointFollower
 
@@ -152,7 +154,7 @@ class Rig:
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        self.follower = EndpointFollower(self.socket, self.allocator, self.publisher)
+        self.follower = EndpointFollower(self.socket, self.allocator, self.publisher, self.view)
         task = asyncio.create_task(self.follower.run())
         try:
             yield
@@ -173,6 +175,7 @@ class Rig:
             and {r.id: self.world.identities[r.id] for r in records} == want
             and self.publisher.identities() == {r.ipv4: want[r.id] for r in records}
             and self.allocator.held.keys() == {r.owner for r in records}
+            and {r.id: self.view.by_id(r.id) for r in records} == {r.id: to_proto(r) for r in records}
             and self.follower.status().state == "ok"
         )
 
