@@ -454,17 +454,17 @@ class StoredAlive(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BOOT_ID_FIELD_NUMBER: _builtins.int
-    boot_id: _builtins.str
-    """Changes with every start of the node's machine."""
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The running machine and the instance on it: tells two nodes apart that were given one name."""
     def __init__(
         self,
         *,
-        boot_id: _builtins.str = ...,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

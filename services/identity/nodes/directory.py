@@ -1,8 +1,8 @@
 """All nodes of the cluster, followed in etcd:
 
-    /fibril/v1/<cluster>/nodes/<name>            fibril.node.v1.StoredNode, without lease
-    /fibril/v1/<cluster>/alive/<name>            fibril.node.v1.StoredAlive, under the node's lease
-    /fibril/v1/<cluster>/blocks/<pool>/<block>   fibril.ipam.v1.Block, written by the ipam service
+/fibril/v1/<cluster>/nodes/<name>            fibril.node.v1.StoredNode, without lease
+/fibril/v1/<cluster>/alive/<name>            fibril.node.v1.StoredAlive, under the node's lease
+/fibril/v1/<cluster>/blocks/<pool>/<block>   fibril.ipam.v1.Block, written by the ipam service
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Directory:
             if part == NODES:
                 return {roster.put_record(decode_node(key, value, revision))}
             if part == ALIVE:
-                return {roster.put_alive(key, Alive(pb.StoredAlive.FromString(value).boot_id, revision))}
+                return {roster.put_alive(key, Alive(pb.StoredAlive.FromString(value).token, revision))}
             return roster.put_block(key, decode_block(value))
         except (ValueError, DecodeError) as error:
             log.warning("a key of a node is not usable", extra={"key": part + key, "error": str(error)})
@@ -153,6 +153,7 @@ class Directory:
                 self.problem = str(error)
                 log.error("a node cannot be taken in", extra={"node": name, "cause": str(error)})
                 continue
+            self.problem = ""
             node = self._roster.nodes.get(name)
             if node is None:
                 # For good: a node that only died keeps its record.

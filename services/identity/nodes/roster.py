@@ -21,7 +21,7 @@ MODES: Mapping[int, Mode] = {
     pb.NETWORK_MODE_CLOUD: Mode.CLOUD,
     pb.NETWORK_MODE_AUTO: Mode.AUTO,
 }
-NUMBERS: Mapping[Mode, pb.NetworkMode] = {mode: pb.NetworkMode.ValueType(number) for number, mode in MODES.items()}
+NUMBERS: Mapping[Mode, int] = {mode: number for number, mode in MODES.items()}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Block:
 class Alive:
     """A sign of life. revision: of its last change."""
 
-    boot_id: str
+    token: str
     revision: int
 
 
