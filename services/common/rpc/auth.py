@@ -20,8 +20,8 @@ from functools import lru_cache
 from services.common.errors import PermissionDenied
 
 _READING = ("Get", "List", "Watch", "Check")
-# gRPC's own methods that only look but are not named so.
-_READING_METHODS = frozenset({"ServerReflectionInfo"})
+# Methods that only look but are not named so; the first is gRPC's own.
+_READING_METHODS = frozenset({"ServerReflectionInfo", "Whoami"})
 # gRPC gives the subject in the form of RFC 2253: parts separated by "," or "+", which a backslash escapes
 # inside a value. Without minding the escapes a common name of "x,OU=fibril-writer" would make its holder a
 # writer.
