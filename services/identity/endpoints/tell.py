@@ -1,8 +1,9 @@
-"""SetEndpointIdentities for many callers: what they want in one turn of the event loop goes in one call."""
+"""SetEndpointIdentities for many callers: one call at a time, with all that was wanted while the one before ran."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import grpc
 
@@ -19,24 +20,43 @@ class Teller:
 
     def __init__(self, stub: EndpointServiceStub) -> None:
         self._stub = stub
-        self._waiting: dict[int, pb.EndpointIdentity] = {}
-        self._call: asyncio.Task[None] | None = None
+        self._waiting: dict[int, tuple[pb.EndpointIdentity, asyncio.Future[None]]] = {}
+        self._sender: asyncio.Task[None] | None = None
 
     async def tell(self, number: int, container_id: str, identity: int) -> None:
-        """Back when ipam has recorded it; an endpoint that is gone is success. Raises what the call does."""
-        if self._call is None or len(self._waiting) >= MOST:
-            self._waiting = {}
-            self._call = asyncio.get_running_loop().create_task(self._send(self._waiting))
-        self._waiting[number] = pb.EndpointIdentity(id=number, container_id=container_id, identity=identity)
-        # A caller that is cancelled takes no others along.
-        await asyncio.shield(self._call)
+        """Back when ipam has recorded it; an endpoint that is gone is success. Raises what the call does. One caller an
+        endpoint at a time.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        message = pb.EndpointIdentity(id=number, container_id=container_id, identity=identity)
+        self._waiting[number] = message, done
+        if self._sender is None:
+            self._sender = loop.create_task(self._send())
+        await done
 
-    async def _send(self, wanted: dict[int, pb.EndpointIdentity]) -> None:
-        await asyncio.sleep(0)
-        if wanted is self._waiting:
-            self._call = None
-        request = pb.SetEndpointIdentitiesRequest(identities=wanted.values())
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.pop(number) for number in list(itertools.islice(self._waiting, MOST))]
+                error = await self._call([message for message, _ in batch])
+                for _, done in batch:
+                    if done.done():
+                        continue
+                    if error is None:
+                        done.set_result(None)
+                    else:
+                        done.set_exception(error)
+        finally:
+            self._sender = None
+
+    async def _call(self, identities: list[pb.EndpointIdentity]) -> errors.FibrilError | None:
+        request = pb.SetEndpointIdentitiesRequest(identities=identities)
         try:
             await self._stub.SetEndpointIdentities(request, timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from None
+            return errors.from_rpc_error(error)
+        except asyncio.CancelledError:
+            # That is how gRPC says that the channel was closed; nobody cancels this task.
+            return errors.Unavailable("the connection to ipam was closed")
+        return None

@@ -320,7 +320,7 @@ async def test_a_storm_is_bounded_and_batched(rig: Rig) -> None:
         await asyncio.gather(*(rig.pod(n, app=str(n % 50)) for n in range(300)))
         await until(rig.settled)
         assert 1 < rig.allocator.most <= 32
-        assert sum(rig.world.batches) == 300 and max(rig.world.batches) > 4
+        assert sum(rig.world.batches) == 300 and len(rig.world.batches) < 200
         await asyncio.gather(*(rig.manager.delete(f"c{n}") for n in range(300)))
         await until(rig.settled)
 
