@@ -61,6 +61,8 @@ class RemoteRoutes:
         return route.proto == nl.PROTO_FIBRIL and route.metric == self._metric
 
     async def actual(self) -> Mapping[IPNetwork, RemoteRoute]:
+        # Those that went with an interface are not announced.
+        await self.look(*self._foreign)
         return await self._netlink.call(self._read)
 
     async def same(self, desired: RemoteRoute, actual: RemoteRoute) -> bool:

@@ -197,6 +197,11 @@ class Host(Space):
         with BpfMap.open(self.instance.pin_dir / abi.MAPS["nd_nodes"], ctypes.c_uint32, abi.NodeEntry) as nodes:
             return {key.value: value for key, value in nodes.items() if any(bytes(value))}
 
+    def mode(self, index: int) -> int:
+        """Mode of a node's entry, 0 without one."""
+        entry = self.entries().get(index)
+        return entry.mode if entry is not None else 0
+
     def devices(self) -> abi.NetworkDevices:
         with BpfMap.open(
             self.instance.pin_dir / abi.MAPS["nd_config"], ctypes.c_uint32, abi.NetworkDevices
