@@ -51,6 +51,8 @@ class Lease(Protocol):
 
     def on_grant(self, callback: Callable[[int], Awaitable[None]]) -> None: ...
 
+    def suspect(self) -> None: ...
+
 
 class Addresses(Protocol):
     """What is needed of Ipcache."""
@@ -81,7 +83,6 @@ class Publisher:
         self._node = node
         self._synced = addresses.addresses_synced
         self._lease = 0
-        self._leased = False
         self._complete = False
         self._wanted: dict[bytes, Published] = {}
         self._held: dict[bytes, _Held] = {}
@@ -91,8 +92,10 @@ class Publisher:
         self._in_flight: frozenset[bytes] = frozenset()
         self._waiting: dict[bytes, list[asyncio.Future[None]]] = {}
         self._wake = asyncio.Event()
+        self._granted_anew = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._error = ""
+        self._node_lease = lease
         lease.on_grant(self._granted)
         addresses.tell(self)
 
@@ -164,8 +167,9 @@ class Publisher:
             self._held.clear()
             for key in self._wanted.keys() | self._dirty.keys():
                 self._check(key)
-        self._lease, self._leased = lease, True
+        self._lease = lease
         self._wake.set()
+        self._granted_anew.set()
 
     def seen(self, key: bytes, entry: Entry | None, revision: int) -> None:
         """For Ipcache: what etcd has for an address since `revision`."""
@@ -213,7 +217,7 @@ class Publisher:
     async def _written(self, key: bytes) -> None:
         if not self._differs(key) and key not in self._in_flight:
             return
-        if not self._leased:
+        if not self._lease:
             raise errors.Unavailable(
                 f"{address_of(key)} cannot be published: this node has no lease in etcd", fix="check etcd"
             )
@@ -238,20 +242,24 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._dirty and self._leased:
+            while self._dirty and self._lease:
                 keys = list(itertools.islice(self._dirty, BATCH))
                 try:
                     await self._write(keys)
                 except errors.FibrilError as error:
-                    self._leased = self._leased and not isinstance(error, errors.NotFound)
+                    if isinstance(error, errors.NotFound):
+                        self._node_lease.suspect()
                     if self._error != str(error):
                         log.warning("cannot publish addresses", extra={"cause": str(error)})
                     self._error = str(error)
-                    self._fail(list(self._waiting), error)
-                    await asyncio.sleep(pause * random.uniform(0.5, 1))
+                    self._fail(list(self._waiting), errors.Unavailable(f"not published yet: {error}"))
+                    self._granted_anew.clear()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._granted_anew.wait(), pause * random.uniform(0.5, 1))
                     pause = min(pause * 2, _BACKOFF_S[1])
                 else:
-                    self._error, pause = "", _BACKOFF_S[0]
+                    pause = _BACKOFF_S[0]
+            self._error = ""
 
     async def _write(self, keys: list[bytes]) -> None:
         puts = {key: self._wanted[key] for key in keys if key in self._wanted}

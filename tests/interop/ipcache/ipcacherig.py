@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fibril.ipcache.v1 import ipcache_pb2 as pb
 from services.common.etcd.client import EtcdClient
-from services.common.etcd.lease import LeaseKeeper
 from services.common.instance import Instance
 from services.common.kernel import bpf, features
 from services.common.kernel.maps import BpfMap
@@ -24,30 +23,11 @@ from services.identity.db import open_db
 from services.identity.ipcache.ipcache import Ipcache
 from services.identity.ipcache.model import Entry, Source, address_of
 from services.identity.ipcache.publisher import Publisher
+from services.identity.lease import NodeLease
 from services.identity.nodes.model import Node, NodeState
 
 CLUSTER = "test"
 PREFIX = f"/fibril/v1/{CLUSTER}/ip/"
-
-
-class Lease:
-    """A node's lease, as NodeLease offers it to those who keep keys under it."""
-
-    def __init__(self, etcd: EtcdClient, ttl_s: int = 20) -> None:
-        self._callback: Callable[[int], object] | None = None
-        self.keeper = LeaseKeeper(etcd, ttl_s, self._granted)
-
-    def on_grant(self, callback: Callable[[int], object]) -> None:
-        self._callback = callback
-
-    async def _granted(self, lease: int) -> None:
-        assert self._callback is not None
-        await self._callback(lease)  # type: ignore[misc]
-
-    async def lose(self) -> None:
-        """End it; a new one is granted at once."""
-        await self.keeper.revoke()
-        await self.keeper._step()
 
 
 class Roll:
@@ -104,10 +84,8 @@ class Member:
         self.db = open_db(root / name / "identity.db")
         self.roll = Roll()
         self.indexes = Indexes()
-        self.lease = Lease(self.etcd)
-        self.ipcache = Ipcache(
-            self.etcd, CLUSTER, name, self.indexes, self.roll, instance, self.db, netlink
-        )
+        self.lease = NodeLease(self.etcd, self.db, 20, name)
+        self.ipcache = Ipcache(self.etcd, CLUSTER, name, self.indexes, self.roll, instance, self.db, netlink)
         self.publisher = Publisher(self.etcd, CLUSTER, name, self.lease, self.ipcache)
         self._keeping: asyncio.Task[None] | None = None
 
@@ -117,16 +95,22 @@ class Member:
         await self.ipcache.start()
         await self.publisher.start()
         if lease:
-            self._keeping = asyncio.create_task(self.lease.keeper.run())
+            self._keeping = asyncio.create_task(self.lease.run())
 
     async def stop(self) -> None:
         """As when the process is killed: nothing is taken back."""
         if self._keeping is not None:
             self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
         await self.publisher.stop()
         await self.ipcache.stop()
         await self.etcd.close()
         self.db.close()
+
+    async def lose_lease(self) -> None:
+        """End it, as etcd does when it is not renewed. Raises Unavailable."""
+        await self.etcd.revoke(self.lease.lease)
+        self.lease.suspect()
 
     def pods(self) -> dict[str, tuple[int, str]]:
         """What this node knows of pods: address -> (identity, node)."""
@@ -180,7 +164,9 @@ def pinned_maps(root: Path, singles: int = 1024, prefixes: int = 128) -> Iterato
     try:
         with BpfMap.create("hash", abi.FibAddr, abi.IpcacheEntry, singles, 1, "ipc_addr") as made:
             bpf.pin(made.fd, str(place / "ipc_addr"))
-        with BpfMap.create("lpm_trie", abi.IpcachePrefix, abi.IpcacheEntry, prefixes, 1, "ipc_prefix") as made:
+        with BpfMap.create(
+            "lpm_trie", abi.IpcachePrefix, abi.IpcacheEntry, prefixes, 1, "ipc_prefix"
+        ) as made:
             bpf.pin(made.fd, str(place / "ipc_prefix"))
         yield instance
     finally:

@@ -29,7 +29,7 @@ async def knows(who: Member, address: object, identity: int, node: str) -> None:
 async def test_what_one_node_publishes_the_other_knows(etcd: EmbeddedEtcd, place: Path) -> None:
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
         a.publisher.want({})
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         await a.publisher.put(A1, 100, previous=5, pod="default/one")
         await a.publisher.put(V6, 100)
         await knows(b, A1, 100, "a")
@@ -44,10 +44,12 @@ async def test_what_one_node_publishes_the_other_knows(etcd: EmbeddedEtcd, place
         assert await stored(b.etcd) == {str(V6): (100, "a")}
 
 
-async def test_many_addresses_take_few_transactions(etcd: EmbeddedEtcd, place: Path, client: EtcdClient) -> None:
+async def test_many_addresses_take_few_transactions(
+    etcd: EmbeddedEtcd, place: Path, client: EtcdClient
+) -> None:
     async with member(etcd.endpoint, "a", place) as a:
         a.publisher.want({})
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         before = (await client.get_prefix(PREFIX)).revision
         await asyncio.gather(*(a.publisher.put(IPv4Address(0x0A000000 + n), 7) for n in range(5 * BATCH)))
         listing = await client.get_prefix(PREFIX)
@@ -65,10 +67,12 @@ async def test_a_restarted_node_writes_only_what_differs(etcd: EmbeddedEtcd, pla
         # Nobody ends the lease of a process that was killed.
         lease = await client.grant(60)
         for address, identity in ((A1, 100), (A2, 100), (A3, 100)):
-            await client.put(f"{PREFIX}{address}", stored_address(str(address), identity, "a", 3), lease=lease)
+            await client.put(
+                f"{PREFIX}{address}", stored_address(str(address), identity, "a", 3), lease=lease
+            )
         before = (await client.get_prefix(PREFIX)).revision
         async with member(etcd.endpoint, "a", place) as a:
-            await until(lambda: a.lease.keeper.lease, "a lease")
+            await until(lambda: a.lease.lease, "a lease")
             await a.ipcache.synced.wait()
             assert (await client.get_prefix(PREFIX)).revision == before
             # One that is right, one whose identity has changed, one that is gone.
@@ -77,52 +81,57 @@ async def test_a_restarted_node_writes_only_what_differs(etcd: EmbeddedEtcd, pla
             await knows(a, A2, 200, "a")
             listing = await client.get_prefix(PREFIX)
             assert listing.revision == before + 2
-            assert await stored(client) == {"10.9.9.9": (1, "other"), str(A1): (100, "a"), str(A2): (200, "a")}
+            assert await stored(client) == {
+                "10.9.9.9": (1, "other"),
+                str(A1): (100, "a"),
+                str(A2): (200, "a"),
+            }
 
 
 async def test_after_a_lost_lease_everything_is_published_again(etcd: EmbeddedEtcd, place: Path) -> None:
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         a.publisher.want({A1: Published(100), V6: Published(100)})
         await knows(b, A1, 100, "a")
         await knows(b, V6, 100, "a")
         for _ in range(3):
-            first = a.lease.keeper.lease
-            await a.lease.lose()
-            assert a.lease.keeper.lease not in (0, first)
+            first = a.lease.lease
+            await a.lose_lease()
+            await until(lambda first=first: a.lease.lease not in (0, first), "a new lease")
+            await until(lambda: _is_under(b.etcd, a, 2), "both keys under the new lease")
             await until(lambda: len(b.pods()) == 2, "b to know both")
-            for kv in (await b.etcd.get_prefix(PREFIX)).kvs:
-                assert kv.lease == a.lease.keeper.lease
 
 
-async def test_keys_that_vanish_are_written_again(etcd: EmbeddedEtcd, place: Path, client: EtcdClient) -> None:
+async def test_keys_that_vanish_are_written_again(
+    etcd: EmbeddedEtcd, place: Path, client: EtcdClient
+) -> None:
     """The lease of an earlier process, whose number was lost, takes its keys along when it ends."""
     lease = await client.grant(60)
     await client.put(f"{PREFIX}{A1}", stored_address(str(A1), 100, "a"), lease=lease)
     async with member(etcd.endpoint, "a", place) as a:
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         a.publisher.want({A1: Published(100)})
         await knows(a, A1, 100, "a")
         await client.revoke(lease)
         await until(lambda: _is_under(client, a), "the key under the new lease")
 
 
-async def _is_under(client: EtcdClient, who: Member) -> bool:
+async def _is_under(client: EtcdClient, who: Member, count: int = 1) -> bool:
     kvs = (await client.get_prefix(PREFIX)).kvs
-    return bool(kvs) and all(kv.lease == who.lease.keeper.lease for kv in kvs)
+    return len(kvs) == count and all(kv.lease == who.lease.lease for kv in kvs)
 
 
 async def test_a_late_removal_spares_what_another_node_has_published(etcd: EmbeddedEtcd, place: Path) -> None:
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
         for each in (a, b):
             each.publisher.want({})
-            await until(lambda each=each: each.lease.keeper.lease, "a lease")
+            await until(lambda each=each: each.lease.lease, "a lease")
         await a.publisher.put(A1, 100)
         await knows(b, A1, 100, "a")
         # The pod moves: b publishes, then a, who may not have heard of it, withdraws; and a's lease ends.
         await asyncio.gather(b.publisher.put(A1, 100), a.publisher.remove(A1))
         await until(lambda: _node_of(b, A1) == "b", "b's entry")
-        await a.lease.lose()
+        await a.lose_lease()
         await b.publisher.put(A2, 5)
         await knows(a, A2, 5, "b")
         assert a.pods()[str(A1)] == b.pods()[str(A1)] == (100, "b")
@@ -139,7 +148,7 @@ async def test_two_nodes_that_claim_one_address_do_not_fight(
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
         for each in (a, b):
             each.publisher.want({})
-            await until(lambda each=each: each.lease.keeper.lease, "a lease")
+            await until(lambda each=each: each.lease.lease, "a lease")
         await a.publisher.put(A1, 100)
         await b.publisher.put(A1, 200)
         await until(lambda: "node b, too, publishes 10.0.0.1" in a.publisher.problem, "the report")
@@ -156,11 +165,11 @@ async def test_what_cannot_be_published_now_is_as_soon_as_possible(etcd: Embedde
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
         a.publisher.want({})
         with pytest.raises(errors.Unavailable, match="no lease"):
-            if not a.lease.keeper.lease:
+            if not a.lease.lease:
                 await a.publisher.put(A3, 1)
             else:
                 raise errors.Unavailable("no lease")  # it was quicker
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         await a.publisher.put(A1, 100)
         await knows(b, A1, 100, "a")
         await etcd.stop()
@@ -177,7 +186,7 @@ async def test_what_cannot_be_published_now_is_as_soon_as_possible(etcd: Embedde
 async def test_a_hanging_etcd_delays_and_loses_nothing(etcd: EmbeddedEtcd, place: Path) -> None:
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
         a.publisher.want({})
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         with hanging(etcd):
             with pytest.raises(errors.Unavailable):
                 await a.publisher.put(A1, 100)
@@ -223,7 +232,7 @@ async def test_nothing_is_forgotten_before_it_is_listed_again(etcd: EmbeddedEtcd
 
 async def test_another_etcd_is_filled_again_by_those_who_know(etcd: EmbeddedEtcd, place: Path) -> None:
     async with member(etcd.endpoint, "a", place) as a, member(etcd.endpoint, "b", place) as b:
-        await until(lambda: a.lease.keeper.lease, "a lease")
+        await until(lambda: a.lease.lease, "a lease")
         a.publisher.want({IPv4Address(0x0A000000 + n): Published(100 + n) for n in range(20)})
         await until(lambda: len(b.pods()) == 20, "b to know all")
         for number in range(5):  # revisions that the next etcd will not reach soon
@@ -232,9 +241,9 @@ async def test_another_etcd_is_filled_again_by_those_who_know(etcd: EmbeddedEtcd
         await etcd.stop()
         shutil.rmtree(etcd.data_dir)
         await etcd.start()
-        await a.lease.keeper._step()
+        await until(lambda: _is_under(b.etcd, a, 20), "all of them in the new etcd")
+        await until(lambda: _same(b), "b to know all again")
         await knows(b, A1, 504, "a")
-        await until(lambda: len(b.pods()) == 20, "b to know all again")
         await a.publisher.put(A1, 600)
         await knows(b, A1, 600, "a")
 
@@ -272,7 +281,7 @@ async def test_whatever_happens_everyone_agrees_in_the_end(
         members = (m0, m1, m2)
         for each in members:
             each.publisher.want({})
-            await until(lambda each=each: each.lease.keeper.lease, "a lease")
+            await until(lambda each=each: each.lease.lease, "a lease")
         under_way: set[asyncio.Task[None]] = set()
 
         def begin(work: object) -> None:
@@ -299,15 +308,13 @@ async def test_whatever_happens_everyone_agrees_in_the_end(
                     del wanted[held][address]  # type: ignore[arg-type]
                     begin(members[held].publisher.remove(address))
             elif what < 0.80:
-                begin(dice.choice(members).lease.lose())
+                begin(dice.choice(members).lose_lease())
             elif what < 0.83:
                 await kill(etcd)
                 await etcd.start()
             else:
                 await asyncio.sleep(dice.random() * 0.02)
         await until(lambda: not under_way, "the end of all calls")
-        for each in members:
-            await until(lambda each=each: _leased(each), "a lease")
         right = {
             str(address): (identity, f"n{number}")
             for number, of_node in enumerate(wanted)
@@ -316,12 +323,7 @@ async def test_whatever_happens_everyone_agrees_in_the_end(
         await until(lambda: _stored_is(client, right), f"etcd to have {right}")
         for each in members:
             await until(lambda each=each: each.pods() == right, f"{each.name} to know")
-            assert each.publisher.problem == ""
-
-
-async def _leased(each: Member) -> bool:
-    await each.lease.keeper._step()
-    return bool(each.lease.keeper.lease)
+            await until(lambda each=each: not each.publisher.problem, "health")
 
 
 async def _stored_is(client: EtcdClient, right: dict[str, tuple[int, str]]) -> bool:

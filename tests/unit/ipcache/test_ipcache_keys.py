@@ -44,13 +44,26 @@ def test_keys_sort_by_family_address_and_length(found: list[IPv4Network | IPv6Ne
 @given(st.ip_addresses(), st.integers(0, 127))
 def test_a_shorter_prefix_holds_the_address(address: IPv6Address, bits: int) -> None:
     raw = model.address_key(address)
-    assert model.shorter(raw, bits) == bytes(
-        abi.IpcachePrefix.of(IPv6Network((raw, bits), strict=False))
-    )
+    assert model.shorter(raw, bits) == bytes(abi.IpcachePrefix.of(IPv6Network((raw, bits), strict=False)))
 
 
-@pytest.mark.parametrize("text", ["", "10.0.0", "010.0.0.1", "10.0.0.1/32", "::ffff:10.0.0.1", "::ffff:a00:1",
-                                  "FD00::1", "fd00:0::1", "fd00::01", "fe80::1%eth0", " 10.0.0.1", "a.b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "10.0.0",
+        "010.0.0.1",
+        "10.0.0.1/32",
+        "::ffff:10.0.0.1",
+        "::ffff:a00:1",
+        "FD00::1",
+        "fd00:0::1",
+        "fd00::01",
+        "fe80::1%eth0",
+        " 10.0.0.1",
+        "a.b",
+    ],
+)
 def test_an_address_has_one_spelling(text: str) -> None:
     with pytest.raises(ValueError):
         model.text_key(text)

@@ -123,11 +123,15 @@ class TableMachine(RuleBasedStateMachine):
 TableMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTable = TableMachine.TestCase
 
-events = st.lists(st.tuples(st.sampled_from(PREFIXES[:3]), st.booleans(), identities), min_size=1, max_size=12)
+events = st.lists(
+    st.tuples(st.sampled_from(PREFIXES[:3]), st.booleans(), identities), min_size=1, max_size=12
+)
 
 
 @given(events, st.data())
-def test_late_news_do_not_undo_newer_ones(history: list[tuple[object, bool, int]], data: st.DataObject) -> None:
+def test_late_news_do_not_undo_newer_ones(
+    history: list[tuple[object, bool, int]], data: st.DataObject
+) -> None:
     """etcd's history of some addresses is told, and pieces of it again, late: nothing changes by that."""
     table = Table(OWN)
     told = []
