@@ -176,6 +176,35 @@ class Icmp(Probe):
         if (kind, ident, number) == (REPLY[self.version], self.ident, self.number):
             self.done(at_ns=_arrival_ns(extra))
 
+    def refused(self, error: OSError) -> None:
+        fits = self._told() if error.errno == errno.EMSGSIZE else 0
+        if fits >= self.size:
+            return  # about a larger one to the same address: all its raw sockets are told
+        if fits >= SMALL:
+            self.size = fits
+            self._sent -= 1
+            self.late()
+        else:
+            super().refused(error)
+
+    def _told(self) -> int:
+        """How much fits, as the errors say that wait at the socket; without taking them it would stay ready."""
+        assert self.sock is not None
+        fits = 0
+        try:
+            while True:
+                _, extra, _, _ = self.sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)
+                for level, kind, data in extra:
+                    if (level, kind) in (
+                        (socket.IPPROTO_IP, IP_RECVERR),
+                        (socket.IPPROTO_IPV6, IPV6_RECVERR),
+                    ):
+                        # struct sock_extended_err: errno, origin, type, code, padding, info
+                        number, info = struct.unpack_from("I4xI", data)
+                        fits = info if number == errno.EMSGSIZE else fits
+        except BlockingIOError:
+            return fits
+
 
 class Large(Icmp):
     """An echo request as large as fits."""
@@ -195,30 +224,10 @@ class Large(Icmp):
         self.size = min(self._wanted or fits, fits)
         return sock
 
-    def refused(self, error: OSError) -> None:
-        if error.errno == errno.EMSGSIZE and self.sock is not None:
-            self._drain()
-            fits = self._fits(self.sock)
-            if SMALL <= fits < self.size:
-                self.size = fits
-                self._sent -= 1
-                self.late()
-                return
-        super().refused(error)
-
     def late(self) -> None:
         super().late()
         if self.result is not None and not self.result[0]:
             self.fail(f"{self.size} bytes: {self.result[2]}")
-
-    def _drain(self) -> None:
-        """Take the errors that wait, else the socket would stay ready."""
-        assert self.sock is not None
-        try:
-            while True:
-                self.sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)
-        except BlockingIOError:
-            return
 
     def _fits(self, sock: socket.socket) -> int:
         """What the route takes, as far as the kernel knows; capped, since loopback takes more than a packet has."""
