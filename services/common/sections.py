@@ -12,7 +12,7 @@ from typing import Final
 SHARED: Final = ("host", "etcd", "network")
 SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ipam": (*SHARED, "pools", "endpoints", "cni", "monitor"),
-    "identity": SHARED,
+    "identity": (*SHARED, "identities"),
 }
 
 

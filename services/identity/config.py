@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from services.common.etcd.config import EtcdConfig
 from services.common.host import HostConfig
 from services.common.network import NetworkConfig
+from services.identity.identities.config import IdentitiesConfig
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,4 @@ class IdentityConfig:
     host: HostConfig = field(default_factory=HostConfig)
     etcd: EtcdConfig = field(default_factory=EtcdConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    identities: IdentitiesConfig = field(default_factory=IdentitiesConfig)

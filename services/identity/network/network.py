@@ -19,7 +19,7 @@ from typing import Final, Protocol
 from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import events as ev
-from services.common.kernel.netlink import IPNetwork, Netlink
+from services.common.kernel.netlink import IPAddress, IPNetwork, Netlink
 from services.common.network import Mode, NetworkConfig
 from services.common.pipeline import abi
 from services.common.pipeline.datapath import Datapath
@@ -152,6 +152,13 @@ class Network:
             return None, 0, ""
         return _MODES.get(pair.mode), pair.mtu, self._plan.problem(name)
 
+    def tunnel_to(self, name: str) -> IPAddress | None:
+        """Where overlay packets to another node go; None when they do not."""
+        pair, node = self._plan.pairs.get(name), self._nodes.get(name)
+        if pair is None or node is None or pair.mode is not abi.NodeMode.OVERLAY:
+            return None
+        return node.address(pair.tunnel)
+
     def status(self) -> list[ComponentStatus]:
         return [
             self._underlay_status(),
@@ -181,7 +188,7 @@ class Network:
         local = self._nodes.local
         blocks = local.blocks if local is not None else frozenset()
         own = Own(self._underlay.facts, self._devices.found, blocks)
-        if own.facts.ifindex != self._plan.own.facts.ifindex:
+        if own.facts != self._plan.own.facts:
             self._devices_loop.wake(Devices.KEY)
         self._wake(self._plan.set_own(own))
 
@@ -213,7 +220,7 @@ class Network:
 
     def _wanted(self) -> Wanted:
         needed = any(pair.mode is abi.NodeMode.OVERLAY for pair in self._plan.pairs.values())
-        return Wanted(True if needed else False if self._synced() else None, self._underlay.ifindex)
+        return Wanted(True if needed else False if self._synced() else None, self._underlay.facts)
 
     # ---- events of the kernel ---------------------------------------------------------------------------
     async def _follow(self, events: ev.Events) -> None:
