@@ -273,13 +273,11 @@ def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Calla
     from services.ctl import cnidirs, pods
     from services.identity.network import teardown as network
     from services.ipam.cni import install
-    from services.identity.network import teardown as ways
     from services.ipam.endpoints import teardown
 
     for name in pods.names(instance):
         yield f"pod {name}", partial(pods.remove, instance, name)
     yield "ways to other nodes", partial(network.remove, instance)
-    yield "ways to other nodes", partial(ways.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)
     yield "cgroups", partial(_remove_cgroups, instance)
