@@ -1,40 +1,33 @@
-"""Pod to pod on one node: request/response, connections and streams, over IPv4 and IPv6.
+"""Pod to pod: request/response, connections and streams, over IPv4 and IPv6.
 
-Subject: two pods of a Fibril node. Peers: two pods on Debian's `bridge` plugin, and two namespaces joined
+On one node. Subject: two pods of a Fibril node. Peers: two pods on Debian's `bridge` plugin, and two namespaces joined
 by one veth pair, the least Linux can do. bench/net.c is client and server; for rr and crr both run on one
 CPU (where the answer to "which core wakes up" is not part of the figure), for streams on two. The three
-take turns in every round.
+take turns in every round. On two nodes: see bench/remote.py.
 """
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bench.cnibase import Namespaces, addresses, bridge_network, fibril_network, netns_path
-from bench.common import Bench, cpus, interleave, log, median, paired, quick
+from bench.common import Bench, interleave, log, median, paired, quick
 from bench.node import node
+from bench.pairs import FAMILIES, UNITS, Pair, build, measure
+from bench.remote import fibril_pair, routed_pair, vxlan_pair
 from lab.cniruntime import CniRuntime
 
 # Many short turns: the machine's speed drifts, and what drifts slower than a round cancels out.
-ROUNDS = quick(15, 45)
-MILLISECONDS = quick(60, 150)
-WARMUP_MILLISECONDS = 20
-UNITS = {"rr": ("transactions/s", 1.0), "crr": ("connections/s", 1.0), "stream": ("Gbit/s", 1e9)}
+ROUNDS = quick(11, 45)
 # Which figures are promised against which peer.
 REPORTED = {"bridge": ("rr", "stream"), "veth": ("rr", "crr", "stream")}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two namespaces that reach each other; the addresses are the server's."""
-
-    client: str
-    server: str
-    ipv4: str
-    ipv6: str
+# On two nodes: mode of the subject, its peer.
+REMOTE = {"overlay": ("vxlan", vxlan_pair), "routed": ("routing", routed_pair)}
+REMOTE_ROUNDS = quick(5, 45)
 
 
 def cni_pair(namespaces: Namespaces, runtime: CniRuntime) -> Pair:
@@ -60,66 +53,78 @@ def veth_pair(namespaces: Namespaces) -> Pair:
     return Pair(client, server, "10.89.0.2", "fd00:89::2")
 
 
-def measure(program: Path, mode: str, pair: Pair, family: str) -> float:
-    """One run; transactions, connections or bits a second. CalledProcessError if any connection failed."""
-    usable = cpus()
-    client, server = (usable[0], usable[-1]) if mode == "stream" else (usable[-1], usable[-1])
-    address = pair.ipv4 if family == "v4" else pair.ipv6
-    words = [
-        mode,
-        netns_path(pair.client),
-        netns_path(pair.server),
-        address,
-        MILLISECONDS,
-        client,
-        server,
-        WARMUP_MILLISECONDS,
-    ]
-    done = subprocess.run(
-        [program, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True, timeout=60
-    )
-    return float(done.stdout)
+def rates(
+    program: Path, mode: str, family: str, pairs: Mapping[str, Pair], rounds: int
+) -> dict[str, list[float]]:
+    """Measure one mode, the pairs taking turns; what came is logged."""
+    subjects = {name: partial(measure, program, mode, pair, family) for name, pair in pairs.items()}
+    found = interleave(subjects, rounds)
+    unit, scale = UNITS[mode]
+    table = (f"{name} {median(values) / scale:.5g}" for name, values in found.items())
+    log(f"{mode} {family} ({unit}): {', '.join(table)}")
+    return found
 
 
-def compare(bench: Bench, program: Path, pairs: dict[str, Pair]) -> None:
-    """Measure every mode and family, the pairs taking turns, and print the promised ratios."""
-    for mode, (unit, scale) in UNITS.items():
-        for family in ("v4", "v6"):
-            subjects = {
-                name: lambda pair=pair: measure(program, mode, pair, family)  # type: ignore[misc] # noqa: B023
-                for name, pair in pairs.items()
-            }
-            rates = interleave(subjects, ROUNDS)
-            table = (f"{name} {median(values) / scale:.5g}" for name, values in rates.items())
-            log(f"{mode} {family} ({unit}): {', '.join(table)}")
-            for peer, modes in REPORTED.items():
-                if mode in modes:
-                    suffix = "" if family == "v4" else "_v6"
-                    ours, theirs = paired(rates["fibril"], rates[peer])
-                    bench.emit(f"pod_{mode}_vs_{peer}{suffix}", unit, ours / scale, peer, theirs / scale)
+def emit(
+    bench: Bench, metric: str, mode: str, ours: Sequence[float], peer: str, theirs: Sequence[float]
+) -> None:
+    """Print one promised ratio."""
+    unit, scale = UNITS[mode]
+    value, baseline = paired(ours, theirs)
+    bench.emit(metric, unit, value / scale, peer, baseline / scale)
 
 
-def main() -> None:
-    """Print the pod-to-pod figures."""
-    with (
-        Bench("pod") as bench,
-        tempfile.TemporaryDirectory() as scratch,
-        node() as fresh,
-        Namespaces() as spaces,
-    ):
-        program = Path(scratch) / "net"
-        source = Path(__file__).with_name("net.c")
-        subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
+def on_one_node(bench: Bench, program: Path, scratch: Path) -> None:
+    """Pods of one node, against bridge plugin and veth pair."""
+    with node() as fresh, Namespaces() as spaces:
         fresh.fibril("up")
-        with fibril_network(fresh) as fibril, bridge_network(spaces, Path(scratch)) as bridge:
+        with fibril_network(fresh) as fibril, bridge_network(spaces, scratch) as bridge:
             pairs = {
                 "fibril": cni_pair(spaces, fibril),
                 "bridge": cni_pair(spaces, bridge),
                 "veth": veth_pair(spaces),
             }
-            compare(bench, program, pairs)
+            for mode in UNITS:
+                for family, suffix in FAMILIES.items():
+                    found = rates(program, mode, family, pairs, ROUNDS)
+                    for peer, modes in REPORTED.items():
+                        if mode in modes:
+                            emit(
+                                bench,
+                                f"pod_{mode}_vs_{peer}{suffix}",
+                                mode,
+                                found["fibril"],
+                                peer,
+                                found[peer],
+                            )
             fibril.delete(pairs["fibril"].client)
             fibril.delete(pairs["fibril"].server)
+
+
+def on_two_nodes(bench: Bench, program: Path) -> None:
+    """A pod on each of two nodes, in overlay and in routed mode."""
+    for network, (peer, make) in REMOTE.items():
+        with Namespaces() as spaces, fibril_pair(network) as ours:
+            pairs = {"fibril": ours, peer: make(spaces)}
+            for mode in ("rr", "stream"):
+                for family, suffix in FAMILIES.items():
+                    found = rates(program, mode, family, pairs, REMOTE_ROUNDS)
+                    emit(
+                        bench,
+                        f"remote_{mode}_{network}{suffix}",
+                        mode,
+                        found["fibril"],
+                        peer,
+                        found[peer],
+                    )
+
+
+def main() -> None:
+    """Print the pod-to-pod figures."""
+    with Bench("pod") as bench, tempfile.TemporaryDirectory() as scratch:
+        program = build(Path(scratch))
+        on_one_node(bench, program, Path(scratch))
+        on_two_nodes(bench, program)
 
 
 if __name__ == "__main__":
