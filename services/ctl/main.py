@@ -37,6 +37,8 @@ COMMANDS = {
     "node": "node",
     "connectivity": "connectivity",
     "monitor": "monitor",
+    "trace": "trace",
+    "whoami": "whoami",
     "cni": "cni",
     "bpf": "bpf",
     "lab": "lab",

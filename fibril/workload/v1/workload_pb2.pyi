@@ -51,7 +51,7 @@ class Workload(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     endpoint_id: _builtins.int
-    """Endpoint number on this node; 0: the host itself."""
+    """Endpoint number on this node."""
     pod: _builtins.str
     """Pod name for people; may be empty."""
     container_id: _builtins.str
@@ -149,7 +149,7 @@ class WatchExecsRequest(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     ENDPOINT_ID_FIELD_NUMBER: _builtins.int
     host: _builtins.bool
-    """Also processes of no pod."""
+    """Also processes of no pod: the host's, and those of other nodes on the same kernel. Not together with endpoint_id."""
     endpoint_id: _builtins.int
     """Only of this endpoint; 0: all."""
     def __init__(
@@ -178,11 +178,11 @@ class Process(_message.Message):
     COMMAND_FIELD_NUMBER: _builtins.int
     WORKLOAD_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
-    """Process id."""
+    """Process id in the service's namespace of process ids; 0 when it has none there."""
     parent_pid: _builtins.int
     """Its parent's; 0 when not known."""
     uid: _builtins.int
-    """User id."""
+    """User id in the initial user namespace."""
     command: _builtins.str
     """Command name, at most 15 bytes."""
     @_builtins.property
@@ -220,7 +220,7 @@ class WatchExecsResponse(_message.Message):
     time_unix_nanos: _builtins.int
     """Nanoseconds since the Unix epoch."""
     path: _builtins.str
-    """Path of the program as it was given."""
+    """Path of the program as it was given; at most 1,023 bytes."""
     lost: _builtins.int
     """Events lost on this stream so far."""
     @_builtins.property
@@ -257,7 +257,7 @@ class WatchConnectsRequest(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     ENDPOINT_ID_FIELD_NUMBER: _builtins.int
     host: _builtins.bool
-    """Also processes of no pod."""
+    """Also processes of no pod: the host's, and those of other nodes on the same kernel. Not together with endpoint_id."""
     endpoint_id: _builtins.int
     """Only of this endpoint; 0: all."""
     def __init__(
@@ -293,9 +293,9 @@ class WatchConnectsResponse(_message.Message):
     protocol: _builtins.int
     """IP protocol number: 6 or 17."""
     source: _builtins.str
-    """Source address; may be unspecified for UDP."""
+    """Source address; empty for UDP."""
     source_port: _builtins.int
-    """Source port."""
+    """Source port; 0 for UDP."""
     destination: _builtins.str
     """Destination address."""
     destination_port: _builtins.int

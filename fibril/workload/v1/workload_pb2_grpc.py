@@ -28,8 +28,11 @@ if _version_not_supported:
 class WorkloadServiceStub:
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     def __init__(self, channel):
@@ -58,8 +61,11 @@ class WorkloadServiceStub:
 class WorkloadServiceServicer:
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     def Whoami(self, request, context):
@@ -112,8 +118,11 @@ def add_WorkloadServiceServicer_to_server(servicer, server):
 class WorkloadService:
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     @staticmethod

@@ -29,8 +29,11 @@ GRPC_VERSION: str
 class WorkloadServiceStub:
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     @_typing.overload
@@ -48,8 +51,11 @@ class WorkloadServiceStub:
 class WorkloadServiceAsyncStub(WorkloadServiceStub):
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -63,8 +69,11 @@ class WorkloadServiceAsyncStub(WorkloadServiceStub):
 class WorkloadServiceServicer(metaclass=_abc_1.ABCMeta):
     """WorkloadService names processes by pod and labels instead of numbers, and shows live what they execute and connect to.
 
+    A watch sends its initial metadata once it runs: from then on nothing is missed but what `lost` counts.
+
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND for a process or control group that does not exist or belongs to no pod of this
-    node; FAILED_PRECONDITION when the kernel lacks what tracing needs (named).
+    node; FAILED_PRECONDITION when the kernel lacks what tracing needs, or the service may not trace (named); UNAVAILABLE until the pods
+    of the node are known.
     """
 
     @_abc_1.abstractmethod

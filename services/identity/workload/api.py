@@ -26,7 +26,6 @@ class WorkloadApi(workload_pb2_grpc.WorkloadServiceServicer):
     """Whoami, and the watchers of a tracer."""
 
     def __init__(self, endpoints: Endpoints, tracer: Tracer) -> None:
-        self._endpoints = endpoints
         self._whoami = Whoami(endpoints)
         self._tracer = tracer
 
@@ -51,11 +50,11 @@ class WorkloadApi(workload_pb2_grpc.WorkloadServiceServicer):
         self, request: pb.WatchExecsRequest, context: Any
     ) -> AsyncGenerator[pb.WatchExecsResponse, None]:
         watcher = _watcher(Kind.EXEC, request)
-        async for event in self._events(watcher, context):
+        async for event, pod in self._events(watcher, context):
             assert isinstance(event, abi.Exec)
             yield pb.WatchExecsResponse(
                 time_unix_nanos=event.who.time_ns + clock_offset(),
-                process=self._process(event.who),
+                process=_process(event.who, pod),
                 path=event.path,
                 arguments=event.arguments,
                 lost=watcher.lost,
@@ -65,11 +64,11 @@ class WorkloadApi(workload_pb2_grpc.WorkloadServiceServicer):
         self, request: pb.WatchConnectsRequest, context: Any
     ) -> AsyncGenerator[pb.WatchConnectsResponse, None]:
         watcher = _watcher(Kind.CONNECT, request)
-        async for event in self._events(watcher, context):
+        async for event, pod in self._events(watcher, context):
             assert isinstance(event, abi.Connect)
             yield pb.WatchConnectsResponse(
                 time_unix_nanos=event.who.time_ns + clock_offset(),
-                process=self._process(event.who),
+                process=_process(event.who, pod),
                 protocol=event.protocol,
                 source=event.source,
                 source_port=event.source_port,
@@ -78,21 +77,24 @@ class WorkloadApi(workload_pb2_grpc.WorkloadServiceServicer):
                 lost=watcher.lost,
             )
 
-    async def _events(self, watcher: Watcher, context: Any) -> AsyncGenerator[abi.Exec | abi.Connect, None]:
+    async def _events(
+        self, watcher: Watcher, context: Any
+    ) -> AsyncGenerator[tuple[abi.Exec | abi.Connect, ep.Endpoint | None], None]:
         async with contextlib.aclosing(self._tracer.follow(watcher)) as batches:
             await anext(batches)
             await context.send_initial_metadata((RUNNING,))
             async for batch in batches:
-                for event in batch:
-                    yield event
+                for sight in batch:
+                    yield sight.event, sight.pod
 
-    def _process(self, who: abi.Actor) -> pb.Process:
-        process = pb.Process(pid=who.pid, parent_pid=who.parent, uid=who.uid, command=who.command)
-        if who.endpoint:
-            endpoint = self._endpoints.by_id(who.endpoint)
-            known = workload(endpoint) if endpoint is not None else pb.Workload(endpoint_id=who.endpoint)
-            process.workload.CopyFrom(known)
-        return process
+
+def _process(who: abi.Actor, pod: ep.Endpoint | None) -> pb.Process:
+    process = pb.Process(pid=who.pid, parent_pid=who.parent, uid=who.uid, command=who.command)
+    if who.endpoint:
+        # The programs may know a pod a moment before this process does.
+        known = workload(pod) if pod is not None else pb.Workload(endpoint_id=who.endpoint)
+        process.workload.CopyFrom(known)
+    return process
 
 
 def workload(endpoint: ep.Endpoint) -> pb.Workload:

@@ -15,9 +15,11 @@ import logging
 import os
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fibril.endpoint.v1 import endpoint_pb2 as ep
 from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
@@ -25,6 +27,7 @@ from services.common.kernel.ringbuf import MAX_BATCH, RingBuffer
 from services.common.service import ComponentStatus
 from services.identity.workload import abi, programs
 from services.identity.workload.abi import Kind
+from services.identity.workload.endpoints import Endpoints
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,14 @@ _FLOOD_PAUSE_S: Final = 0.02
 Event = abi.Exec | abi.Connect
 
 
+@dataclass(frozen=True)
+class Sight:
+    """An event, and the pod as it was known then: numbers of endpoints are given anew."""
+
+    event: Event
+    pod: ep.Endpoint | None
+
+
 class Watcher:
     """One reader: what it asked for, and a bounded queue of what has come."""
 
@@ -44,7 +55,7 @@ class Watcher:
         self.kind, self.host, self.endpoint = kind, host, endpoint
         self.lost = 0
         self._size = size
-        self._queue: deque[Event] = deque()
+        self._queue: deque[Sight] = deque()
         self._news = asyncio.Event()
         self._failure: errors.FibrilError | None = None
 
@@ -54,9 +65,9 @@ class Watcher:
             return endpoint == self.endpoint
         return endpoint != 0 or self.host
 
-    def put(self, event: Event) -> None:
+    def put(self, sight: Sight) -> None:
         if len(self._queue) < self._size:
-            self._queue.append(event)
+            self._queue.append(sight)
             self._news.set()
         else:
             self.lost += 1
@@ -66,17 +77,17 @@ class Watcher:
         self._failure = error
         self._news.set()
 
-    async def take(self) -> list[Event]:
+    async def take(self) -> list[Sight]:
         """What has come since the last time, at least one. Raises what it was failed with."""
         await self._news.wait()
         self._news.clear()
-        events = list(self._queue)
+        sights = list(self._queue)
         self._queue.clear()
-        if self._failure is not None and not events:
-            raise self._failure
         if self._failure is not None:
+            if not sights:
+                raise self._failure
             self._news.set()
-        return events
+        return sights
 
 
 def joint(watchers: Iterable[Watcher]) -> abi.Wanted:
@@ -91,8 +102,9 @@ def joint(watchers: Iterable[Watcher]) -> abi.Wanted:
 class Tracer:
     """Traces what is watched. One event loop."""
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, endpoints: Endpoints) -> None:
         self._instance = instance
+        self._endpoints = endpoints
         self._watchers: list[Watcher] = []
         self._loaded: set[Kind] = set()
         self._attached: dict[Kind, list[int]] = {}
@@ -100,7 +112,7 @@ class Tracer:
         self._loading = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
 
-    async def follow(self, watcher: Watcher) -> AsyncGenerator[list[Event], None]:
+    async def follow(self, watcher: Watcher) -> AsyncGenerator[list[Sight], None]:
         """Yields an empty list once tracing runs, then the watcher's events without end.
 
         FailedPrecondition says what the kernel lacks; PermissionDenied.
@@ -203,9 +215,9 @@ class Tracer:
         kind, endpoint = abi.head(record)
         wanting = [w for w in self._watchers if w.kind is kind and w.wants(endpoint)]
         if wanting:
-            event = complete(abi.decode(record))
+            sight = Sight(complete(abi.decode(record)), self._endpoints.by_id(endpoint))
             for watcher in wanting:
-                watcher.put(event)
+                watcher.put(sight)
 
 
 def complete(event: Event) -> Event:

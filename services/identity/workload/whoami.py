@@ -45,7 +45,7 @@ class Whoami:
         endpoint = self._endpoints.by_netns(cookie) if cookie else None
         if endpoint is not None:
             return endpoint
-        raise errors.NotFound(f"process {pid} ({_command(pid)}) belongs to no pod of this node", field="pid")
+        raise errors.NotFound(f"process {pid} ({_command(pid)}) belongs to no pod of this node")
 
     async def by_cgroup(self, ident: int) -> ep.Endpoint:
         """By the id of the pod's cgroup or of one below it."""
@@ -57,7 +57,7 @@ class Whoami:
             endpoint = self._endpoints.by_cgroup(above)
             if endpoint is not None:
                 return endpoint
-        raise errors.NotFound(f"control group {ident} belongs to no pod of this node", field="cgroup_id")
+        raise errors.NotFound(f"control group {ident} belongs to no pod of this node")
 
     async def by_netns(self, cookie: int) -> ep.Endpoint:
         """By network namespace cookie."""
@@ -65,9 +65,7 @@ class Whoami:
         endpoint = self._endpoints.by_netns(cookie)
         if endpoint is not None:
             return endpoint
-        raise errors.NotFound(
-            f"network namespace {cookie} belongs to no pod of this node", field="netns_cookie"
-        )
+        raise errors.NotFound(f"network namespace {cookie} belongs to no pod of this node")
 
     def _check_known(self) -> None:
         if not self._endpoints.known:
@@ -82,7 +80,7 @@ def _cgroups_of(pid: int) -> list[int]:
     group = cgroup.of_process(pid)
     if group is None:
         if not Path(f"/proc/{pid}").exists():
-            raise errors.NotFound(f"there is no process {pid}", field="pid")
+            raise errors.NotFound(f"there is no process {pid}")
         return []
     return list(_ids(group))
 
@@ -124,7 +122,7 @@ def _group_with(ident: int) -> Path:
         for directory, _, _ in os.walk(top):
             if _inode(directory) == ident:
                 return Path(directory)
-    raise errors.NotFound(f"there is no control group {ident}", field="cgroup_id")
+    raise errors.NotFound(f"there is no control group {ident}")
 
 
 def _inode(path: str) -> int:

@@ -26,7 +26,7 @@ class WorkloadHost:
 
     def __init__(self, instance: Instance, endpoints: str) -> None:
         self._view = EndpointView()
-        self._tracer = Tracer(instance)
+        self._tracer = Tracer(instance, self._view)
         if endpoints != "unknown":
             for endpoint in json.loads(endpoints):
                 self._view.put(json_format.ParseDict(endpoint, ep.Endpoint()))
