@@ -28,7 +28,7 @@ from services.common.kernel.netlink import IPAddress
 from services.common.telemetry import metrics
 from services.identity.lease import NodeLease
 from services.identity.nodes.directory import Directory, root_of
-from services.identity.nodes.model import Node
+from services.identity.nodes.model import Node, NodeState
 from services.identity.nodes.probe import Prober
 from services.identity.nodes.ring import successors
 
@@ -116,8 +116,14 @@ class Health:
 
     @property
     def problem(self) -> str:
-        """One sentence; empty when probes can be answered and every probed node answers."""
-        silent = sorted(name for name, peer in self._peers.items() if peer.view and not _well(peer.view))
+        """One sentence; empty when probes can be answered and every probed node answers that is alive: one that is
+        not is no fault of this node's.
+        """
+        silent = sorted(
+            name
+            for name, peer in self._peers.items()
+            if peer.view and not _well(peer.view) and self._is_alive(name)
+        )
         if self._prober.problem or not silent:
             return self._prober.problem
         return f"no answer from {', '.join(silent[:5])}{' and others' if len(silent) > 5 else ''}; see: fibril node ls"
@@ -129,6 +135,10 @@ class Health:
         if peer is not None and peer.view is not None:
             views[self._own] = peer.view
         return views
+
+    def _is_alive(self, name: str) -> bool:
+        node = self._directory.get(name)
+        return node is not None and node.state is NodeState.ALIVE
 
     # -- probing
 
