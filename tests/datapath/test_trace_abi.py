@@ -62,7 +62,7 @@ def test_layouts_and_numbers_are_the_compilers(tmp_path: Path) -> None:
 
 def test_a_wrong_claim_would_be_noticed(tmp_path: Path) -> None:
     done = compiles(tmp_path / "probe.c", iter(["sizeof(struct trace_who) == 63"]))
-    assert done.returncode != 0 and "static assertion failed" in done.stderr
+    assert done.returncode != 0 and "trace_who) == 63" in done.stderr
 
 
 def test_map_names_fit_the_kernel() -> None:

@@ -65,10 +65,8 @@ def who(kind: Kind) -> abi.Who:
 
 def test_an_execution_is_read_back() -> None:
     path, args = b"/bin/s\xff", b"sh\0-c\0\0x y\0"
-    record = bytes(
-        abi.ExecRecord(who=who(Kind.EXEC), path_len=len(path), args_len=len(args), data=path + args)
-    )
-    cut = record[: abi.ExecRecord.data.offset + len(path) + len(args)]
+    head = bytes(abi.ExecRecord(who=who(Kind.EXEC), path_len=len(path), args_len=len(args)))
+    cut = head[: abi.ExecRecord.data.offset] + path + args
     assert abi.head(cut) == (Kind.EXEC, 7)
     assert abi.decode(cut) == abi.Exec(ACTOR, "/bin/s\ufffd", ("sh", "-c", "", "x y"))
 
