@@ -40,9 +40,11 @@ struct network_config {
 	__u32 uplink_ifindex;
 	__u8 host_mac[6];      /* of fb<tag>host: what is sent in by it must be addressed to it */
 	__u16 pad;
-	__u32 reserved[3];
+	__be32 v4;             /* this node's underlay addresses, which peers know it by; zero: none */
+	struct fib_addr v6;
+	__u32 reserved[6];
 };
-_Static_assert(sizeof(struct network_config) == 32, "ABI");
+_Static_assert(sizeof(struct network_config) == 64, "ABI");
 
 FIB_MAP("array", __u32, struct node_entry, nd_nodes, ND_MAX, 0);
 FIB_MAP("array", __u32, struct network_config, nd_config, 1, 0);

@@ -32,13 +32,16 @@ static __always_inline int overlay_send(struct __sk_buff *skb, struct pkt_ctx *p
 	config = nd_config.lookup(&zero);
 	if (!config || !config->overlay_ifindex)
 		return verdict_drop(skb, pkt, REASON_REDIRECT);
+	/* From the address that peers expect: the kernel might take another one of the interface. */
 	if (node->flags & NODE_TUNNEL_V6) {
 		flags = BPF_F_TUNINFO_IPV6;
 		__builtin_memcpy(key.remote_ipv6, node->v6.w, sizeof(key.remote_ipv6));
+		__builtin_memcpy(key.local_ipv6, config->v6.w, sizeof(key.local_ipv6));
 	} else {
 		/* The inner checksums are what matters; over IPv6 the outer one is not optional. */
 		flags = BPF_F_ZERO_CSUM_TX;
 		key.remote_ipv4 = bpf_ntohl(node->v4);
+		key.local_ipv4 = bpf_ntohl(config->v4);
 	}
 	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags) ||
 	    (policy.gbp && bpf_skb_set_tunnel_opt(skb, &policy, sizeof(policy))))

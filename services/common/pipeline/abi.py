@@ -255,7 +255,7 @@ class NetworkDevices(ct.Structure):
 
     _fields_ = (("overlay_ifindex", ct.c_uint32), ("host_ifindex", ct.c_uint32),
                 ("uplink_ifindex", ct.c_uint32), ("host_mac", ct.c_uint8 * 6), ("pad", ct.c_uint16),
-                ("reserved", ct.c_uint32 * 3))
+                ("v4", ct.c_uint32), ("v6", FibAddr), ("reserved", ct.c_uint32 * 6))
 
 
 def host16(value: int) -> int:

@@ -19,6 +19,7 @@ from services.common.pipeline import abi
 from services.identity.network import install, overlay
 from services.identity.network.nodemap import NodeMap
 from services.identity.network.programs import Programs
+from services.identity.network.underlay import Facts
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +28,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wanted:
-    """overlay: have a VXLAN device (None: leave it as it is, not all is known yet); uplink: its index or 0."""
+    """overlay: have a VXLAN device (None: leave it as it is, not all is known yet)."""
 
     overlay: bool | None
-    uplink: int
+    underlay: Facts
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Devices:
 
         host, mac = part(lambda: self._host(node), (0, ""))
         overlay_index = part(lambda: self._overlay(node, wanted), 0)
-        uplink = part(lambda: self._uplink(node, wanted), wanted.uplink)
+        uplink = part(lambda: self._uplink(node, wanted), wanted.underlay.ifindex)
         self.found = Found(overlay_index, host, uplink, mac, part(lambda: self._sources(node, host), ()))
         if self._programs.ready:
             devices = abi.NetworkDevices(
@@ -113,6 +114,10 @@ class Devices:
             )
             if mac:
                 devices.host_mac = abi.mac_bytes(mac)
+            if wanted.underlay.ipv4:
+                devices.v4 = abi.be32(wanted.underlay.ipv4)
+            if wanted.underlay.ipv6:
+                devices.v6 = abi.FibAddr.of(wanted.underlay.ipv6)
             if self._nodemap.set_devices(devices):
                 log.info("devices", extra={"found": str(self.found)})
         if failures:
@@ -145,14 +150,14 @@ class Devices:
 
     def _uplink(self, node: Rtnl, wanted: Wanted) -> int:
         if not self._programs.ready:
-            return wanted.uplink
-        if wanted.uplink:
-            self._programs.attach(wanted.uplink, install.FROM_UPLINK)
-        if self._swept != wanted.uplink:
-            for name in self._programs.detach_uplinks(node, wanted.uplink):
+            return wanted.underlay.ifindex
+        if wanted.underlay.ifindex:
+            self._programs.attach(wanted.underlay.ifindex, install.FROM_UPLINK)
+        if self._swept != wanted.underlay.ifindex:
+            for name in self._programs.detach_uplinks(node, wanted.underlay.ifindex):
                 log.info("program taken off", extra={"interface": name})
-            self._swept = wanted.uplink
-        return wanted.uplink
+            self._swept = wanted.underlay.ifindex
+        return wanted.underlay.ifindex
 
     def _sources(self, node: Rtnl, host: int) -> tuple[IPAddress, ...]:
         """The one used before, while it is there: connections of the host keep it, and no route changes."""
