@@ -28,8 +28,8 @@ if _version_not_supported:
 class IpcacheServiceStub:
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     def __init__(self, channel):
@@ -68,8 +68,8 @@ class IpcacheServiceStub:
 class IpcacheServiceServicer:
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     def GetEntry(self, request, context):
@@ -87,7 +87,7 @@ class IpcacheServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchEntries(self, request, context):
-        """WatchEntries streams the table: snapshot, SYNCED, then changes.
+        """WatchEntries streams the table: snapshot, SYNCED, then changes. It is silent until everything has been read from etcd once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,8 +146,8 @@ def add_IpcacheServiceServicer_to_server(servicer, server):
 class IpcacheService:
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     @staticmethod

@@ -29,8 +29,8 @@ GRPC_VERSION: str
 class IpcacheServiceStub:
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     @_typing.overload
@@ -42,7 +42,7 @@ class IpcacheServiceStub:
     ListEntries: _grpc.UnaryUnaryMultiCallable[_ipcache_pb2.ListEntriesRequest, _ipcache_pb2.ListEntriesResponse]
     """ListEntries pages through the table, sorted by family, address and length."""
     WatchEntries: _grpc.UnaryStreamMultiCallable[_ipcache_pb2.WatchEntriesRequest, _ipcache_pb2.WatchEntriesResponse]
-    """WatchEntries streams the table: snapshot, SYNCED, then changes."""
+    """WatchEntries streams the table: snapshot, SYNCED, then changes. It is silent until everything has been read from etcd once."""
     PutLocalEntries: _grpc.UnaryUnaryMultiCallable[_ipcache_pb2.PutLocalEntriesRequest, _ipcache_pb2.PutLocalEntriesResponse]
     """PutLocalEntries declares prefixes on this node only, as policy on CIDRs and names needs; lasts until deleted, across restarts."""
     DeleteLocalEntries: _grpc.UnaryUnaryMultiCallable[_ipcache_pb2.DeleteLocalEntriesRequest, _ipcache_pb2.DeleteLocalEntriesResponse]
@@ -52,8 +52,8 @@ class IpcacheServiceStub:
 class IpcacheServiceAsyncStub(IpcacheServiceStub):
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -62,7 +62,7 @@ class IpcacheServiceAsyncStub(IpcacheServiceStub):
     ListEntries: _aio.UnaryUnaryMultiCallable[_ipcache_pb2.ListEntriesRequest, _ipcache_pb2.ListEntriesResponse]  # type: ignore[assignment]
     """ListEntries pages through the table, sorted by family, address and length."""
     WatchEntries: _aio.UnaryStreamMultiCallable[_ipcache_pb2.WatchEntriesRequest, _ipcache_pb2.WatchEntriesResponse]  # type: ignore[assignment]
-    """WatchEntries streams the table: snapshot, SYNCED, then changes."""
+    """WatchEntries streams the table: snapshot, SYNCED, then changes. It is silent until everything has been read from etcd once."""
     PutLocalEntries: _aio.UnaryUnaryMultiCallable[_ipcache_pb2.PutLocalEntriesRequest, _ipcache_pb2.PutLocalEntriesResponse]  # type: ignore[assignment]
     """PutLocalEntries declares prefixes on this node only, as policy on CIDRs and names needs; lasts until deleted, across restarts."""
     DeleteLocalEntries: _aio.UnaryUnaryMultiCallable[_ipcache_pb2.DeleteLocalEntriesRequest, _ipcache_pb2.DeleteLocalEntriesResponse]  # type: ignore[assignment]
@@ -71,8 +71,8 @@ class IpcacheServiceAsyncStub(IpcacheServiceStub):
 class IpcacheServiceServicer(metaclass=_abc_1.ABCMeta):
     """IpcacheService shows and extends the node's table of addresses and prefixes. Programs read the same table from BPF maps.
 
-    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared;
-    RESOURCE_EXHAUSTED when the map is full (count and limit given).
+    Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION for a prefix another owner has declared with another
+    identity; RESOURCE_EXHAUSTED when the map is full (count and limit given); UNAVAILABLE until everything has been read from etcd once.
     """
 
     @_abc_1.abstractmethod
@@ -97,7 +97,7 @@ class IpcacheServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _ipcache_pb2.WatchEntriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_ipcache_pb2.WatchEntriesResponse], _abc.AsyncIterator[_ipcache_pb2.WatchEntriesResponse]]:
-        """WatchEntries streams the table: snapshot, SYNCED, then changes."""
+        """WatchEntries streams the table: snapshot, SYNCED, then changes. It is silent until everything has been read from etcd once."""
 
     @_abc_1.abstractmethod
     def PutLocalEntries(

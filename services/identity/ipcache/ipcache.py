@@ -12,6 +12,7 @@ what an earlier process wrote stays, and only what this node itself knows is add
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -90,6 +91,7 @@ class Ipcache:
         self._follower = AddressFollower(etcd, cluster, self)
         self._watchers: list[Watcher] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._compare_now = asyncio.Event()
         # Held while the kernel is compared as a whole; single changes wait for the end of it.
         self._comparing = asyncio.Lock()
         self.feed: Feed[Entry] = Feed(self._table.entries, HISTORY)
@@ -237,6 +239,9 @@ class Ipcache:
     def _node_changed(self, name: str) -> None:
         node = self._directory.get(name)
         self._table.set_node(name, self._entries_of(name, node))
+        if node is not None and self._maps.indexes.get(name, node.index) != node.index:
+            # It was forgotten and is back while its pods have not changed.
+            self._compare_now.set()
         self._flush()
 
     def _own_changed(self) -> None:
@@ -282,7 +287,9 @@ class Ipcache:
                 await self._compare()
         self._flush()
         while True:
-            await asyncio.sleep(RESYNC_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._compare_now.wait(), RESYNC_S)
+            self._compare_now.clear()
             await self.compare()
 
     async def _compare(self) -> None:

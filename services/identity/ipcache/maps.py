@@ -115,6 +115,8 @@ class IpcacheMaps:
         self._clock = clock
         self._maps: tuple[_Map, ...] = ()
         self._no_index: set[str] = set()
+        self.indexes: dict[str, int] = {}
+        """Nodes that lines have been made of -> the index these name."""
         self.writes = 0
         """Lines written or deleted in the kernel by this process."""
         self.problem = "the programs are not installed yet"
@@ -259,7 +261,7 @@ class IpcacheMaps:
         node = 0
         if entry.node:
             try:
-                node = self._index_of(entry.node)
+                node = self.indexes[entry.node] = self._index_of(entry.node)
             except errors.FibrilError as error:
                 if entry.node not in self._no_index:
                     self._no_index.add(entry.node)

@@ -7,71 +7,29 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
+from fibril.ipam.v1 import ipam_pb2
 from fibril.ipcache.v1 import ipcache_pb2 as pb
+from fibril.node.v1 import node_pb2
 from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.kernel import bpf, features
 from services.common.kernel.maps import BpfMap
 from services.common.kernel.netlink import Netlink
-from services.common.network import Mode
 from services.common.pipeline import abi
 from services.identity.db import open_db
 from services.identity.ipcache.ipcache import Ipcache
 from services.identity.ipcache.model import Entry, Source, address_of
 from services.identity.ipcache.publisher import Publisher
 from services.identity.lease import NodeLease
-from services.identity.nodes.model import Node, NodeState
+from services.identity.nodes.directory import Directory
+from services.identity.nodes.index import NodeIndex
 
 CLUSTER = "test"
 PREFIX = f"/fibril/v1/{CLUSTER}/ip/"
-
-
-class Roll:
-    """The nodes there are, as Directory offers them."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, Node] = {}
-        self.synced = asyncio.Event()
-        self.synced.set()
-        self._callbacks: list[Callable[[str], None]] = []
-
-    def nodes(self) -> dict[str, Node]:
-        return self.known
-
-    def get(self, name: str) -> Node | None:
-        return self.known.get(name)
-
-    def on_change(self, callback: Callable[[str], None]) -> None:
-        self._callbacks.append(callback)
-
-    def put(self, node: Node) -> None:
-        self.known[node.name] = node
-        self._tell(node.name)
-
-    def remove(self, name: str) -> None:
-        del self.known[name]
-        self._tell(name)
-
-    def _tell(self, name: str) -> None:
-        for callback in self._callbacks:
-            callback(name)
-
-
-def node(name: str, ipv4: str = "", revision: int = 1, **more: object) -> Node:
-    return Node(
-        name=name, index=0, local=False, ipv4=ip_address(ipv4) if ipv4 else None, ipv6=None,  # type: ignore[arg-type]
-        configured_mode=Mode.OVERLAY, overlay_port=8472, probe_port=4240, uplink_mtu=1500,
-        underlay_networks=(), version="", state=NodeState.ALIVE, revision=revision, **more,  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-class Indexes(dict[str, int]):
-    def of(self, name: str) -> int:
-        return self.setdefault(name, len(self) + 1)
 
 
 class Member:
@@ -82,16 +40,17 @@ class Member:
         self.instance = instance
         self.etcd = EtcdClient([url], timeout_s=2.0)
         self.db = open_db(root / name / "identity.db")
-        self.roll = Roll()
-        self.indexes = Indexes()
+        self.index = NodeIndex(self.db)
+        self.directory = Directory(self.etcd, CLUSTER, name, self.index)
         self.lease = NodeLease(self.etcd, self.db, 20, name)
-        self.ipcache = Ipcache(self.etcd, CLUSTER, name, self.indexes, self.roll, instance, self.db, netlink)
+        self.ipcache = Ipcache(self.etcd, CLUSTER, name, self.index, self.directory, instance, self.db, netlink)
         self.publisher = Publisher(self.etcd, CLUSTER, name, self.lease, self.ipcache)
         self._keeping: asyncio.Task[None] | None = None
 
     async def start(self, lease: bool = True) -> None:
         if self.instance.pin_dir.exists():
             await self.ipcache.use_maps()
+        await self.directory.start()
         await self.ipcache.start()
         await self.publisher.start()
         if lease:
@@ -104,6 +63,7 @@ class Member:
             await asyncio.gather(self._keeping, return_exceptions=True)
         await self.publisher.stop()
         await self.ipcache.stop()
+        await self.directory.stop()
         await self.etcd.close()
         self.db.close()
 
@@ -122,6 +82,19 @@ class Member:
 
     def entry(self, address: str) -> Entry | None:
         return self.ipcache.lookup(ip_address(address))
+
+
+async def put_node(etcd: EtcdClient, name: str, ipv4: str = "", ipv6: str = "") -> None:
+    """Register a node."""
+    record = node_pb2.StoredNode(name=name, ipv4=ipv4, ipv6=ipv6, mode=node_pb2.NETWORK_MODE_OVERLAY)
+    await etcd.put(f"/fibril/v1/{CLUSTER}/nodes/{name}", record.SerializeToString())
+
+
+async def put_block(etcd: EtcdClient, name: str, cidr: str, gateway: str) -> None:
+    """Give a node a block of addresses."""
+    block = ipam_pb2.Block(cidr=cidr, pool="default", node=name, gateway=gateway)
+    key = f"/fibril/v1/{CLUSTER}/blocks/default/{cidr.replace('/', '_')}"
+    await etcd.put(key, block.SerializeToString())
 
 
 @contextlib.asynccontextmanager
