@@ -106,6 +106,16 @@ def test_the_parent_is_known(world: World) -> None:
     assert event.process.parent_pid == process.pid
 
 
+def test_numbers_are_those_of_the_services_namespace(world: World) -> None:
+    with world.watch("WatchExecs") as watch:
+        inner = ("setpriv", "--reuid=1234", "--clear-groups", "/bin/echo", "inside")
+        process = world.spawn("unshare", "--pid", "--fork", *inner, group=world.web_group)
+        process.wait(10)
+        who = watch.until(runs("/bin/echo", "inside")).process
+    assert who.parent_pid == process.pid < who.pid
+    assert who.uid == 1234
+
+
 def test_long_arguments_are_cut(world: World) -> None:
     with world.watch("WatchExecs") as watch:
         world.run("/bin/echo", "x" * 10000, group=world.web_group)
