@@ -20,9 +20,9 @@ from typing import Any, Final, TypeVar
 
 from services.common import errors
 from services.common.feed import Change, Feed
+from services.common.locks import KeyLocks
 from services.ipam.endpoints import model
 from services.ipam.endpoints.index import Index
-from services.ipam.endpoints.locks import KeyLocks
 from services.ipam.endpoints.model import (
     EndpointRecord,
     EndpointSpec,
