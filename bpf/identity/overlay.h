@@ -43,8 +43,10 @@ static __always_inline int overlay_send(struct __sk_buff *skb, struct pkt_ctx *p
 		key.remote_ipv4 = bpf_ntohl(node->v4);
 		key.local_ipv4 = bpf_ntohl(config->v4);
 	}
+	/* The policy id is given even when it is zero and will be left out: where none is given the kernel (tried: 6.18)
+	 * sends whatever its stack happens to hold. */
 	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags) ||
-	    (policy.gbp && bpf_skb_set_tunnel_opt(skb, &policy, sizeof(policy))))
+	    bpf_skb_set_tunnel_opt(skb, &policy, sizeof(policy)))
 		return verdict_drop(skb, pkt, REASON_REDIRECT);
 	return verdict_pass(skb, pkt, VERDICT_TO_OVERLAY, bpf_redirect(config->overlay_ifindex, 0));
 }
