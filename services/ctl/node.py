@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -277,6 +277,7 @@ def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Calla
 
     for name in pods.names(instance):
         yield f"pod {name}", partial(pods.remove, instance, name)
+    yield "the node's lease in etcd", partial(_leave, instance)
     yield "ways to other nodes", partial(network.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)
@@ -286,6 +287,26 @@ def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Calla
     if not keep_state:
         yield str(instance.state_dir), partial(remove_tree, instance.state_dir)
     yield str(instance.run_dir), partial(remove_tree, instance.run_dir)
+
+
+async def _leave(instance: Instance) -> None:
+    """Have other nodes forget this one's pods at once, if etcd goes on without it."""
+    from services.common import command
+    from services.identity.config import IdentityConfig
+    from services.identity.leave import leave
+
+    try:
+        options = Options(**json.loads(supervisor.state_file(instance).read_text())["options"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    if not options.etcd and not options.etcd_members:
+        return
+    given = {"etcd.endpoints": ",".join(_own_etcd(instance, options)[0]), "etcd.cluster": options.cluster}
+    file = Path(options.config) if options.config else None
+    # Without a configuration that is right, or without etcd, the lease ends by itself a little later.
+    with suppress(FibrilError):
+        cfg = command.load("identity", IdentityConfig, file, {k: text for k, text in given.items() if text})
+        await leave(instance, cfg)
 
 
 async def _remove_cgroups(instance: Instance) -> None:

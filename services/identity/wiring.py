@@ -48,7 +48,7 @@ class IdentityService:
         self._etcd = etcd = EtcdClient(cfg.etcd.endpoints, tls=cfg.etcd.tls(), timeout_s=cfg.etcd.timeout_s)
         cluster, node = cfg.etcd.cluster, cfg.etcd.node_name(instance)
         self._netlink = Netlink()
-        self._lease = NodeLease(etcd, self._db, cfg.identities.lease_s, f"{cluster}/{node}")
+        self._lease = NodeLease(etcd, self._db, cfg.identities.lease_s, cfg.owner(instance))
         index = NodeIndex(self._db)
         self._underlay = Underlay(cfg.network, instance, self._netlink)
         self._directory = Directory(etcd, cluster, node, index)
