@@ -100,9 +100,9 @@ class World:
         self.root = Path(tempfile.mkdtemp(prefix=self.name))
         self.instance = Instance(self.name, self.root / "run", self.root / "state")
         self.instance.run_dir.mkdir(parents=True)
-        self.groups = cgroup.create(f"fibril-test/{self.name}")
-        self.web_group = cgroup.create(f"fibril-test/{self.name}/pods/web")
-        self.nested = cgroup.create(f"fibril-test/{self.name}/pods/web/box/inner")
+        self.groups = cgroup.create(f"fibril-test-{self.name}")
+        self.web_group = cgroup.create(f"fibril-test-{self.name}/pods/web")
+        self.nested = cgroup.create(f"fibril-test-{self.name}/pods/web/box/inner")
         self.web_netns, self.cart_netns = (Path(f"/run/netns/{self.name}-{pod}") for pod in ("web", "cart"))
         self._process: subprocess.Popen[bytes] | None = None
         # Namespaces are made on a thread of their own, which alone leaves home for a moment.
