@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from services.common import config, host, sections
 from services.common.errors import FibrilError
@@ -74,4 +75,7 @@ def overrides(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict
 
 def load(name: str, cls: type[C], file: Path | None, given: Mapping[str, str]) -> C:
     """A service's configuration out of the node's; see config.load for the errors."""
-    return config.load(cls, file=file, overrides=given, others=sections.others(name))
+    cfg = config.load(cls, file=file, overrides=given, others=sections.others(name))
+    number = list(sections.SECTIONS).index(name)
+    changed: C = replace(cast(Any, cfg), host=cfg.host.of_process(number))
+    return changed

@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fibril.status.v1 import status_pb2_grpc
@@ -54,6 +54,20 @@ class HostConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.grace_s <= 300:
             raise InvalidArgument(f"{self.grace_s:g} is outside 0..300", field="grace_s")
+
+    def of_process(self, number: int) -> HostConfig:
+        """The same for the node's process of this number, from 0 on: all read one file, so each listens on ports that
+        much higher.
+        """
+        rpc = replace(self.rpc, tcp=_port_after(self.rpc.tcp, number))
+        prometheus = _port_after(self.telemetry.prometheus, number)
+        return replace(self, rpc=rpc, telemetry=replace(self.telemetry, prometheus=prometheus))
+
+
+def _port_after(address: str, number: int) -> str:
+    host, _, port = address.rpartition(":")
+    # 0: any that is free. What is malformed is told by who listens.
+    return f"{host}:{int(port) + number}" if port.isdecimal() and int(port) else address
 
 
 def run(services: Sequence[Service], cfg: HostConfig, instance: Instance) -> int:

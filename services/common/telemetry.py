@@ -61,7 +61,8 @@ class TelemetryConfig:
         metadata={"help": "OTLP gRPC endpoint for traces and metrics, http://host:4317; empty: off"},
     )
     prometheus: str = field(
-        default="", metadata={"help": "loopback address:port of the Prometheus endpoint; empty: off"}
+        default="",
+        metadata={"help": "loopback address:port of the Prometheus endpoint, as host.rpc.tcp; empty: off"},
     )
     sample_ratio: float = field(
         default=1.0, metadata={"help": "share of new traces that is recorded, 0 to 1"}

@@ -55,7 +55,10 @@ class RpcConfig:
         metadata={"help": "group that may use the unix sockets besides root; ignored when absent"},
     )
     tcp: str = field(
-        default="", metadata={"help": "address:port to serve on by mutual TLS; empty: unix sockets only"}
+        default="",
+        metadata={
+            "help": "address:port to serve on by mutual TLS, ipam's: identity has the next port; empty: unix sockets only"
+        },
     )
     tls_ca: str = field(
         default="", metadata={"help": "PEM file: authority that client certificates must come from"}

@@ -53,6 +53,21 @@ def test_the_configuration_in_the_kubernetes_manifest_is_accepted(name: str, tmp
     assert loaded.etcd.endpoints == ("http://127.0.0.1:2379",)
 
 
+def test_processes_of_one_file_listen_on_ports_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "fibril.yaml"
+    tls = "tls_ca: a, tls_cert: b, tls_key: c"
+    file.write_text(
+        f'host: {{rpc: {{tcp: "[::1]:7400", {tls}}}, telemetry: {{prometheus: "127.0.0.1:9464"}}}}\n'
+    )
+    loaded = [command.load(name, cls, file, {}).host for name, cls in CONFIGS.items()]
+    assert [host.rpc.tcp for host in loaded] == ["[::1]:7400", "[::1]:7401"]
+    assert [host.telemetry.prometheus for host in loaded] == ["127.0.0.1:9464", "127.0.0.1:9465"]
+    any_free = command.load(
+        "identity", CONFIGS["identity"], None, {"host.telemetry.prometheus": "127.0.0.1:0"}
+    )
+    assert any_free.host.telemetry.prometheus == "127.0.0.1:0"
+
+
 def test_a_section_nobody_knows_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "fibril.yaml"
     file.write_text("poolz: {}\n")
