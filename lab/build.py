@@ -104,6 +104,10 @@ def _build_router(lab: Lab) -> None:
             for address, _ in lab.underlay_of(node)
             if _version(prefix) == _version(address)
         ])  # fmt: skip
+        pools = sorted({prefix for node in lab.nodes() for prefix in node.pool if _version(prefix) in via})
+        _ip(
+            lab.name, topology.WORLD, [f"route replace {pool} via {via[_version(pool)][0]}" for pool in pools]
+        )
 
 
 def _version(text: str) -> int:

@@ -16,7 +16,7 @@ A lab with several subnets, or in cloud mode, has a router between them and the 
                                   +---- subnet 2: 172.29.0.0/16, fd30:0:0:1::/64   c1n2, c1n4, …
 
 It knows pods' addresses only in cloud mode, where it plays the provider: each node is given a prefix of the
-pool, which the router sends there.
+pool, which the router sends there, and the world sends the pool to the router.
 """
 
 from __future__ import annotations
