@@ -18,6 +18,8 @@ from services.common.kernel.netlink import Netlink
 from services.common.service import ComponentStatus, HostContext
 from services.identity.config import IdentityConfig
 from services.identity.db import open_db
+from services.identity.endpoints.follow import EndpointFollower
+from services.identity.identities.allocator import Allocator
 from services.identity.ipcache.api import IpcacheApi
 from services.identity.ipcache.ipcache import Ipcache
 from services.identity.ipcache.publisher import Publisher
@@ -32,6 +34,9 @@ from services.identity.nodes.registry import Registry
 from services.identity.workload.api import WorkloadApi
 from services.identity.workload.endpoints import EndpointView
 from services.identity.workload.trace import Tracer
+
+
+_Part = Underlay | Directory | Ipcache | Network | Registry | Health | Publisher | Allocator
 
 
 class IdentityService:
@@ -62,7 +67,13 @@ class IdentityService:
         )
         self._publisher = Publisher(etcd, cluster, node, self._lease, self._ipcache)
         self._network.on_programs(self._ipcache.use_maps)
+        self._allocator = Allocator(
+            etcd, cluster, cfg.etcd.cluster_id, node, self._lease, self._db, cfg.identities
+        )
         self._endpoints = EndpointView()
+        self._follower = EndpointFollower(
+            instance.socket("ipam"), self._allocator, self._publisher, self._endpoints
+        )
         self._tracer = Tracer(instance, self._endpoints)
         self._node_api = NodeApi(etcd, cluster, node, self._directory, self._health, self._network.mode_of)
         self._ipcache_api = IpcacheApi(
@@ -78,10 +89,12 @@ class IdentityService:
         await self._registry.start()
         await self._health.start()
         await self._publisher.start()
+        await self._allocator.start()
         for part in self._parts():
             for task in part.tasks():
                 ctx.tasks.adopt(task)
         ctx.tasks.spawn("lease", self._lease.run())
+        ctx.tasks.spawn("endpoints", self._follower.run())
         ctx.rpc.add(ipcache_pb2_grpc.add_IpcacheServiceServicer_to_server, self._ipcache_api)
         ctx.rpc.add(node_pb2_grpc.add_NodeServiceServicer_to_server, self._node_api)
         ctx.rpc.add(
@@ -92,15 +105,14 @@ class IdentityService:
     async def stop(self) -> None:
         """Let what is under way end; the data path, the lease and all that is recorded stay."""
         self._tracer.stop()
+        await self._follower.stop()
         for part in reversed(self._parts()):
             await part.stop()
         await self._netlink.close()
         await self._etcd.close()
         self._db.close()
 
-    def _parts(
-        self,
-    ) -> tuple[Underlay | Directory | Ipcache | Network | Registry | Health | Publisher, ...]:
+    def _parts(self) -> tuple[_Part, ...]:
         """In the order of their start."""
         return (
             self._underlay,
@@ -110,6 +122,7 @@ class IdentityService:
             self._registry,
             self._health,
             self._publisher,
+            self._allocator,
         )
 
     def status(self) -> Sequence[ComponentStatus]:
@@ -117,6 +130,8 @@ class IdentityService:
         return [
             _part("etcd", f"{away}; what is known goes on" if away else "", "in step"),
             _part("lease", self._lease.problem, "the others see this node"),
+            self._allocator.status(),
+            self._follower.status(),
             _part("nodes", self._nodes_problem(), f"{len(self._directory.nodes())} nodes"),
             _part("addresses", self._publisher.problem, "the others know this node's pods"),
             *self._ipcache.status(),

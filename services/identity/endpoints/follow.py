@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import grpc
 
@@ -31,11 +31,10 @@ from services.common.rpc.client import channel
 from services.common.service import ComponentStatus
 from services.identity.endpoints.tell import Teller
 from services.identity.endpoints.work import Work
+from services.identity.identities.model import Identity, Scope, scope_of
 from services.identity.ipcache.publisher import Published
 from services.identity.numbers import Reserved
 
-if TYPE_CHECKING:
-    from services.identity.identities.model import Identity
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +99,8 @@ class Pod:
             endpoint.id,
             endpoint.container_id,
             endpoint.pod,
-            dict(endpoint.labels),
+            # A pod cannot make itself the host, or a CIDR, by a label.
+            {key: text for key, text in endpoint.labels.items() if scope_of({key: text}) is Scope.CLUSTER},
             tuple(ip_address(text) for text in (endpoint.ipv4, endpoint.ipv6) if text),
             endpoint.identity or Reserved.INIT,
         )
@@ -155,15 +155,6 @@ class EndpointFollower:
         for task in self._withdrawals:
             task.cancel()
         await asyncio.gather(*self._withdrawals, return_exceptions=True)
-
-    def again(self) -> None:
-        """Look at every endpoint anew, because other labels count now."""
-        for holder in self._pods:
-            self._work.wake(holder)
-
-    def retry(self) -> None:
-        """Do not wait any longer with what failed, because its cause may be gone."""
-        self._work.retry()
 
     def status(self) -> ComponentStatus:
         """How many pods have no identity, or not the one of their labels, and why."""

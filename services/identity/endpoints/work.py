@@ -24,7 +24,7 @@ class Work(Generic[K]):
     """
 
     def __init__(
-        self, do: Callable[[K], Awaitable[None]], most: int = 32, backoff: tuple[float, float] = (0.1, 5.0)
+        self, do: Callable[[K], Awaitable[None]], most: int = 100, backoff: tuple[float, float] = (0.1, 5.0)
     ) -> None:
         self._do = do
         self._most = most
