@@ -35,7 +35,6 @@ from services.identity.workload.api import WorkloadApi
 from services.identity.workload.endpoints import EndpointView
 from services.identity.workload.trace import Tracer
 
-
 _Part = Underlay | Directory | Ipcache | Network | Registry | Health | Publisher | Allocator
 
 

@@ -35,7 +35,6 @@ from services.identity.identities.model import Identity, Scope, scope_of
 from services.identity.ipcache.publisher import Published
 from services.identity.numbers import Reserved
 
-
 log = logging.getLogger(__name__)
 
 PREFIX: Final = "endpoint/"
