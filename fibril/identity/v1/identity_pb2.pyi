@@ -578,3 +578,29 @@ class StoredIdentity(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoredIdentity: _TypeAlias = StoredIdentity  # noqa: Y015
+
+@_typing.final
+class StoredCluster(_message.Message):
+    """StoredCluster is the value of the key cluster in etcd: written by the first node, and the same for all that follow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CLUSTER_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The cluster's name, as in the key's path."""
+    cluster_id: _builtins.int
+    """The cluster's number, 1 to 4,094: part of every identity."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        cluster_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredCluster: _TypeAlias = StoredCluster  # noqa: Y015

@@ -71,7 +71,7 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Every key below a prefix, by key, all as of `revision`; and which cluster said so."""
+    """Every key below a prefix, or of those asked for, all as of `revision`; and which cluster said so."""
 
     kvs: tuple[KeyValue, ...]
     revision: int
@@ -138,16 +138,16 @@ class EtcdClient:
         answer = await self._range(request)
         return key_value(answer.kvs[0]) if answer.kvs else None
 
-    async def get_many(self, keys: Collection[str]) -> Mapping[str, KeyValue]:
-        """Those of these keys that exist, all as of the same moment. Raises InvalidArgument above 128 keys."""
+    async def get_many(self, keys: Collection[str]) -> Listing:
+        """Those of these keys that exist, all as of the same revision. Raises InvalidArgument above 128 keys."""
         if len(keys) > TXN_OPS_MAX:
             raise InvalidArgument(f"{len(keys)} keys exceed the limit of {TXN_OPS_MAX} in one read")
         request = rpc.TxnRequest()
         for key in keys:
             request.success.add().request_range.key = encode(key)
         answer = await self._read(lambda e, t: e.kv.Txn(request, timeout=t))
-        found = (kv for response in answer.responses for kv in response.response_range.kvs)
-        return {kv.key: kv for kv in map(key_value, found)}
+        found = tuple(key_value(kv) for part in answer.responses for kv in part.response_range.kvs)
+        return Listing(found, answer.header.revision, answer.header.cluster_id)
 
     async def get_prefix(self, prefix: str, *, keys_only: bool = False) -> Listing:
         """Every key that begins with `prefix`, read in pages that all show the same revision."""
@@ -279,6 +279,12 @@ class EtcdClient:
                 stream.cancel()
 
         return int(await self._read(once))
+
+    async def keys_of(self, lease: int) -> list[str]:
+        """The keys attached to it; none when it has ended."""
+        request = rpc.LeaseTimeToLiveRequest(ID=lease, keys=True)
+        answer = await self._read(lambda e, t: e.lease.LeaseTimeToLive(request, timeout=t))
+        return [key.decode("utf-8", "surrogateescape") for key in answer.keys]
 
     async def revoke(self, lease: int) -> None:
         """End it and delete its keys; one that has ended is fine."""

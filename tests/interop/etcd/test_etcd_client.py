@@ -86,11 +86,14 @@ async def test_keys_of_one_transaction_may_hang_on_several_leases(client: EtcdCl
     one, two = await client.grant(60), await client.grant(60)
     put = {"a": b"", "b": b"", "c": b""}
     assert await client.transact({}, put=put, lease=one, leases={"b": two, "c": 0})
-    found = await client.get_many(["c", "b", "a", "absent"])
-    assert {key: kv.lease for key, kv in found.items()} == {"a": one, "b": two, "c": 0}
+    found = await client.get_many(["c", "b", "absent", "a"])
+    assert [(kv.key, kv.lease) for kv in found.kvs] == [("c", 0), ("b", two), ("a", one)]
+    assert found.revision == found.kvs[0].mod_revision
+    assert (await client.keys_of(one), await client.keys_of(two)) == (["a"], ["b"])
     assert await client.transact({}, put={"a": b""}), "a key put again is where it is put last"
     await client.revoke(one)
     await client.revoke(two)
+    assert await client.keys_of(two) == []
     assert [kv.key for kv in (await client.get_prefix("")).kvs] == ["a", "c"]
 
 

@@ -1,0 +1,332 @@
+"""What this node holds in etcd: one reference a number, under the node's lease.
+
+A number is *held* when this node has seen its reference written in the current epoch, and the lease is valid by our own clock:
+then nobody can have collected it, and no round trip is needed to know. Everything else goes through a transaction. Who asks for
+labels that are being asked for already waits for that.
+
+    not known            create   on condition that neither labels nor number are taken
+    known                take     on condition that it has not changed
+    in quarantine        revive   on condition that it has not changed, and that the labels have no other
+    condition not met    look at what there is, and again
+    outcome not known    look again; if nobody waits any more, begin another epoch and drop what has come of it
+
+Nothing is given back at once: whoever wants it again within a moment finds it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+from services.common import errors
+from services.common.telemetry import metrics
+from services.identity.identities.store import Epoch, IdentityStore, Record
+from services.identity.identities.table import Table
+
+log = logging.getLogger(__name__)
+
+LINGER_S: Final = 0.2
+"""How long what nobody holds any more is kept."""
+_PATIENCE_S = 4.0
+_BACKOFF_S = (0.2, 5.0)
+
+
+class Lease(Protocol):
+    """What is needed of lease.NodeLease."""
+
+    @property
+    def lease(self) -> int: ...
+
+    @property
+    def valid(self) -> bool: ...
+
+    @property
+    def problem(self) -> str: ...
+
+    def suspect(self) -> None: ...
+
+
+class Owner(Protocol):
+    """Who knows what this node's holders have."""
+
+    def wanted(self) -> Iterable[int]:
+        """Numbers somebody on this node has."""
+
+    def wants(self, number: int) -> bool:
+        """Whether it is one of those."""
+
+    def learned(self, record: Record) -> None:
+        """This node has made an identity, or found it."""
+
+    def learned_absent(self, key: str, revision: int) -> None:
+        """This node has found that labels have no identity."""
+
+    def begun(self) -> None:
+        """What is held has been read anew; something may be missing."""
+
+
+class Claims:
+    """Used from one event loop."""
+
+    def __init__(
+        self, store: IdentityStore, table: Table, lease: Lease, cluster_id: int, owner: Owner
+    ) -> None:
+        self._store = store
+        self._table = table
+        self._lease = lease
+        self._cluster_id = cluster_id
+        self._owner = owner
+        self._epoch: Epoch | None = None
+        self._first = True
+        self._beginning = asyncio.Lock()
+        self._begun = asyncio.Event()
+        self._refs: dict[int, int] = {}
+        """Held numbers -> revision of the reference."""
+        self._drops: dict[int, int] = {}
+        """As above, of those to be given back. They may be gone already."""
+        self._idle: set[int] = set()
+        """Numbers that may have become nobody's."""
+        self._underway: set[int] = set()
+        self._doubtful: set[int] = set()
+        """Numbers whose reference may or may not have been written."""
+        self._flights: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._refusal: errors.FibrilError | None = None
+        self._error = ""
+        self._changes = metrics().counter(
+            "fibril.identity.changes", description="changes made in etcd by kind"
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether what is held is certainly held, and more can be."""
+        epoch = self._epoch
+        return epoch is not None and self._lease.valid and self._lease.lease == epoch.lease
+
+    @property
+    def problem(self) -> str:
+        """One sentence; empty when all is well."""
+        if self._refusal is not None:
+            return str(self._refusal)
+        return self._error or ("" if self.ready else self._why())
+
+    def held(self, key: str) -> int:
+        """The number of these labels, if this node certainly holds it; else 0."""
+        record = self._table.active(key)
+        return record.number if record is not None and record.number in self._refs and self.ready else 0
+
+    async def hold(self, key: str, prefer: int = 0) -> int:
+        """The number of these labels, which this node holds from now on for as long as the owner wants it.
+
+        prefer: the number to make it with, if it must be made and that is free.
+
+        Unavailable without etcd or lease, ResourceExhausted when there is no number, FailedPrecondition when this node is
+        configured for another cluster.
+        """
+        while not (number := self.held(key)):
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = asyncio.create_task(self._acquire(key, prefer), name="identity.hold")
+                self._flights[key] = flight
+                flight.add_done_callback(lambda task: self._landed(key, task))
+            await asyncio.shield(flight)
+        return number
+
+    def let_go(self, number: int) -> None:
+        """Somebody does not want it any more. If nobody does, it is given back soon."""
+        self._idle.add(number)
+        self._wake.set()
+
+    def lost(self, number: int) -> None:
+        """The owner has seen that somebody else has changed it: it is not held, whatever was known here."""
+        revision = self._refs.pop(number, None)
+        if revision is not None:
+            self._drops[number] = revision
+            self._wake.set()
+
+    # -- epochs
+
+    async def begin(self, lease: int) -> None:
+        """Have references under this lease to what is wanted and still there, and to nothing else. For NodeLease."""
+        async with self._beginning:
+            self._epoch = None
+            self._begun.clear()
+            try:
+                await self._store.claim(self._cluster_id)
+            except errors.FailedPrecondition as error:
+                if self._refusal is None:
+                    log.error("identities cannot be allocated", extra={"error": str(error)})
+                self._refusal = error
+                self._begun.set()
+                raise
+            self._refusal = None
+            asked = {*self._refs, *self._drops, *self._underway, *self._doubtful, *self._owner.wanted()}
+            if self._first:
+                # What a process before this one may have taken and not recorded.
+                asked |= await self._store.refs_under(lease)
+            epoch = await self._store.begin(lease)
+            found = await self._store.refs(asked)
+            self._first = False
+            self._doubtful -= asked
+            self._refs = {number: found[number] for number in found if self._owner.wants(number)}
+            self._drops = {number: found[number] for number in found if number not in self._refs}
+            self._epoch = epoch
+            self._begun.set()
+        self._owner.begun()
+        self._wake.set()
+
+    async def _right(self, deadline: float) -> Epoch:
+        """The epoch, waited for where it is about to begin. Unavailable, FailedPrecondition."""
+        while True:
+            if self._refusal is not None:
+                raise self._refusal
+            if self._epoch is not None and self.ready:
+                return self._epoch
+            left = deadline - time.monotonic()
+            if left <= 0 or not (self._first or self._lease.valid):
+                raise errors.Unavailable(
+                    f"identities cannot be allocated: {self._why()}", fix="check etcd; it is tried again"
+                )
+            if self._epoch is not None and self._lease.valid:
+                self._epoch = None  # of the lease before this one
+                self._begun.clear()
+            try:
+                await asyncio.wait_for(self._begun.wait(), left)
+            except TimeoutError:
+                continue
+
+    def _why(self) -> str:
+        return self._lease.problem or "this node has no lease in etcd"
+
+    def _end(self, epoch: Epoch) -> None:
+        """It turned out that it has ended."""
+        if self._epoch == epoch:
+            self._epoch = None
+            self._begun.clear()
+            self._lease.suspect()
+            self._wake.set()
+
+    # -- taking
+
+    def _landed(self, key: str, flight: asyncio.Task[None]) -> None:
+        del self._flights[key]
+        if not flight.cancelled():
+            flight.exception()  # also if nobody waits any more
+
+    async def _acquire(self, key: str, prefer: int) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        last: errors.FibrilError | None = None
+        while True:
+            epoch = await self._right(deadline)
+            record = self._table.active(key) or self._table.retired(key)
+            number = self._pick(prefer) if record is None else record.number
+            self._underway.add(number)
+            try:
+                if not await self._attempt(key, number, record, epoch):
+                    await self._look(key, number, epoch)
+                elif epoch == self._epoch:
+                    self.let_go(number)
+                    return
+                else:
+                    self._doubtful.add(number)
+            except errors.NotFound:
+                self._end(epoch)
+            except errors.Unavailable as error:
+                self._doubtful.add(number)
+                self._wake.set()
+                last = error
+            finally:
+                self._underway.discard(number)
+            if time.monotonic() > deadline:
+                raise last or errors.Unavailable(
+                    "labels cannot be given an identity: it keeps changing", fix="try again"
+                )
+
+    def _pick(self, prefer: int) -> int:
+        if prefer and self._table.get(prefer) is None and prefer not in self._underway:
+            return prefer
+        return self._table.pick(self._underway)
+
+    async def _attempt(self, key: str, number: int, record: Record | None, epoch: Epoch) -> bool:
+        """Try to get a reference; whether there is one now. Raises NotFound when the lease has ended."""
+        if record is None:
+            kind, revision = "create", await self._store.create(number, key, epoch)
+        elif record.retired:
+            kind, revision = "revive", await self._store.revive(record, epoch)
+        else:
+            kind, revision = "take", await self._store.take(record, epoch)
+        self._changes.add(1, kind=kind if revision else "conflict")
+        if revision is None:
+            return False
+        if record is None or record.retired:
+            self._owner.learned(Record(number, key, revision))
+        if epoch == self._epoch:
+            self._refs[number] = revision
+            self._drops.pop(number, None)
+        return True
+
+    async def _look(self, key: str, number: int, epoch: Epoch) -> None:
+        """Learn why something was not as it was supposed to be."""
+        look = await self._store.look(key, number)
+        if look.occupant is not None:
+            self._owner.learned(look.occupant)
+        if look.active is not None:
+            self._owner.learned(look.active)
+        else:
+            self._owner.learned_absent(key, look.revision)
+        if look.epoch != epoch.revision and self._epoch == epoch:
+            log.warning("this node's epoch has ended; is there another node of this name?")
+            self._end(epoch)
+
+    # -- giving back
+
+    async def keep(self) -> None:
+        """Give back what nobody wants, and clear up doubts; until cancelled."""
+        pause = _BACKOFF_S[0]
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(LINGER_S)
+            self._wake.clear()
+            try:
+                if not self._first and self._lease.valid and (self._epoch is None or self._doubtful):
+                    await self.begin(self._lease.lease)
+                await self._give_back()
+            except errors.FibrilError as error:
+                if isinstance(error, errors.NotFound):
+                    self._lease.suspect()
+                if self._error != str(error):
+                    log.warning("cannot give back identities", extra={"error": str(error)})
+                self._error = str(error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(pause * 2, _BACKOFF_S[1])
+                self._wake.set()
+            else:
+                self._error, pause = "", _BACKOFF_S[0]
+
+    async def _give_back(self) -> None:
+        idle, self._idle = self._idle, set()
+        for number in idle:
+            if number in self._refs and not self._owner.wants(number):
+                self._drops[number] = self._refs.pop(number)
+        drops = list(self._drops.items())
+        results = await asyncio.gather(*(self._drop(*drop) for drop in drops), return_exceptions=True)
+        for failure in results:
+            if failure is not None:
+                raise failure
+
+    async def _drop(self, number: int, revision: int) -> None:
+        await self._store.drop(number, revision)
+        self._changes.add(1, kind="drop")
+        if self._drops.get(number) == revision:
+            del self._drops[number]
+
+    async def stop(self) -> None:
+        """End what is under way."""
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
