@@ -216,10 +216,11 @@ def _same_netns(instance: Instance) -> None:
 def down(instance: Instance, keep_state: bool = False) -> list[str]:
     """Remove every trace of a node; gives what could not be removed, one sentence each."""
     _same_netns(instance)
+    options = _last_options(instance)
     with Progress(f"stopping instance {instance.name!r}") as progress:
         failures = [f"process {pid}: it does not end" for pid in _stop_processes(instance)]
         with _locked(instance):
-            failures += asyncio.run(_remove(_removals(instance, keep_state), progress))
+            failures += asyncio.run(_remove(_removals(instance, options, keep_state), progress))
     return failures
 
 
@@ -268,16 +269,19 @@ def _stop_processes(instance: Instance) -> list[int]:
     return [p.pid for p in left]
 
 
-def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+def _removals(
+    instance: Instance, options: Options, keep_state: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """What a node leaves outside its processes, in the order it may be removed."""
     from services.ctl import cnidirs, pods
     from services.identity.network import teardown as network
     from services.ipam.cni import install
     from services.ipam.endpoints import teardown
 
+    if options.etcd or options.etcd_members:
+        yield "the node's lease in etcd", partial(_leave, instance, options)
     for name in pods.names(instance):
         yield f"pod {name}", partial(pods.remove, instance, name)
-    yield "the node's lease in etcd", partial(_leave, instance)
     yield "ways to other nodes", partial(network.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)
@@ -289,18 +293,20 @@ def _removals(instance: Instance, keep_state: bool) -> Iterator[tuple[str, Calla
     yield str(instance.run_dir), partial(remove_tree, instance.run_dir)
 
 
-async def _leave(instance: Instance) -> None:
+def _last_options(instance: Instance) -> Options:
+    """How the node was run, as far as its supervisor's file is still there."""
+    try:
+        return Options(**json.loads(supervisor.state_file(instance).read_text())["options"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, FibrilError):
+        return Options()
+
+
+async def _leave(instance: Instance, options: Options) -> None:
     """Have other nodes forget this one's pods at once, if etcd goes on without it."""
     from services.common import command
     from services.identity.config import IdentityConfig
     from services.identity.leave import leave
 
-    try:
-        options = Options(**json.loads(supervisor.state_file(instance).read_text())["options"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return
-    if not options.etcd and not options.etcd_members:
-        return
     given = {"etcd.endpoints": ",".join(_own_etcd(instance, options)[0]), "etcd.cluster": options.cluster}
     file = Path(options.config) if options.config else None
     # Without a configuration that is right, or without etcd, the lease ends by itself a little later.

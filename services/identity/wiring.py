@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
+from fibril.identity.v1 import identity_pb2_grpc
 from fibril.ipcache.v1 import ipcache_pb2_grpc
 from fibril.node.v1 import node_pb2_grpc
 from fibril.workload.v1 import workload_pb2_grpc
@@ -20,6 +21,7 @@ from services.identity.config import IdentityConfig
 from services.identity.db import open_db
 from services.identity.endpoints.follow import EndpointFollower
 from services.identity.identities.allocator import Allocator
+from services.identity.identities.api import IdentityApi
 from services.identity.ipcache.api import IpcacheApi
 from services.identity.ipcache.ipcache import Ipcache
 from services.identity.ipcache.publisher import Publisher
@@ -94,6 +96,7 @@ class IdentityService:
                 ctx.tasks.adopt(task)
         ctx.tasks.spawn("lease", self._lease.run())
         ctx.tasks.spawn("endpoints", self._follower.run())
+        ctx.rpc.add(identity_pb2_grpc.add_IdentityServiceServicer_to_server, IdentityApi(self._allocator))
         ctx.rpc.add(ipcache_pb2_grpc.add_IpcacheServiceServicer_to_server, self._ipcache_api)
         ctx.rpc.add(node_pb2_grpc.add_NodeServiceServicer_to_server, self._node_api)
         ctx.rpc.add(

@@ -13,6 +13,12 @@ from tests.e2e.identity.identitynode import INIT, IdentityNode
 WEB, DB = {"app": "web"}, {"app": "db", "tier": "back"}
 
 
+def written(node: IdentityNode) -> dict[str, int]:
+    """When each key about identities was written last."""
+    about = ("ip/", "identities/id/", "identities/labels/", "identities/refs/")
+    return {key: kv.mod_revision for key, kv in node.keys("").items() if key.startswith(about)}
+
+
 def test_labels_become_identities_everywhere(node: IdentityNode) -> None:
     for name, labels in (("a", WEB), ("b", WEB), ("c", DB), ("d", {})):
         node.pod(name, labels)
@@ -49,11 +55,11 @@ def test_killed_services_change_nothing(node: IdentityNode) -> None:
     for name, labels in (("a", WEB), ("b", DB), ("c", {})):
         node.pod(name, labels)
     before = node.settle()
-    revisions = {key: kv.mod_revision for key, kv in node.keys("").items() if key.startswith(("ip/", "id"))}
+    revisions = written(node)
     for victim in ("identity", "ipam"):
         node.kill(victim)
         assert node.settle() == before
-    assert {k: kv.mod_revision for k, kv in node.keys("").items() if k.startswith(("ip/", "id"))} == revisions
+    assert written(node) == revisions
     # What happens while nobody watches is caught up with.
     os.kill(node.processes()["supervisor"], signal.SIGSTOP)
     os.kill(node.processes()["identity"], signal.SIGKILL)
