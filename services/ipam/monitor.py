@@ -158,6 +158,8 @@ class Monitor:
             direction=pb.Direction.ValueType(event.direction),
             source_endpoint=event.source_endpoint,
             destination_endpoint=event.destination_endpoint,
+            source_identity=event.source_identity,
+            destination_identity=event.destination_identity,
             source_pod=self._pod_name(event.source_endpoint),
             destination_pod=self._pod_name(event.destination_endpoint),
             source=event.source,

@@ -30,14 +30,14 @@ int fib_t_egress(struct __sk_buff *skb)
 	return slot_after_policy_egress(skb, pkt);
 }
 
-/* POLICY_INGRESS: a pod takes only what comes from identity 1010, or from the host, to ports below 1000. */
+/* POLICY_INGRESS: a pod takes only what comes from identity 1010, or from reserved ones, to ports below 1000. */
 int fib_t_ingress(struct __sk_buff *skb)
 {
 	struct pkt_ctx *pkt = slot_packet();
 
 	if (!pkt)
 		return TC_ACT_SHOT;
-	if ((pkt->src_identity && pkt->src_identity != 1010) || bpf_ntohs(pkt->dport) >= 1000)
+	if ((pkt->src_identity > 8 && pkt->src_identity != 1010) || bpf_ntohs(pkt->dport) >= 1000)
 		return verdict_drop(skb, pkt, REASON_ARP);
 	return slot_after_policy_ingress(skb, pkt);
 }

@@ -29,7 +29,7 @@ async def test_every_program_passes_the_verifier_and_fills_its_slot(fresh: Insta
     ids = {name: progs.info(install.program_path(fresh, name)).id for name in install.PROGRAMS}
     assert progs.slots(install.map_path(fresh, abi.SLOTS_MAP)) == {
         int(slot): ids[name] for slot, name in install.SLOTS.items()}
-    assert all(install.map_path(fresh, name).exists() for name in abi.MAPS)
+    assert all(install.map_path(fresh, name).exists() for name in install.MAPS)
 
 
 async def test_installing_again_keeps_maps_and_foreign_slots_and_replaces_programs(fresh: Instance) -> None:
@@ -64,7 +64,7 @@ async def test_uninstalling_leaves_nothing_but_what_others_use(fresh: Instance) 
 
 def maps_ids(instance: Instance) -> dict[str, int]:
     found = {}
-    for name in abi.MAPS:
+    for name in install.MAPS:
         fd = bpf.get(str(install.map_path(instance, name)))
         found[name] = bpf.map_info(fd).id
         os.close(fd)

@@ -59,7 +59,7 @@ def test_policies_see_both_identities_and_drop(dp: Datapath, slots: Path) -> Non
 
 def test_ingress_policy_holds_for_what_comes_through_the_stack(dp: Datapath, slots: Path) -> None:
     for port, verdict in ((80, abi.Verdict.DELIVERED), (1000, abi.Verdict.DROPPED)):
-        packet = ether(src=HOST_MAC, dst=mac(A)) / ip(A, source=B) / TCP(dport=port)
+        packet = ether(src=HOST_MAC, dst=mac(A)) / ip(A, source="192.0.2.1") / TCP(dport=port)
         assert dp.run(bytes(packet), install.TO_POD).verdict == verdict
 
 

@@ -9,6 +9,7 @@ from scapy.layers.l2 import ARP, Ether
 
 from services.common.pipeline import abi, install
 from services.common.pipeline.reasons import Reason
+from services.identity.numbers import Reserved
 from tests.datapath.harness import HOST_MAC, UNSPEC, A, B, Datapath
 from tests.datapath.packets import ip, mac
 
@@ -26,7 +27,9 @@ def test_reaches_the_pod_unchanged(dp: Datapath, family: int, source: str) -> No
     result = dp.run(packet, install.TO_POD)
     assert (result.action, result.verdict, result.data) == (UNSPEC, abi.Verdict.DELIVERED, packet)
     event = result.event
-    assert (event.direction, event.dst_id, event.src_id) == (abi.Direction.TO_POD, A.id, 0)
+    assert (event.direction, event.dst_id, event.src_id) == (
+        abi.Direction.TO_POD, A.id, B.id if source == "pod B" else 0)
+    assert event.src_identity == (B.identity if source == "pod B" else Reserved.WORLD)
     assert (event.tcp_flags, abi.host16(event.dport)) == (4, 2)
 
 

@@ -94,11 +94,11 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """
     DROP_REASON_OVERLAY_IDENTITY: _DropReason.ValueType  # 96
     """The identity a packet carries is not that of its source address.
-    Somebody sends into the overlay who is no node, or a node's table is old: compare `fibril ipcache get ADDRESS` on both nodes.
+    Somebody else sends into the overlay, or a table is old: compare `fibril ipcache get ADDRESS` on both nodes.
     """
     DROP_REASON_OVERLAY_SOURCE: _DropReason.ValueType  # 97
     """The packet came from another node than the one its source address belongs to.
-    As OVERLAY_IDENTITY; also when a node uses an address it is not registered with (`fibril node ls`).
+    As OVERLAY_IDENTITY; or a node sends from an address it is not registered with (`fibril node ls`).
     """
     DROP_REASON_OVERLAY_KEY: _DropReason.ValueType  # 98
     """A packet on the overlay device without tunnel information.
@@ -110,11 +110,11 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """
     DROP_REASON_UPLINK_SPOOFED: _DropReason.ValueType  # 100
     """A packet outside the overlay whose source address is reached through the overlay.
-    Somebody on the network uses a pod's address, or the nodes are configured for different modes (`fibril node ls`).
+    Somebody uses a pod's address, or the nodes have different modes (`fibril node ls`).
     """
     DROP_REASON_NODE_UNREACHABLE: _DropReason.ValueType  # 101
     """The destination's node is known but cannot be sent to.
-    `fibril node get NODE` says what is wrong: no common address family, or no address yet.
+    `fibril node get NODE` says what is wrong.
     """
     DROP_REASON_REDIRECT: _DropReason.ValueType  # 102
     """The kernel refused to send the packet out.
@@ -196,11 +196,11 @@ Restart the service that owns it; `fibril bpf` shows which slots are filled.
 """
 DROP_REASON_OVERLAY_IDENTITY: DropReason.ValueType  # 96
 """The identity a packet carries is not that of its source address.
-Somebody sends into the overlay who is no node, or a node's table is old: compare `fibril ipcache get ADDRESS` on both nodes.
+Somebody else sends into the overlay, or a table is old: compare `fibril ipcache get ADDRESS` on both nodes.
 """
 DROP_REASON_OVERLAY_SOURCE: DropReason.ValueType  # 97
 """The packet came from another node than the one its source address belongs to.
-As OVERLAY_IDENTITY; also when a node uses an address it is not registered with (`fibril node ls`).
+As OVERLAY_IDENTITY; or a node sends from an address it is not registered with (`fibril node ls`).
 """
 DROP_REASON_OVERLAY_KEY: DropReason.ValueType  # 98
 """A packet on the overlay device without tunnel information.
@@ -212,11 +212,11 @@ Seen for a moment while a pod is removed; otherwise the sender's table is old.
 """
 DROP_REASON_UPLINK_SPOOFED: DropReason.ValueType  # 100
 """A packet outside the overlay whose source address is reached through the overlay.
-Somebody on the network uses a pod's address, or the nodes are configured for different modes (`fibril node ls`).
+Somebody uses a pod's address, or the nodes have different modes (`fibril node ls`).
 """
 DROP_REASON_NODE_UNREACHABLE: DropReason.ValueType  # 101
 """The destination's node is known but cannot be sent to.
-`fibril node get NODE` says what is wrong: no common address family, or no address yet.
+`fibril node get NODE` says what is wrong.
 """
 DROP_REASON_REDIRECT: DropReason.ValueType  # 102
 """The kernel refused to send the packet out.

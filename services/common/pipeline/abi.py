@@ -189,7 +189,8 @@ class Event(ct.Structure):
 
     _fields_ = (
         ("time", ct.c_uint64), ("src", FibAddr), ("dst", FibAddr), ("src_id", ct.c_uint32),
-        ("dst_id", ct.c_uint32), ("src_identity", ct.c_uint32), ("dst_identity", ct.c_uint32), ("len", ct.c_uint32), ("ifindex", ct.c_uint32), ("reason", ct.c_uint16),
+        ("dst_id", ct.c_uint32), ("src_identity", ct.c_uint32), ("dst_identity", ct.c_uint32),
+        ("len", ct.c_uint32), ("ifindex", ct.c_uint32), ("reason", ct.c_uint16),
         ("ethertype", ct.c_uint16), ("sport", ct.c_uint16), ("dport", ct.c_uint16), ("verdict", ct.c_uint8),
         ("direction", ct.c_uint8),
         ("family", ct.c_uint8), ("proto", ct.c_uint8), ("tcp_flags", ct.c_uint8), ("icmp_type", ct.c_uint8),

@@ -42,6 +42,9 @@ class Event:
     icmp_type: int
     icmp_code: int
     ifindex: int
+    source_identity: int = 0
+    """0: not known."""
+    destination_identity: int = 0
 
 
 def decode(record: bytes | memoryview, clock_offset_ns: int | None = None) -> Event:
@@ -57,7 +60,7 @@ def decode(record: bytes | memoryview, clock_offset_ns: int | None = None) -> Ev
         destination=_address(raw.dst, raw.family), source_port=abi.host16(raw.sport),
         destination_port=abi.host16(raw.dport), protocol=raw.proto, ethertype=abi.host16(raw.ethertype),
         length=raw.len, tcp_flags=raw.tcp_flags, icmp_type=raw.icmp_type, icmp_code=raw.icmp_code,
-        ifindex=raw.ifindex)
+        ifindex=raw.ifindex, source_identity=raw.src_identity, destination_identity=raw.dst_identity)
 
 
 def clock_offset() -> int:

@@ -26,13 +26,14 @@ SLOTS: Final = {
     abi.Slot.FORWARD: "fib_forward", abi.Slot.DELIVER: "fib_deliver", abi.Slot.NEIGHBOUR: "fib_neighbour",
 }
 PROGRAMS: Final = (FROM_POD, TO_POD, *SLOTS.values())
+MAPS: Final = {name: path for name, path in abi.MAPS.items() if not path.startswith(abi.NODE_FAMILY)}
 
 
 def spec() -> loader.ProgramSpec:
     """What the ipam service loads."""
     return loader.ProgramSpec(
         source=Path("ipam/ipam.c"), service=SERVICE, functions=dict.fromkeys(PROGRAMS, "sched_cls"),
-        maps={name: path for name, path in abi.MAPS.items() if not path.startswith(abi.NODE_FAMILY)}, slots={abi.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}})
+        maps=MAPS, slots={abi.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}})
 
 
 def program_path(instance: Instance, name: str) -> Path:
@@ -41,7 +42,7 @@ def program_path(instance: Instance, name: str) -> Path:
 
 
 def map_path(instance: Instance, name: str) -> Path:
-    """Where a map of the families `endpoint` and `pipeline` is pinned. KeyError for another name."""
+    """Where a map of the pipeline is pinned. KeyError for another name."""
     return instance.pin_dir / abi.MAPS[name]
 
 
@@ -72,7 +73,7 @@ def _uninstall(instance: Instance) -> None:
     # "~": what a loader that was killed half-way leaves behind.
     paths = [program_path(instance, name + end) for name in PROGRAMS for end in ("", "~")]
     if not others:
-        paths += [map_path(instance, name) for name in abi.MAPS]
+        paths += [map_path(instance, name) for name in MAPS]
     for path in paths:
         path.unlink(missing_ok=True)
     for path in paths:

@@ -126,11 +126,11 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     ),
     96: (
         "The identity a packet carries is not that of its source address.",
-        "Somebody sends into the overlay who is no node, or a node's table is old: compare `fibril ipcache get ADDRESS` on both nodes.",
+        "Somebody else sends into the overlay, or a table is old: compare `fibril ipcache get ADDRESS` on both nodes.",
     ),
     97: (
         "The packet came from another node than the one its source address belongs to.",
-        "As OVERLAY_IDENTITY; also when a node uses an address it is not registered with (`fibril node ls`).",
+        "As OVERLAY_IDENTITY; or a node sends from an address it is not registered with (`fibril node ls`).",
     ),
     98: (
         "A packet on the overlay device without tunnel information.",
@@ -142,11 +142,11 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     ),
     100: (
         "A packet outside the overlay whose source address is reached through the overlay.",
-        "Somebody on the network uses a pod's address, or the nodes are configured for different modes (`fibril node ls`).",
+        "Somebody uses a pod's address, or the nodes have different modes (`fibril node ls`).",
     ),
     101: (
         "The destination's node is known but cannot be sent to.",
-        "`fibril node get NODE` says what is wrong: no common address family, or no address yet.",
+        "`fibril node get NODE` says what is wrong.",
     ),
     102: (
         "The kernel refused to send the packet out.",

@@ -10,6 +10,7 @@ import click
 
 from services.ctl.context import Ctl, pass_ctl
 from services.ctl.render import columns, short, to_record
+from services.identity.numbers import Reserved
 
 PROTOCOLS = {
     1: "icmp",
@@ -24,6 +25,7 @@ PROTOCOLS = {
 }
 ETHERTYPES = {0x0800: "ipv4", 0x0806: "arp", 0x86DD: "ipv6", 0x8100: "vlan", 0x88A8: "qinq", 0x88CC: "lldp"}
 TCP_FLAGS = "FSRPAUEC"
+RESERVED = {int(each): each.label.removeprefix("reserved:") for each in Reserved}
 
 
 def clock(nanos: int) -> str:
@@ -43,10 +45,12 @@ def protocol(event: Mapping[str, Any]) -> str:
 
 
 def party(event: Mapping[str, Any], side: str) -> str:
-    """One end of a packet: pod name if known, address, port."""
+    """One end of a packet: name of the pod or of the reserved identity, or else the identity, if known; address, port."""
     address, port, pod = event[side], event[f"{side}_port"], event[f"{side}_pod"]
     where = f"[{address}]:{port}" if port and ":" in address else f"{address}:{port}" if port else address
-    return f"{pod}({where})" if pod else where
+    identity = event.get(f"{side}_identity", 0)
+    who = pod or RESERVED.get(identity, f"#{identity}" if identity else "")
+    return f"{who}({where})" if who else where
 
 
 def reason(name: str) -> str:
