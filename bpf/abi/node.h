@@ -21,6 +21,7 @@ enum node_mode {
 
 /* node_entry.flags */
 #define NODE_TUNNEL_V6 0x1 /* overlay packets travel in IPv6 */
+#define NODE_HOP_V6 0x2    /* its IPv6 address is the next hop of IPv4 packets, too; NODE_ROUTED */
 
 struct node_entry {
 	struct fib_addr v6; /* its underlay addresses; zero: none */

@@ -28,7 +28,7 @@ static __always_inline int remote_route(struct __sk_buff *skb, struct pkt_ctx *p
 {
 	struct bpf_redir_neigh hop = {};
 
-	if (pkt->family == 4) {
+	if (pkt->family == 4 && !(node->flags & NODE_HOP_V6)) {
 		if (!node->v4)
 			return remote_to_stack(skb, pkt);
 		hop.nh_family = 2; /* AF_INET */

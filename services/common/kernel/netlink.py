@@ -202,8 +202,10 @@ def _route(
     attrs: list[tuple[str, Any]] = [("RTA_DST", str(destination.network_address))]
     if ifindex:
         attrs.append(("RTA_OIF", ifindex))
-    if gateway is not None:
+    if gateway is not None and gateway.version == destination.version:
         attrs.append(("RTA_GATEWAY", str(gateway)))
+    elif gateway is not None:
+        attrs.append(("RTA_VIA", {"family": family_of(gateway), "addr": str(gateway)}))
     if source is not None:
         attrs.append(("RTA_PREFSRC", str(source)))
     if table > 255:
@@ -240,7 +242,10 @@ def route_put(
     what: str = "",
     metric: int = 0,
 ) -> Message:
-    """Add a route or replace the one with the same destination and metric. Without gateway its scope is link."""
+    """Add a route or replace the one with the same destination and metric. Without gateway its scope is link.
+
+    The gateway of an IPv4 route may be an IPv6 address (RFC 8950), not the other way round.
+    """
     scope = SCOPE_LINK if gateway is None and ifindex and destination.version == 4 else SCOPE_UNIVERSE
     return _route(
         rtnl.NEWROUTE,
@@ -523,10 +528,12 @@ def parse_route(answer: rtnl.Answer) -> Route | None:
         # struct rtnexthop: length, flags, hops, interface; then its own attributes.
         length, index = struct.unpack_from("HxxI", attrs[9])
         attrs = {**attrs, 4: struct.pack("I", index), **rtnl.attributes(attrs[9][8:length])}
+    # RTA_GATEWAY, or RTA_VIA (family, address) if it is of the other family.
+    gateway = attrs.get(5) or attrs.get(18, b"")[2:]
     metrics = rtnl.attributes(attrs.get(8, b""))
     return Route(
         network,
-        ip_address(attrs[5]) if 5 in attrs else None,
+        ip_address(gateway) if gateway else None,
         struct.unpack("I", attrs[4])[0] if 4 in attrs else 0,
         ip_address(attrs[7]) if 7 in attrs else None,
         kind,

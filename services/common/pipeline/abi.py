@@ -242,6 +242,7 @@ class NodeFlag(enum.IntFlag):
     """NODE_* flags of struct node_entry."""
 
     TUNNEL_V6 = 0x1
+    HOP_V6 = 0x2
 
 
 class NodeEntry(ct.Structure):

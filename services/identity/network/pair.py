@@ -72,14 +72,14 @@ class Pair:
     """How to reach a node.
 
     tunnel: family overlay packets travel in, else 0. mtu: largest packet of a pod that fits, 0 if not known.
-    routable: families in which the other node's address can be a next hop.
+    hops: which of the other node's addresses can be the next hop: (family of the pods, family of the address).
     needs_routes: `problem` is none if somebody else has given the host routes to the node's pods.
     """
 
     mode: abi.NodeMode
     mtu: int = 0
     tunnel: int = 0
-    routable: frozenset[int] = frozenset()
+    hops: frozenset[tuple[int, int]] = frozenset()
     problem: str = ""
     needs_routes: bool = False
 
@@ -101,30 +101,28 @@ def decide(own: Side, peer: Side, underlay: Underlay = Underlay.AUTO) -> Pair:
     mtu = _mtu(own, peer)
     if mode is not abi.NodeMode.ROUTED:
         return Pair(mode, mtu, problem=problem, needs_routes=own.mode is peer.mode)
-    near = _near(own, peer, common)
-    stuck = sorted((own.pods | peer.pods) - near)
-    if stuck and not problem:
-        names = " and ".join(f"IPv{family}" for family in stuck)
-        problem = f"{names} pods cannot be routed: the nodes share no {names} network"
-    return Pair(mode, mtu, routable=near, problem=problem)
+    hops = _hops(own, peer, common)
+    if _stuck(own, peer, hops) and not problem:
+        problem = "IPv6 pods cannot be routed: the nodes share no IPv6 network"
+    return Pair(mode, mtu, hops=hops, problem=problem)
 
 
 def _mode(own: Side, peer: Side, common: list[int]) -> tuple[abi.NodeMode, str]:
-    near = _near(own, peer, common)
+    hops = _hops(own, peer, common)
     modes = {own.mode, peer.mode}
     if modes == {Mode.OVERLAY} or modes == {Mode.OVERLAY, Mode.AUTO}:
         return abi.NodeMode.OVERLAY, ""
     if modes == {Mode.CLOUD}:
         return abi.NodeMode.STACK, ""
     if modes == {Mode.ROUTED}:
-        if near:
+        if hops:
             return abi.NodeMode.ROUTED, ""
         return abi.NodeMode.STACK, (
             "mode is routed, the nodes are on different networks and the host has no routes to its pods; "
             "use auto or overlay, or have a routing daemon provide them"
         )
     if modes <= {Mode.AUTO, Mode.ROUTED}:
-        if near and own.pods | peer.pods <= near:
+        if hops and not _stuck(own, peer, hops):
             return abi.NodeMode.ROUTED, ""
         if modes == {Mode.AUTO}:
             return abi.NodeMode.OVERLAY, ""
@@ -136,11 +134,20 @@ def _mode(own: Side, peer: Side, common: list[int]) -> tuple[abi.NodeMode, str]:
     return abi.NodeMode.STACK, problem
 
 
-def _near(own: Side, peer: Side, common: Iterable[int]) -> frozenset[int]:
-    """Families in which each node's address is on a network of the other."""
-    return frozenset(
-        family for family in common if _on_network(own, peer, family) and _on_network(peer, own, family)
-    )
+def _hops(own: Side, peer: Side, common: Iterable[int]) -> frozenset[tuple[int, int]]:
+    """Next hops are addresses that are on a network of the other node, each way. IPv6 ones serve IPv4 packets, too
+    (RFC 8950).
+    """
+    near = {family for family in common if _on_network(own, peer, family) and _on_network(peer, own, family)}
+    hops = {(family, family) for family in near}
+    if near == {6}:
+        hops.add((4, 6))
+    return frozenset(hops)
+
+
+def _stuck(own: Side, peer: Side, hops: Iterable[tuple[int, int]]) -> bool:
+    """Whether some pods cannot be routed to."""
+    return not own.pods | peer.pods <= {pods for pods, _ in hops}
 
 
 def _on_network(one: Side, other: Side, family: int) -> bool:

@@ -118,7 +118,9 @@ class Plan:
             if not ifindex or any(map(self._foreign, node.blocks)):
                 # Somebody knows a way of their own: pods' packets take it as the host's do.
                 mode, ifindex = abi.NodeMode.STACK, 0
-        flags = abi.NodeFlag.TUNNEL_V6 if pair.tunnel == 6 else 0
+        flags = abi.NodeFlag.TUNNEL_V6 if pair.tunnel == 6 else abi.NodeFlag(0)
+        if (4, 6) in pair.hops:
+            flags |= abi.NodeFlag.HOP_V6
         return _raw(node, mode, ifindex, pair.mtu, int(flags))
 
     def _local_entry(self, node: Node) -> bytes:
@@ -135,18 +137,25 @@ class Plan:
     def _routes_of(self, node: Node, pair: Pair) -> dict[IPNetwork, RemoteRoute]:
         own = self._own
         blocks = node.blocks - own.blocks
+        sources = {address.version: address for address in own.devices.sources}
         if pair.mode is abi.NodeMode.OVERLAY and own.devices.host:
-            sources = {address.version: address for address in own.devices.sources}
             return {
                 block: RemoteRoute(own.devices.host, None, sources.get(block.version), pair.mtu)
                 for block in blocks
             }
         if pair.mode is abi.NodeMode.ROUTED and own.devices.uplink:
             mtu = pair.mtu if pair.mtu < own.facts.mtu else 0
+            hops = {pods: node.address(family) for pods, family in pair.hops}
             return {
-                block: RemoteRoute(own.devices.uplink, node.address(block.version), None, mtu)
+                # The uplink's own address is the source, if it has one of the family.
+                block: RemoteRoute(
+                    own.devices.uplink,
+                    hop,
+                    None if hop.version == block.version else sources.get(block.version),
+                    mtu,
+                )
                 for block in blocks
-                if block.version in pair.routable
+                if (hop := hops.get(block.version)) is not None
             }
         return {}
 

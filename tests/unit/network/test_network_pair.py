@@ -101,6 +101,10 @@ def test_auto_routes_only_if_all_pods_can_be_routed() -> None:
     assert decide(*narrow).mode is OVERLAY
     ipv4_only = [side(number, mode=Mode.AUTO, families="4", pods=frozenset({4})) for number in (1, 2)]
     assert decide(*ipv4_only).mode is ROUTED
+    # IPv4 packets can be handed to a node's IPv6 address.
+    modern = [side(number, mode=Mode.AUTO, families="6") for number in (1, 2)]
+    assert decide(*modern).mode is ROUTED
+    assert decide(*modern).hops == {(4, 6), (6, 6)}
     told = [side(number, mode=Mode.ROUTED, families="4") for number in (1, 2)]
     assert decide(*told).mode is ROUTED
     assert "IPv6 pods cannot be routed" in decide(*told).problem
@@ -125,11 +129,12 @@ sides = st.builds(
 @given(sides, sides, st.sampled_from(Underlay))
 def test_both_sides_decide_alike(own: Side, peer: Side, underlay: Underlay) -> None:
     here, there = decide(own, peer, underlay), decide(peer, own, underlay)
-    assert (here.mode, here.tunnel, here.mtu, here.routable) == (there.mode, there.tunnel, there.mtu, there.routable)
+    assert (here.mode, here.tunnel, here.mtu, here.hops) == (there.mode, there.tunnel, there.mtu, there.hops)
     assert bool(here.problem) == bool(there.problem)
     # What cannot be sent is explained, and what is sent has what it needs.
     assert here.problem or here.mode is not NONE
     if here.mode is OVERLAY:
         assert own.address(here.tunnel) and peer.address(here.tunnel)
     if here.mode is ROUTED:
-        assert here.routable
+        assert here.hops
+        assert all(own.address(family) and peer.address(family) for _, family in here.hops)
