@@ -33,7 +33,7 @@ class Txn:
 class Batcher:
     """EtcdClient.transact for many at once; used from one event loop."""
 
-    def __init__(self, client: EtcdClient, in_flight: int = 2) -> None:
+    def __init__(self, client: EtcdClient, in_flight: int = 1) -> None:
         """in_flight: transactions under way at most."""
         self._client = client
         self._limit = in_flight

@@ -91,6 +91,7 @@ class Allocator:
         self._mend = asyncio.Event()
         self._mend_error = ""
         self._scarce = False
+        self._scarce_from = WARN_AT * space
         self._tasks: list[asyncio.Task[None]] = []
         self.feed: Feed[Identity] = Feed(self.list, HISTORY)
         self.synced = asyncio.Event()
@@ -139,7 +140,7 @@ class Allocator:
         """Of this part of the service; warns from 80 % of the numbers on."""
         usage = self.usage()
         taken, message = usage.used + usage.quarantined, self.problem
-        if not message and taken >= WARN_AT * usage.capacity:
+        if not message and taken >= self._scarce_from:
             message = (
                 f"{taken} of {usage.capacity} identity numbers are taken, {usage.quarantined} of them in quarantine; "
                 "let fewer labels count (identities.exclude)"
@@ -426,10 +427,10 @@ class Allocator:
 
     def _warn(self) -> None:
         taken = self._table.used + self._table.quarantined
-        if taken >= WARN_AT * self._table.space and not self._scarce:
+        if taken >= self._scarce_from and not self._scarce:
             self._scarce = True
             log.warning("identity numbers run short", extra={"taken": taken, "capacity": self._table.space})
-        elif taken < 0.9 * WARN_AT * self._table.space:
+        elif self._scarce and taken < 0.9 * self._scarce_from:
             self._scarce = False
 
     def _gauge(self) -> Sequence[Reading]:

@@ -15,6 +15,7 @@ LABELS_MAX, LABEL_LENGTH_MAX, HOLDER_LENGTH_MAX = 64, 253, 253
 LOCAL_KEYS: Final = ("cidr:", "fqdn:")
 """How keys of labels begin that mean something on this node only."""
 _RESERVED_KEY: Final = "reserved:"
+_quoted = json.encoder.encode_basestring
 
 
 class Scope(enum.IntEnum):
@@ -47,10 +48,10 @@ class Identity(NamedTuple):
 
 
 def canonical(labels: Mapping[str, str]) -> str:
-    """A label set as text: equal sets give equal text, different sets different text. It is what is hashed for etcd, and so
+    """A label set as JSON: equal sets give equal text, different sets different text. It is what is hashed for etcd, and so
     must never change.
     """
-    return _encode(dict(labels))
+    return "{" + ",".join([f"{_quoted(key)}:{_quoted(value)}" for key, value in sorted(labels.items())]) + "}"
 
 
 def labels_of(key: str) -> dict[str, str]:
@@ -120,7 +121,6 @@ def check_holder(holder: str) -> None:
         )
 
 
-_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 RESERVED: Final = {(key := canonical({each.label: ""})): Identity(each, key) for each in Reserved}
 """The reserved identities, by key."""
 INIT: Final = RESERVED[canonical({Reserved.INIT.label: ""})]
