@@ -292,7 +292,10 @@ class Claims:
             await asyncio.sleep(LINGER_S)
             self._wake.clear()
             try:
-                if not self._first and self._lease.valid and (self._epoch is None or self._doubtful):
+                if not self._first and (self._epoch is None or self._doubtful):
+                    if not self._lease.valid:
+                        # It may come back to life as it is, and then nobody else begins.
+                        raise errors.Unavailable(self._why())
                     await self.begin(self._lease.lease)
                 await self._give_back()
             except errors.FibrilError as error:
