@@ -19,6 +19,8 @@ from modelab import ModeLab, lab, wait_for
 SHAPES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, int]]]] = {
     "overlay-v6": (("--nodes", "2", "--underlay", "ipv6"), {"c1n2": ("OVERLAY", 1430)}),
     "routed": (("--nodes", "2", "--mode", "routed"), {"c1n2": ("ROUTED", 1500)}),
+    # IPv4 pods too: by IPv6 next hops.
+    "routed-v6": (("--nodes", "2", "--mode", "routed", "--underlay", "ipv6"), {"c1n2": ("ROUTED", 1500)}),
     "auto": (
         ("--nodes", "3", "--mode", "auto", "--subnets", "2", "--etcd-members", "3"),
         {"c1n2": ("OVERLAY", 1450), "c1n3": ("ROUTED", 1500)},
@@ -98,3 +100,15 @@ def test_the_sender_is_known_by_identity_where_it_arrives(
         assert event["verdict"] == "VERDICT_DELIVERED"
         assert event["destination_pod"] == "p1"
         assert event["direction"] in ("DIRECTION_FROM_OVERLAY", "DIRECTION_FROM_UPLINK")
+
+
+def test_further_addresses_of_a_node_change_nothing(moded: tuple[ModeLab, dict[str, tuple[str, int]]]) -> None:
+    """Left to itself the kernel would send from the newest, which peers do not know."""
+    made, _ = moded
+    receiver = made.pod("c1n2", "p1")
+    made.exec("c1n1", "ip", "address", "add", "fd30::1:99/64", "dev", "eth0", "nodad")
+    try:
+        for family in ("ipv4", "ipv6"):
+            made.pod_exec("c1n1", "p1", "ping", "-c1", "-W1", receiver[family])
+    finally:
+        made.exec("c1n1", "ip", "address", "del", "fd30::1:99/64", "dev", "eth0")
