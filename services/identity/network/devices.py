@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import netlink as nl
-from services.common.kernel.netlink import IPAddress, Netlink, Rtnl
+from services.common.kernel.netlink import IPAddress, Link, Netlink, Rtnl
 from services.common.pipeline import abi
 from services.identity.network import install, overlay
 from services.identity.network.nodemap import NodeMap
@@ -104,16 +104,29 @@ class Devices:
                 failures.append(error)
                 return otherwise
 
-        host, mac = part(lambda: self._host(node), (0, ""))
-        overlay_index = part(lambda: self._overlay(node, wanted), 0)
-        uplink = part(lambda: self._uplink(node, wanted), wanted.underlay.ifindex)
-        self.found = Found(overlay_index, host, uplink, mac, part(lambda: self._sources(node, host), ()))
+        host = node.link(self._instance.node_ifname)
+        host = host if host is not None and host.up else None
+        if host is not None:
+            part(lambda: self._host(node, host), None)
+        part(lambda: self._overlay(node, wanted), None)
+        part(lambda: self._uplink(node, wanted), None)
+        # What failed may have failed for a moment: what works meanwhile is gone on with.
+        made = node.link(overlay.ifname(self._instance))
+        self.found = Found(
+            overlay=made.ifindex if made is not None and made.up else 0,
+            host=host.ifindex if host is not None else 0,
+            uplink=wanted.underlay.ifindex,
+            host_mac=host.mac if host is not None else "",
+            sources=part(lambda: self._sources(node, host), self.found.sources),
+        )
         if self._programs.ready:
             devices = abi.NetworkDevices(
-                overlay_ifindex=overlay_index, host_ifindex=host, uplink_ifindex=uplink
+                overlay_ifindex=self.found.overlay,
+                host_ifindex=self.found.host,
+                uplink_ifindex=self.found.uplink,
             )
-            if mac:
-                devices.host_mac = abi.mac_bytes(mac)
+            if host is not None:
+                devices.host_mac = abi.mac_bytes(host.mac)
             if wanted.underlay.ipv4:
                 devices.v4 = abi.be32(wanted.underlay.ipv4)
             if wanted.underlay.ipv6:
@@ -123,47 +136,43 @@ class Devices:
         if failures:
             raise failures[0]
 
-    def _host(self, node: Rtnl) -> tuple[int, str]:
-        link = node.link(self._instance.node_ifname)
-        if link is None or not link.up:
-            return 0, ""
+    def _host(self, node: Rtnl, link: Link) -> None:
         if not link.noarp:
             # Addresses of other nodes' pods, which are routed here, are nobody's to answer for.
             node.apply([nl.link_noarp(link.ifindex)])
         if self._programs.ready:
             self._programs.attach(link.ifindex, install.FROM_HOST)
-        return link.ifindex, link.mac
 
-    def _overlay(self, node: Rtnl, wanted: Wanted) -> int:
+    def _overlay(self, node: Rtnl, wanted: Wanted) -> None:
         if wanted.overlay is False:
             if overlay.remove(node, self._instance):
                 log.info("overlay device removed, no node needs it")
-            return 0
-        index = node.ifindex(overlay.ifname(self._instance))
-        if not self._programs.ready or (wanted.overlay is None and not index):
-            return index
+            return
+        there = node.ifindex(overlay.ifname(self._instance))
+        if not self._programs.ready or (wanted.overlay is None and not there):
+            return
 
         def before_up(made: int) -> None:
             self._programs.attach(made, install.FROM_OVERLAY)
 
-        return overlay.ensure(node, self._instance, self._port, before_up)
+        overlay.ensure(node, self._instance, self._port, before_up)
 
-    def _uplink(self, node: Rtnl, wanted: Wanted) -> int:
+    def _uplink(self, node: Rtnl, wanted: Wanted) -> None:
+        index = wanted.underlay.ifindex
         if not self._programs.ready:
-            return wanted.underlay.ifindex
-        if wanted.underlay.ifindex:
-            self._programs.attach(wanted.underlay.ifindex, install.FROM_UPLINK)
-        if self._swept != wanted.underlay.ifindex:
-            for name in self._programs.detach_uplinks(node, wanted.underlay.ifindex):
+            return
+        if index:
+            self._programs.attach(index, install.FROM_UPLINK)
+        if self._swept != index:
+            for name in self._programs.detach_uplinks(node, index):
                 log.info("program taken off", extra={"interface": name})
-            self._swept = wanted.underlay.ifindex
-        return wanted.underlay.ifindex
+            self._swept = index
 
-    def _sources(self, node: Rtnl, host: int) -> tuple[IPAddress, ...]:
+    def _sources(self, node: Rtnl, host: Link | None) -> tuple[IPAddress, ...]:
         """The one used before, while it is there: connections of the host keep it, and no route changes."""
-        if not host:
+        if host is None:
             return ()
-        there = [entry.address for entry in node.addresses(host) if entry.scope == nl.SCOPE_UNIVERSE]
+        there = [entry.address for entry in node.addresses(host.ifindex) if entry.scope == nl.SCOPE_UNIVERSE]
         kept = {address.version: address for address in self.found.sources if address in there}
         for address in sorted(there, key=int):
             kept.setdefault(address.version, address)

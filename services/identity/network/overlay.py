@@ -27,8 +27,8 @@ def ifname(instance: Instance) -> str:
     return f"fb{instance.tag}vx"
 
 
-def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int], None]) -> int:
-    """Have the device, up; its index. `before_up` gets the index each time, before packets can arrive.
+def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int], None]) -> None:
+    """Have the device, up. `before_up` gets the index each time, before packets can arrive.
 
     FailedPrecondition naming network.overlay_port if somebody else has the port.
     """
@@ -60,7 +60,6 @@ def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int],
             field="network.overlay_port",
             fix="remove it, or set another port on all nodes",
         ) from None
-    return index
 
 
 def remove(node: Rtnl, instance: Instance) -> bool:

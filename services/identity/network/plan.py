@@ -13,7 +13,7 @@ from services.common.pipeline import abi
 from services.identity.network import pair as pairing
 from services.identity.network.devices import Found
 from services.identity.network.pair import Pair, Side
-from services.identity.network.routes import RemoteRoute
+from services.identity.network.routes import NO_ROUTE, RemoteRoute
 from services.identity.network.underlay import Facts
 from services.identity.nodes.model import Node
 
@@ -40,7 +40,9 @@ class Changed:
 
 
 class Plan:
-    """entries: struct node_entry's bytes by index. routes: by block. pairs: of other nodes, by name."""
+    """entries: struct node_entry's bytes by index. routes: by block, NO_ROUTE where others must have one. pairs: of
+    other nodes, by name.
+    """
 
     def __init__(self, cfg: NetworkConfig, foreign: Callable[[IPNetwork], bool]) -> None:
         """foreign: whether somebody else has a route to a block."""
@@ -59,7 +61,7 @@ class Plan:
         return self._own
 
     def owner(self, block: IPNetwork) -> str:
-        """The node that a block is routed to, "" if to none."""
+        """The node whose pods a block is for, "" if none that can be reached."""
         return self._owners.get(block, "")
 
     def set_own(self, own: Own) -> Changed:
@@ -135,29 +137,25 @@ class Plan:
         return bytes(entry)
 
     def _routes_of(self, node: Node, pair: Pair) -> dict[IPNetwork, RemoteRoute]:
-        own = self._own
-        blocks = node.blocks - own.blocks
-        sources = {address.version: address for address in own.devices.sources}
-        if pair.mode is abi.NodeMode.OVERLAY and own.devices.host:
-            return {
-                block: RemoteRoute(own.devices.host, None, sources.get(block.version), pair.mtu)
-                for block in blocks
-            }
-        if pair.mode is abi.NodeMode.ROUTED and own.devices.uplink:
-            mtu = pair.mtu if pair.mtu < own.facts.mtu else 0
-            hops = {pods: node.address(family) for pods, family in pair.hops}
-            return {
-                # The uplink's own address is the source, if it has one of the family.
-                block: RemoteRoute(
-                    own.devices.uplink,
-                    hop,
-                    None if hop.version == block.version else sources.get(block.version),
-                    mtu,
-                )
-                for block in blocks
-                if (hop := hops.get(block.version)) is not None
-            }
-        return {}
+        """One for each block of a node that can be reached, if only to know whether others have one."""
+        if pair.mode is abi.NodeMode.NONE:
+            return {}
+        return {block: self._route(node, pair, block) for block in node.blocks - self._own.blocks}
+
+    def _route(self, node: Node, pair: Pair, block: IPNetwork) -> RemoteRoute:
+        devices, facts = self._own.devices, self._own.facts
+        source = next((a for a in devices.sources if a.version == block.version), None)
+        if pair.mode is abi.NodeMode.OVERLAY and devices.host:
+            return RemoteRoute(devices.host, None, source, pair.mtu)
+        if pair.mode is abi.NodeMode.ROUTED and devices.uplink:
+            hop = next((node.address(family) for pods, family in pair.hops if pods == block.version), None)
+            mtu = pair.mtu if pair.mtu < facts.mtu else 0
+            if hop is not None and hop.version == block.version:
+                # From the uplink's own address.
+                return RemoteRoute(devices.uplink, hop, None, mtu)
+            if hop is not None:
+                return RemoteRoute(devices.uplink, hop, source, mtu)
+        return NO_ROUTE
 
     def _set_entry(self, index: int, raw: bytes | None) -> set[int]:
         if self.entries.get(index) == raw:

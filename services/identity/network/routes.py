@@ -39,6 +39,10 @@ class RemoteRoute:
     mtu: int = 0
 
 
+NO_ROUTE: Final = RemoteRoute(0)
+"""None of ours leads there; it is known whether somebody else's does."""
+
+
 class RemoteRoutes:
     """Ops of a reconciler whose keys are blocks."""
 
@@ -50,6 +54,7 @@ class RemoteRoutes:
         self._netlink = netlink
         self._foreign_changed = foreign_changed
         self._foreign: dict[IPNetwork, Route] = {}
+        self._without: set[IPNetwork] = set()
 
     @property
     def foreign(self) -> Mapping[IPNetwork, Route]:
@@ -63,17 +68,23 @@ class RemoteRoutes:
     async def actual(self) -> Mapping[IPNetwork, RemoteRoute]:
         # Those that went with an interface are not announced.
         await self.look(*self._foreign)
-        return await self._netlink.call(self._read)
+        return {**dict.fromkeys(self._without, NO_ROUTE), **await self._netlink.call(self._read)}
 
     async def same(self, desired: RemoteRoute, actual: RemoteRoute) -> bool:
         return desired == actual
 
     async def update(self, key: IPNetwork, desired: RemoteRoute) -> None:
-        await self._netlink.call(self._put, key, desired)
+        if desired == NO_ROUTE:
+            await self._netlink.apply([nl.route_del(key, metric=self._metric)])
+            self._without.add(key)
+        else:
+            self._without.discard(key)
+            await self._netlink.call(self._put, key, desired)
         await self.look(key)
 
     async def delete(self, key: IPNetwork) -> None:
         await self._netlink.apply([nl.route_del(key, metric=self._metric)])
+        self._without.discard(key)
         self._foreign.pop(key, None)
 
     async def look(self, *blocks: IPNetwork) -> None:

@@ -37,7 +37,9 @@ def make_host(fabric: Fabric) -> Iterator[Callable[..., Host]]:
             host = Host(NetworkConfig(**options))
             stack.callback(host.close)
             fabric.connect(host, number, subnet, mtu=mtu)
-            host.sh(f"ip route add default via 172.29.{subnet}.254; ip route add default via fd29:{subnet}::ff")
+            host.sh(
+                f"ip route add default via 172.29.{subnet}.254; ip route add default via fd29:{subnet}::ff"
+            )
             return host
 
         yield make

@@ -194,7 +194,9 @@ class Host(Space):
 
     def entries(self) -> dict[int, abi.NodeEntry]:
         """Node entries that are not empty."""
-        with BpfMap.open(self.instance.pin_dir / abi.MAPS["nd_nodes"], ctypes.c_uint32, abi.NodeEntry) as nodes:
+        with BpfMap.open(
+            self.instance.pin_dir / abi.MAPS["nd_nodes"], ctypes.c_uint32, abi.NodeEntry
+        ) as nodes:
             return {key.value: value for key, value in nodes.items() if any(bytes(value))}
 
     def mode(self, index: int) -> int:
@@ -227,6 +229,9 @@ class Host(Space):
     def ifindex(self, device: str) -> int:
         found = self.sh(f"ip -j link show {device}", check=False)
         return next((item["ifindex"] for item in json.loads(found or "[]") if item), 0)
+
+    def mac(self, device: str) -> str:
+        return str(self.json(f"ip -j link show {device}")[0]["address"])
 
     def parts(self) -> dict[str, tuple[str, str]]:
         """State and message of each part of the status."""

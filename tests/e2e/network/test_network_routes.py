@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-
-import pytest
 
 from services.common.network import Mode, Underlay
 from services.common.pipeline import abi
@@ -22,7 +21,11 @@ def test_overlay_routes_lead_to_the_hosts_device(host: Host) -> None:
     routes = wait_until(lambda: len(host.routes()) == 2 and host.routes(), "routes")
     for block, gateway in zip(BLOCKS, ("10.9.1.1", "fd09:0:0:1::1"), strict=True):
         route = routes[block]
-        assert (route["dev"], route["prefsrc"], route["metrics"][0]["mtu"]) == (host.host_device, gateway, 1450)
+        assert (route["dev"], route["prefsrc"], route["metrics"][0]["mtu"]) == (
+            host.host_device,
+            gateway,
+            1450,
+        )
         assert "gateway" not in route
     entry = host.entries()[2]
     assert (entry.mode, entry.mtu, entry.flags, entry.ifindex) == (abi.NodeMode.OVERLAY, 1450, 0, 0)
@@ -36,7 +39,11 @@ def test_routed_routes_lead_to_the_node(make_host: Callable[..., Host]) -> None:
     host.know("h2", node(2, *BLOCKS, mode=Mode.ROUTED))
     routes = wait_until(lambda: len(host.routes()) == 2 and host.routes(), "routes")
     for block, gateway in zip(BLOCKS, ("172.29.1.2", "fd29:1::2"), strict=True):
-        assert (routes[block]["dev"], routes[block]["gateway"], routes[block].get("metrics")) == ("eth0", gateway, None)
+        assert (routes[block]["dev"], routes[block]["gateway"], routes[block].get("metrics")) == (
+            "eth0",
+            gateway,
+            None,
+        )
     entry = host.entries()[2]
     assert (entry.mode, entry.mtu, entry.ifindex) == (abi.NodeMode.ROUTED, 1500, host.ifindex("eth0"))
     assert host.ifindex(host.vxlan) == 0
@@ -45,7 +52,12 @@ def test_routed_routes_lead_to_the_node(make_host: Callable[..., Host]) -> None:
     wait_until(lambda: not host.routes(), "no routes")
     assert host.entries()[2].mode == abi.NodeMode.STACK
     assert "different networks" in host.parts()["network"][1]
+    # Unless others know the way, here or between the networks.
     host.sh("ip route add 10.9.2.0/24 via 172.29.1.254; ip route add fd09:0:0:2::/64 via fd29:1::ff")
+    wait_until(lambda: host.parts()["network"][0] == "ok", "no complaint")
+    assert host.on_loop(host.network.mode_of, "h2") == (Mode.CLOUD, 1500, "")
+    host.sh("ip route del 10.9.2.0/24")
+    wait_until(lambda: host.parts()["network"][0] == "degraded", "a complaint")
 
 
 def test_auto_chooses_for_each_node(make_host: Callable[..., Host]) -> None:
@@ -81,32 +93,36 @@ def test_what_belongs_to_the_node_itself_and_to_no_node(host: Host) -> None:
     assert host.routes() == {}
 
 
-@pytest.mark.parametrize("first", ["ours", "theirs"])
-@pytest.mark.parametrize("metric", ["", "metric 1", "metric 100000"])
-def test_routes_of_others_are_kept_and_used(make_host: Callable[..., Host], first: str, metric: str) -> None:
+def test_routes_of_others_are_kept_and_used(make_host: Callable[..., Host]) -> None:
     host = make_host(mode=Mode.ROUTED)
     host.ipam("10.9.1.0/24")
     host.start()
-    other = f"ip route add 10.9.2.0/24 via 172.29.1.77 {metric}; ip -6 route add fd09:0:0:2::/64 via fd29:1::77 {metric}"
-    if first == "theirs":
-        host.sh(other)
-    host.know("h2", node(2, *BLOCKS, mode=Mode.ROUTED))
-    if first == "ours":
-        wait_until(lambda: len(host.routes()) == 2, "routes")
-        host.sh(other)
-    wait_until(lambda: "foreign route kept: 10.9.2.0/24 and 1 more" in host.parts()["network"][1], "noticed")
-    wait_until(lambda: host.mode(2) == abi.NodeMode.STACK, "pods' packets take it, too")
-    for target, gateway in (("10.9.2.7", "172.29.1.77"), ("fd09:0:0:2::7", "fd29:1::77")):
-        assert host.json(f"ip -j route get {target}")[0]["gateway"] == gateway
-    host.know("h2", None)
-    wait_until(lambda: not host.routes(), "ours gone")
-    assert "172.29.1.77" in host.sh("ip route show 10.9.2.0/24")
-    host.know("h2", node(2, *BLOCKS, mode=Mode.ROUTED))
-    wait_until(lambda: host.mode(2) == abi.NodeMode.STACK, "found again")
-    host.sh("ip route del 10.9.2.0/24 via 172.29.1.77; ip -6 route del fd09:0:0:2::/64 via fd29:1::77")
-    wait_until(lambda: host.mode(2) == abi.NodeMode.ROUTED, "ours serve again")
-    assert host.parts()["network"] == ("ok", "1 routed")
-    assert host.json("ip -j route get 10.9.2.7")[0]["gateway"] == "172.29.1.2"
+    v4, v6 = "10.9.2.0/24 via 172.29.1.77", "fd09:0:0:2::/64 via fd29:1::77"
+    for metric, first in product(("", "metric 1", "metric 100000"), ("ours", "theirs")):
+        other = f"ip route add {v4} {metric}; ip -6 route add {v6} {metric}"
+        if first == "theirs":
+            host.sh(other)
+        host.know("h2", node(2, *BLOCKS, mode=Mode.ROUTED))
+        if first == "ours":
+            wait_until(lambda: len(host.routes()) == 2, "routes")
+            host.sh(other)
+        wait_until(
+            lambda: "foreign route kept: 10.9.2.0/24 and 1 more" in host.parts()["network"][1], "noticed"
+        )
+        wait_until(lambda: host.mode(2) == abi.NodeMode.STACK, "pods' packets take it, too")
+        for target, gateway in (("10.9.2.7", "172.29.1.77"), ("fd09:0:0:2::7", "fd29:1::77")):
+            assert host.json(f"ip -j route get {target}")[0]["gateway"] == gateway
+        host.know("h2", None)
+        wait_until(lambda: not host.routes(), "ours gone")
+        assert "172.29.1.77" in host.sh("ip route show 10.9.2.0/24")
+        host.know("h2", node(2, *BLOCKS, mode=Mode.ROUTED))
+        wait_until(lambda: host.mode(2) == abi.NodeMode.STACK, "found again")
+        host.sh(f"ip route del {v4}; ip -6 route del {v6}")
+        wait_until(lambda: host.mode(2) == abi.NodeMode.ROUTED, "ours serve again")
+        assert host.parts()["network"] == ("ok", "1 routed")
+        assert host.json("ip -j route get 10.9.2.7")[0]["gateway"] == "172.29.1.2"
+        host.know("h2", None)
+        wait_until(lambda: not host.routes(), "gone")
 
 
 def test_routes_come_back(host: Host) -> None:
@@ -138,11 +154,16 @@ def test_own_address_changes(host: Host) -> None:
     host.sh("ip addr add 172.29.1.111/24 dev eth0; ip addr del 172.29.1.1/24 dev eth0")
     host.sh("ip addr add 172.29.1.111/24 dev eth0; ip route replace default via 172.29.1.254", check=False)
     wait_until(lambda: str(host.underlay.ipv4) == "172.29.1.111", "noticed")
-    wait_until(lambda: host.entries()[1].v4 == int.from_bytes(bytes((172, 29, 1, 111)), "little"), "own entry follows")
+    wait_until(
+        lambda: host.entries()[1].v4 == int.from_bytes(bytes((172, 29, 1, 111)), "little"),
+        "own entry follows",
+    )
     # Gone without another in its place: not believed at once.
     host.sh("ip addr del 172.29.1.111/24 dev eth0")
     assert host.underlay.ipv4 is not None
-    wait_until(lambda: host.underlay.ipv4 is None and host.entries()[2].flags == abi.NodeFlag.TUNNEL_V6, "gone")
+    wait_until(
+        lambda: host.underlay.ipv4 is None and host.entries()[2].flags == abi.NodeFlag.TUNNEL_V6, "gone"
+    )
     assert host.parts()["underlay"][0] == "ok"
 
 

@@ -18,7 +18,9 @@ OVERLAY, ROUTED, STACK, NONE = (
 )  # fmt: skip
 
 
-def side(number: int = 1, subnet: int = 1, mode: Mode = Mode.OVERLAY, families: str = "46", **more: Any) -> Side:
+def side(
+    number: int = 1, subnet: int = 1, mode: Mode = Mode.OVERLAY, families: str = "46", **more: Any
+) -> Side:
     values = dict(
         mode=mode,
         ipv4=IPv4Address(f"172.29.{subnet}.{number}") if "4" in families else None,

@@ -63,7 +63,10 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_only_an_address_without_a_successor_is_lost() -> None:
-    one, other = Facts("eth0", 2, 1500, IPv4Address("10.0.0.1")), Facts("eth0", 2, 1500, IPv4Address("10.0.0.2"))
+    one, other = (
+        Facts("eth0", 2, 1500, IPv4Address("10.0.0.1")),
+        Facts("eth0", 2, 1500, IPv4Address("10.0.0.2")),
+    )
     assert not loses(one, other)
     assert not loses(Facts(), one)
     assert loses(one, Facts())
