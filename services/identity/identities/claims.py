@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LINGER_S: Final = 0.2
 """How long what nobody holds any more is kept."""
-_PATIENCE_S = 4.0
+_PATIENCE_S = 2.0
 _BACKOFF_S = (0.2, 5.0)
 
 
@@ -81,11 +81,13 @@ class Claims:
         self._cluster_id = cluster_id
         self._owner = owner
         self._epoch: Epoch | None = None
+        """None while another is begun: nothing can be taken then, and what is held stays so."""
         self._first = True
         self._beginning = asyncio.Lock()
         self._begun = asyncio.Event()
         self._refs: dict[int, int] = {}
-        """Held numbers -> revision of the reference."""
+        """Held numbers -> revision of the reference; certain as long as the lease `_refs_lease` is valid."""
+        self._refs_lease = 0
         self._drops: dict[int, int] = {}
         """As above, of those to be given back. They may be gone already."""
         self._idle: set[int] = set()
@@ -103,9 +105,8 @@ class Claims:
 
     @property
     def ready(self) -> bool:
-        """Whether what is held is certainly held, and more can be."""
-        epoch = self._epoch
-        return epoch is not None and self._lease.valid and self._lease.lease == epoch.lease
+        """Whether what is held is certainly held."""
+        return self._lease.valid and self._lease.lease == self._refs_lease
 
     @property
     def problem(self) -> str:
@@ -174,7 +175,7 @@ class Claims:
             self._doubtful -= asked
             self._refs = {number: found[number] for number in found if self._owner.wants(number)}
             self._drops = {number: found[number] for number in found if number not in self._refs}
-            self._epoch = epoch
+            self._epoch, self._refs_lease = epoch, lease
             self._begun.set()
         self._owner.begun()
         self._wake.set()
@@ -185,7 +186,7 @@ class Claims:
             if self._refusal is not None:
                 raise self._refusal
             if self._epoch is not None and self.ready:
-                return self._epoch
+                return self._epoch  # of the same lease
             left = deadline - time.monotonic()
             if left <= 0 or not (self._first or self._lease.valid):
                 raise errors.Unavailable(
@@ -200,12 +201,14 @@ class Claims:
                 continue
 
     def _why(self) -> str:
+        if self._lease.valid:
+            return "what this node holds has yet to be read from etcd"
         return self._lease.problem or "this node has no lease in etcd"
 
     def _end(self, epoch: Epoch) -> None:
         """It turned out that it has ended."""
         if self._epoch == epoch:
-            self._epoch = None
+            self._epoch, self._refs_lease = None, 0
             self._begun.clear()
             self._lease.suspect()
             self._wake.set()

@@ -32,8 +32,8 @@ ROUND_S: Final = 0.25
 RESCAN_S: Final = 30.0
 """How often every identity is looked at: whatever was missed is collected then."""
 _AT_ONCE = 400
-_SHARED_S = 15.0
-"""Seconds during which what is retired shares a quarantine lease."""
+_SHARED_S = 15
+"""Seconds at most during which what is retired shares a quarantine lease: a lease a number would be dear."""
 _RETRY_S = 1.0
 
 
@@ -214,10 +214,11 @@ class Sweeper:
         # Else somebody holds it again, or it is not what is known here: then it is looked at again with all others.
 
     async def _quarantine_lease(self) -> int:
-        """One that lasts at least the quarantine from now on. A lease a number would be dear."""
+        """One that lasts at least the quarantine from now on."""
         lease, since = self._quarantine
-        if not lease or time.monotonic() - since > _SHARED_S:
+        shared_s = min(_SHARED_S, self._quarantine_s // 4)
+        if not lease or time.monotonic() - since >= shared_s:
             since = time.monotonic()
-            lease = await self._etcd.grant(self._quarantine_s + int(_SHARED_S) + 1)
+            lease = await self._etcd.grant(self._quarantine_s + shared_s + 1)
             self._quarantine = (lease, since)
         return lease
