@@ -158,7 +158,7 @@ class Devices:
         overlay.ensure(node, self._instance, self._port, before_up)
 
     def _uplink(self, node: Rtnl, wanted: Wanted) -> None:
-        index = wanted.underlay.ifindex
+        index = wanted.underlay.ifindex if wanted.underlay.ethernet else 0
         if not self._programs.ready:
             return
         if index:

@@ -295,7 +295,10 @@ class Network:
         facts = self._underlay.facts
         addresses = " and ".join(str(address) for address in (facts.ipv4, facts.ipv6) if address)
         if not facts.problem:
-            return ComponentStatus("underlay", "ok", f"{addresses} on {facts.device}, MTU {facts.mtu}")
+            text = f"{addresses} on {facts.device}, MTU {facts.mtu}"
+            if not facts.ethernet:
+                text += "; not Ethernet: what arrives for pods outside of the overlay is not checked for its sender"
+            return ComponentStatus("underlay", "ok", text)
         alone = not self._plan.pairs
         text = f"{facts.problem}; {'no other node is known' if alone else 'other nodes need it'}"
         return ComponentStatus("underlay", "ok" if alone and not addresses else "degraded", text)

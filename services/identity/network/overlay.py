@@ -43,6 +43,7 @@ def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int],
         if found is None:
             node.apply([vxlan.vxlan_add(name, wanted)])
             index = node.ifindex(name)
+            node.apply([nl.no_link_local(index)])
             log.info("overlay device made", extra={"interface": name, "port": port})
         else:
             index = found[0].ifindex
@@ -50,7 +51,7 @@ def ensure(node: Rtnl, instance: Instance, port: int, before_up: Callable[[int],
                 node.apply([nl.link_mtu(index, vxlan.MTU_MAX)])
         before_up(index)
         if found is None or not found[0].up:
-            node.apply([nl.no_link_local(index), nl.link_up(index)])
+            node.apply([nl.link_up(index)])
     except errors.AlreadyExists:
         # A device that was made stays, down: taking it away again would be news each time this is tried.
         names = vxlan.others(node, port, name)

@@ -48,6 +48,8 @@ class Facts:
     ipv6: IPv6Address | None = None
     networks: tuple[IPNetwork, ...] = ()
     problem: str = ""
+    ethernet: bool = True
+    """Whether frames of the device have an Ethernet header, as programs expect."""
 
     def address(self, family: int) -> IPAddress | None:
         """The address of family 4 or 6."""
@@ -208,6 +210,8 @@ def choose(
         ipv6 if isinstance(ipv6, IPv6Address) else None,
         networks,
         problem,
+        # Tunnels have none or a short one.
+        len(link.mac) == len("00:00:00:00:00:00"),
     )
 
 

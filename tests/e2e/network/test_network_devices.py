@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from services.common.kernel import netlink as nl
@@ -128,6 +130,10 @@ def test_a_restart_touches_nothing(host: Host) -> None:
     wait_until(lambda: not host.routes() and set(host.entries()) == {1}, "gone")
 
 
+def failures(host: Host) -> int:
+    return host.on_loop(lambda: host.network._devices_loop.status()["devices"].failures)
+
+
 @pytest.mark.parametrize("taker", ["vxlan", "external", "socket"])
 def test_a_taken_port_is_named(host: Host, taker: str) -> None:
     if taker == "socket":
@@ -146,6 +152,10 @@ def test_a_taken_port_is_named(host: Host, taker: str) -> None:
     assert host.devices().overlay_ifindex == 0
     [link] = host.json(f"ip -j link show {host.vxlan} 2>/dev/null || echo '[{{}}]'")
     assert "UP" not in link.get("flags", ())
+    # It is tried again, but not all the time.
+    tried = failures(host)
+    time.sleep(1)
+    assert failures(host) <= tried + 8
     # The rest works.
     assert host.filters("eth0", "ingress") == ["fib_from_uplink"]
 

@@ -10,8 +10,8 @@ from services.common.network import NetworkConfig
 from services.identity.network.underlay import Facts, choose, loses
 
 LO = Link(1, "lo", True, True, 0, 65536, "", "", 0, None)
-ETH0 = Link(2, "eth0", True, True, 0, 1500, "", "", 0, None)
-ETH1 = Link(3, "eth1", True, True, 0, 9000, "", "", 0, None)
+ETH0 = Link(2, "eth0", True, True, 0, 1500, "02:00:00:00:00:02", "", 0, None)
+ETH1 = Link(3, "eth1", True, True, 0, 9000, "02:00:00:00:00:03", "", 0, None)
 LINKS = [LO, ETH0, ETH1]
 ADDRESSES = [
     Address(1, ip_address("127.0.0.1"), 8, 254),
