@@ -3,10 +3,12 @@
  *
  * ep_iface and ep_addr hold the truth. A lookup in a hash costs a packet about 15 ns, in an array 2: so ep_near
  * stands in front of both: an array whose slots are given by the low bits of interface index or address,
- * which on a node are nearly consecutive. An element names its own keys, so whoever finds another pod's
- * there asks the hash; a slot is never changed from one pod to another without being zero in between. User
- * space writes all three through services/common/pipeline/endpoints.py, programs read through the two
- * functions below.
+ * which on a node are nearly consecutive. An element names its own keys. Where two pods would have one slot, one
+ * of them is there and the slot is marked EP_CROWDED: then whoever finds another's there asks the hash, else
+ * there is no such pod. So what is for other nodes or for the host costs no hash either. The mark is set before
+ * the hash is written; a slot is never changed from one pod to another without being empty in between. User
+ * space writes all three through services/common/pipeline/endpoints.py, programs read through the two functions
+ * below.
  */
 #pragma once
 
@@ -25,6 +27,9 @@
 /* endpoint.flags */
 #define EP_SHAPED_IN 0x1  /* the host side has a queueing discipline: deliver through it, not past it */
 #define EP_SHAPED_OUT 0x2 /* the host side has an ingress qdisc: what passes the checks goes to the stack */
+
+/* Only in ep_near, of the slot and not of the pod in it: the hash may have others that belong here. */
+#define EP_CROWDED 0x80000000
 
 /* A pod's interface. One value holds all that any program needs of it, so it costs one lookup a side. */
 struct endpoint {
@@ -62,6 +67,7 @@ static __always_inline struct endpoint *endpoint_by_ifindex(__u32 ifindex)
 
 	if (likely(pod && pod->ifindex == ifindex))
 		return pod;
+	/* Only moments of a pod's beginning and end get here: nothing to save. */
 	return ep_iface.lookup(&ifindex);
 }
 
@@ -71,8 +77,12 @@ static __always_inline struct endpoint *endpoint_by_address(struct fib_addr *add
 	__u32 slot = (family == 4 ? EP_NEAR_V4 : EP_NEAR_V6) + (bpf_ntohl(addr->w[3]) & (EP_NEAR_SLOTS - 1));
 	struct endpoint *pod = ep_near.lookup(&slot);
 
+	if (!pod)
+		return 0;
 	/* An empty slot has the unspecified address, but no id. */
-	if (likely(pod && pod->id && (family == 4 ? pod->v4 == addr->w[3] : fib_addr_same(&pod->v6, addr))))
+	if (pod->id && (family == 4 ? pod->v4 == addr->w[3] : fib_addr_same(&pod->v6, addr)))
 		return pod;
+	if (likely(!(pod->flags & EP_CROWDED)))
+		return 0;
 	return ep_addr.lookup(addr);
 }

@@ -5,3 +5,7 @@
 #ifndef likely
 #define likely(condition) __builtin_expect(!!(condition), 1)
 #endif
+
+#ifndef unlikely
+#define unlikely(condition) __builtin_expect(!!(condition), 0)
+#endif

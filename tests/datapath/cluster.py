@@ -79,6 +79,7 @@ class Cluster:
         self._tunnel = opened("tunnel/tunnel", ct.c_uint32, Tunnel)
         self.addrs = opened(abi.MAPS["ipc_addr"], abi.FibAddr, abi.IpcacheEntry)
         self.prefixes = opened(abi.MAPS["ipc_prefix"], abi.IpcachePrefix, abi.IpcacheEntry)
+        self._near = opened(abi.MAPS["ipc_near"], ct.c_uint32, abi.IpcacheNear)
         self.nodes = opened(abi.MAPS["nd_nodes"], ct.c_uint32, abi.NodeEntry)
         self.devices = opened(abi.MAPS["nd_config"], ct.c_uint32, abi.NetworkDevices)
         self.devices.update(0, abi.NetworkDevices(
@@ -92,8 +93,14 @@ class Cluster:
             self.nodes.update(index, abi.NodeEntry())
         self._exit.close()
 
-    def know(self, prefix: str, identity: int, node: int, *, before: int = 0, grace_s: float = 0.0) -> None:
-        """Put a line into the ipcache."""
+    def forget_near(self) -> None:
+        """Let no CPU remember what it was told."""
+        for slot in range(abi.IPC_NEAR_SLOTS):
+            self._near.update(slot, abi.IpcacheNear())
+
+    def know(self, prefix: str, identity: int, node: int, *, before: int = 0, grace_s: float = 0.0,
+             at_once: bool = True) -> None:
+        """Put a line into the ipcache. Unless `at_once`, programs may take some milliseconds to notice."""
         network = ipaddress.ip_network(prefix)
         single = network.prefixlen == network.max_prefixlen
         entry = abi.IpcacheEntry(identity=identity, node=node, before=before,
@@ -103,12 +110,15 @@ class Cluster:
                       else (self.prefixes, abi.IpcachePrefix.of(network)))
         table.update(key, entry)
         self._known.append((table, key))
+        if at_once:
+            self.forget_near()
 
     def forget(self) -> None:
         """Empty the ipcache."""
         while self._known:
             table, key = self._known.pop()
             table.delete(key)
+        self.forget_near()
 
     def run(self, packet: bytes, program: str, tunnel: Tunnel | None = None, *, gso_size: int = 0) -> Result:
         """Run a packet through a program of the identity service, as if it had come out of `tunnel`."""

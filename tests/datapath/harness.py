@@ -88,10 +88,10 @@ class Datapath:
                 self.addrs.delete(abi.FibAddr.of(address))
 
     def forget_near(self) -> None:
-        """Empty ep_near, so that every lookup takes the hash."""
+        """Empty ep_near and call it crowded, so that every lookup takes the hash."""
         for key, value in list(self.near.items()):
-            if bytes(value) != bytes(len(bytes(value))):
-                self.near.update(key, abi.Endpoint())
+            if value.id:
+                self.near.update(key, abi.Endpoint(flags=abi.EP_CROWDED))
 
     def watch(self, drops: int, forward: int) -> None:
         self.config.update(0, abi.NodeConfig(watch_drops=drops, watch_forward=forward))

@@ -15,9 +15,12 @@ import pytest
 
 from services.common.kernel import loader
 from services.common.pipeline import abi
+from services.identity.numbers import Reserved
 
 STRUCTS = {"fib_addr": abi.FibAddr, "endpoint": abi.Endpoint, "pkt_ctx": abi.PktCtx, "node_config": abi.NodeConfig,
-           "pl_counter": abi.PlCounter, "event": abi.Event}
+           "pl_counter": abi.PlCounter, "event": abi.Event, "ipcache_entry": abi.IpcacheEntry,
+           "ipcache_prefix": abi.IpcachePrefix, "ipcache_near": abi.IpcacheNear, "node_entry": abi.NodeEntry,
+           "network_config": abi.NetworkDevices}
 
 # Runs in a child, as everything that imports bcc does: one map a struct, whose leaf type BCC describes.
 CHILD = """
@@ -28,6 +31,7 @@ from services.common.kernel.source import flatten
 root, names = Path(sys.argv[1]), sys.argv[2].split(",")
 source = Path(sys.argv[3])
 source.write_text('#include "abi/endpoint.h"\\n#include "abi/pipeline.h"\\n'
+                  '#include "abi/ipcache.h"\\n#include "abi/node.h"\\n'
                   + "".join(f"BPF_ARRAY(m_{n}, struct {n}, 1);\\n" for n in names))
 bpf = BPF(text=flatten(source, [root]).encode(), cflags=sys.argv[4:])
 def leaf(name):
@@ -78,8 +82,16 @@ def test_enumerations_are_the_headers() -> None:
     assert numbers("event.h", r"^\tVERDICT_(\w+) = (\d+),") == {v.name: v.value for v in abi.Verdict}
     assert numbers("pipeline.h", r"^#define PKT_(\w+) (0x\w+)") == {f.name: f.value for f in abi.PacketFlag}
     assert numbers("endpoint.h", r"^#define EP_(SHAPED_\w+) (0x\w+)") == {f.name: f.value for f in abi.EndpointFlag}
-    assert numbers("endpoint.h", r"^#define EP_(NEAR_SLOTS|MAX) (\d+)") == {
-        "NEAR_SLOTS": abi.EP_NEAR_SLOTS, "MAX": abi.EP_MAX}
+    assert numbers("endpoint.h", r"^#define EP_(NEAR_SLOTS|MAX|CROWDED) (\w+)") == {
+        "NEAR_SLOTS": abi.EP_NEAR_SLOTS, "MAX": abi.EP_MAX, "CROWDED": abi.EP_CROWDED}
+    assert numbers("ipcache.h", r"^#define IPC_(SINGLE) (0x\w+)") == {f.name: f.value for f in abi.IpcacheFlag}
+    assert numbers("ipcache.h", r"^#define IPC_(ADDR_MAX|PREFIX_MAX|NEAR_SLOTS) (\d+)") == {
+        "ADDR_MAX": abi.IPC_ADDR_MAX, "PREFIX_MAX": abi.IPC_PREFIX_MAX, "NEAR_SLOTS": abi.IPC_NEAR_SLOTS}
+    assert numbers("ipcache.h", r"^#define IDENTITY_(\w+) (\d+)$") == {
+        name: Reserved[name].value for name in ("WORLD", "INIT", "REMOTE_NODE")}
+    assert numbers("node.h", r"^\tNODE_(\w+) = (\d+),") == {mode.name: mode.value for mode in abi.NodeMode}
+    assert numbers("node.h", r"^#define NODE_(\w+) (0x\w+)") == {f.name: f.value for f in abi.NodeFlag}
+    assert numbers("node.h", r"^#define (ND_MAX) (\d+)") == {"ND_MAX": abi.ND_MAX}
 
 
 def test_addresses_of_both_families_survive_the_round_trip() -> None:

@@ -18,8 +18,11 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 EP_MAX: Final = 65536
 EP_NEAR_SLOTS: Final = 4096
+EP_CROWDED: Final = 0x80000000
+"""In the flags of an element of ep_near: of the slot, not of the pod in it."""
 IPC_ADDR_MAX: Final = 524288
 IPC_PREFIX_MAX: Final = 65536
+IPC_NEAR_SLOTS: Final = 1024
 ND_MAX: Final = 16384
 SLOTS_MAP: Final = "pl_slots"
 EVENTS_BYTES: Final = 1 << 20
@@ -32,7 +35,7 @@ MAPS: Final = {
     **{name: f"{ENDPOINT_FAMILY}/{name}" for name in ("ep_iface", "ep_addr", "ep_near", "ep_netns", "ep_cgroup")},
     **{name: f"{PIPELINE_FAMILY}/{name}"
        for name in (SLOTS_MAP, "pl_ctx", "pl_config", "pl_counters", "pl_events")},
-    **{name: f"{IPCACHE_FAMILY}/{name}" for name in ("ipc_addr", "ipc_prefix")},
+    **{name: f"{IPCACHE_FAMILY}/{name}" for name in ("ipc_addr", "ipc_prefix", "ipc_near")},
     **{name: f"{NODE_FAMILY}/{name}" for name in ("nd_nodes", "nd_config")},
 }
 """Map -> pin path below an instance's pin directory."""
@@ -226,6 +229,12 @@ class IpcachePrefix(ct.Structure):
         if raw.startswith(_V4_PREFIX) and self.bits >= 96:
             return ipaddress.IPv4Network((raw[12:], self.bits - 96))
         return ipaddress.IPv6Network((raw, self.bits))
+
+
+class IpcacheNear(ct.Structure):
+    """struct ipcache_near: the value of ipc_near, one a CPU, for tests; programs alone write it."""
+
+    _fields_ = (("addr", FibAddr), ("entry", IpcacheEntry), ("time", ct.c_uint64), ("pad", ct.c_uint64 * 3))
 
 
 class NodeMode(enum.IntEnum):

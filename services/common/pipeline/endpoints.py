@@ -1,33 +1,46 @@
 """The pod interfaces as programs see them: ep_iface and ep_addr, each with its share of ep_near in front.
 
-Both tables offer what a BpfMap does (lookup, update, delete, items). An update writes the hash first and a delete
-empties the slot first, so a killed writer leaves nothing near that the hash does not have. Should the two disagree all the
-same, the entry shows as a bare endpoint id: equal to nothing anyone wants, so a reconciler writes it again, and
-still somebody's to delete. Blocking; one writer at a time.
+Both tables offer what a BpfMap does (lookup, update, delete, items). For a slot of ep_near that is not marked as crowded,
+programs take nothing but what is in it. So an update marks a slot before it writes to the hash what is not in the slot yet,
+and a delete empties the slot first: a killed writer leaves nothing near that the hash does not have, and at worst a mark
+too many. Should the two disagree all the same, the entry shows as a bare endpoint id: equal to nothing anyone wants, so a
+reconciler writes it again, and still somebody's to delete. Blocking; one writer at a time.
 """
 
 from __future__ import annotations
 
 import ctypes as ct
-import ipaddress
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from services.common import errors
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi
 
 if TYPE_CHECKING:
     from services.common.instance import Instance
 
-_ZERO: Final = bytes(ct.sizeof(abi.Endpoint))
 _REGION_IFACE, _REGION_V4, _REGION_V6 = (n * abi.EP_NEAR_SLOTS for n in range(3))
+_V4_PREFIX: Final = bytes(abi.FibAddr.of("0.0.0.0"))[:12]
 
 
-def _agreed(far: abi.Endpoint | None, near: abi.Endpoint | None) -> abi.Endpoint | None:
-    """What a table shows for a key that the hash has as `far` and ep_near as `near`."""
-    if near is None or (far is not None and bytes(far) == bytes(near)):
-        return far
-    return abi.Endpoint(id=near.id)
+@dataclass(frozen=True)
+class _Near:
+    """A slot of ep_near: the pod in it (all zero: none), and whether the hash may have more for this slot."""
+
+    pod: abi.Endpoint
+    crowded: bool
+
+    @classmethod
+    def of(cls, value: abi.Endpoint) -> _Near:
+        pod = abi.Endpoint.from_buffer_copy(value)
+        pod.flags &= ~abi.EP_CROWDED
+        return cls(pod, bool(value.flags & abi.EP_CROWDED))
+
+
+_EMPTY: Final = _Near(abi.Endpoint(), False)
 
 
 class _Table:
@@ -44,48 +57,86 @@ class _Table:
         self._hash.close()
         self._near.close()
 
-    def _slot(self, key: Any) -> int:
+    def _slot(self, raw: bytes) -> int:
+        """Of a key's bytes."""
         raise NotImplementedError
 
-    def _keys_of(self, value: abi.Endpoint) -> Iterator[Any]:
+    def _keys_of(self, pod: abi.Endpoint) -> list[bytes]:
         """The keys of this table under which an element of ep_near answers."""
         raise NotImplementedError
 
-    def _near_value(self, key: Any) -> abi.Endpoint | None:
-        value = self._near.lookup(self._slot(key))
-        if value is None or all(bytes(key) != bytes(own) for own in self._keys_of(value)):
-            return None
-        return value
+    def _read(self, slot: int) -> _Near:
+        value = self._near.lookup(slot)
+        return _EMPTY if value is None else _Near.of(value)
+
+    def _write(self, slot: int, pod: abi.Endpoint, crowded: bool) -> None:
+        value = abi.Endpoint.from_buffer_copy(pod)
+        value.flags |= abi.EP_CROWDED if crowded else 0
+        self._near.update(slot, value)
+
+    def _shown(self, raw: bytes, far: abi.Endpoint | None, near: _Near) -> abi.Endpoint | None:
+        """What the table shows for a key that the hash has as `far` and whose slot is `near`."""
+        if raw in self._keys_of(near.pod):
+            return far if far is not None and bytes(far) == bytes(near.pod) else abi.Endpoint(id=near.pod.id)
+        return far if far is None or near.crowded else abi.Endpoint(id=far.id)
 
     def lookup(self, key: Any) -> abi.Endpoint | None:
         """A copy of the value, or None."""
         key = key if isinstance(key, self._key) else self._key(key)
-        return _agreed(self._hash.lookup(key), self._near_value(key))
+        raw = bytes(key)
+        return self._shown(raw, self._hash.lookup(key), self._read(self._slot(raw)))
 
     def update(self, key: Any, value: abi.Endpoint) -> None:
         """Insert or replace. ResourceExhausted if the hash is full: then nothing has changed."""
         key = key if isinstance(key, self._key) else self._key(key)
-        self._hash.update(key, value)
-        slot = self._slot(key)
-        taken = bytes(self._near.lookup(slot) or _ZERO)
-        if taken == _ZERO or self._near_value(key) is not None:
-            self._near.update(slot, value)
+        raw = bytes(key)
+        slot = self._slot(raw)
+        near = self._read(slot)
+        present = raw in self._keys_of(near.pod)
+        mark = not present and not near.crowded
+        if mark:
+            self._write(slot, near.pod, True)
+        try:
+            self._hash.update(key, value)
+        except errors.FibrilError:
+            if mark:
+                self._write(slot, near.pod, False)
+            raise
+        if present or not near.pod.id:
+            self._write(slot, value, near.crowded)
 
     def delete(self, key: Any) -> bool:
         """Whether there was such an entry."""
         key = key if isinstance(key, self._key) else self._key(key)
-        near = self._near_value(key) is not None
-        if near:
-            self._near.update(self._slot(key), abi.Endpoint())
-        return self._hash.delete(key) or near
+        raw = bytes(key)
+        slot = self._slot(raw)
+        near = self._read(slot)
+        present = raw in self._keys_of(near.pod)
+        if present:
+            self._write(slot, abi.Endpoint(), near.crowded)
+        deleted = self._hash.delete(key)
+        if near.crowded:
+            self._settle(slot)
+        return deleted or present
+
+    def _settle(self, slot: int) -> None:
+        """Have something in the slot if the hash has anything for it, and the mark only if it has more."""
+        there = self._read(slot)
+        size = self.info.key_size
+        keys = [packed[at:at + size] for packed, _ in self._hash.items_packed() for at in range(0, len(packed), size)]
+        mine = [raw for raw in keys if self._slot(raw) == slot]
+        pod = there.pod
+        if not pod.id and mine:
+            pod = self._hash.lookup(self._key.from_buffer_copy(mine[0])) or pod
+        self._write(slot, pod, not set(mine) <= set(self._keys_of(pod)))
 
     def items(self) -> Iterator[tuple[Any, abi.Endpoint]]:
         """All entries."""
         far = {bytes(key): value for key, value in self._hash.items()}
-        near = {bytes(key): value for slot, value in self._near.items() if bytes(value) != _ZERO
-                for key in self._keys_of(value) if self._slot(key) == slot.value}
-        for raw in far.keys() | near.keys():
-            value = _agreed(far.get(raw), near.get(raw))
+        slots = {slot.value: _Near.of(value) for slot, value in self._near.items() if value.id or value.flags}
+        near = {raw for slot, each in slots.items() for raw in self._keys_of(each.pod) if self._slot(raw) == slot}
+        for raw in far.keys() | near:
+            value = self._shown(raw, far.get(raw), slots.get(self._slot(raw), _EMPTY))
             if value is not None:
                 yield self._key.from_buffer_copy(raw), value
 
@@ -97,12 +148,11 @@ class IfaceTable(_Table):
         """NotFound if the maps are not pinned."""
         super().__init__(instance, "ep_iface", ct.c_uint32)
 
-    def _slot(self, key: ct.c_uint32) -> int:
-        return _REGION_IFACE + key.value % abi.EP_NEAR_SLOTS
+    def _slot(self, raw: bytes) -> int:
+        return _REGION_IFACE + int.from_bytes(raw, sys.byteorder) % abi.EP_NEAR_SLOTS
 
-    def _keys_of(self, value: abi.Endpoint) -> Iterator[ct.c_uint32]:
-        if value.ifindex:
-            yield ct.c_uint32(value.ifindex)
+    def _keys_of(self, pod: abi.Endpoint) -> list[bytes]:
+        return [bytes(ct.c_uint32(pod.ifindex))] if pod.ifindex else []
 
 
 class AddrTable(_Table):
@@ -112,11 +162,9 @@ class AddrTable(_Table):
         """NotFound if the maps are not pinned."""
         super().__init__(instance, "ep_addr", abi.FibAddr)
 
-    def _slot(self, key: abi.FibAddr) -> int:
-        region = _REGION_V4 if isinstance(key.ip(), ipaddress.IPv4Address) else _REGION_V6
-        return region + int.from_bytes(bytes(key)[-4:], "big") % abi.EP_NEAR_SLOTS
+    def _slot(self, raw: bytes) -> int:
+        region = _REGION_V4 if raw.startswith(_V4_PREFIX) else _REGION_V6
+        return region + int.from_bytes(raw[-4:], "big") % abi.EP_NEAR_SLOTS
 
-    def _keys_of(self, value: abi.Endpoint) -> Iterator[abi.FibAddr]:
-        for address in (value.ipv4, value.ipv6):
-            if address is not None:
-                yield abi.FibAddr.of(address)
+    def _keys_of(self, pod: abi.Endpoint) -> list[bytes]:
+        return [bytes(abi.FibAddr.of(address)) for address in (pod.ipv4, pod.ipv6) if address is not None]
