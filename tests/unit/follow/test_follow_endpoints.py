@@ -327,11 +327,10 @@ STEP = st.tuples(st.sampled_from(("put", "label", "delete", "ipam", "follower", 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(STEP, max_size=14))
-def test_whatever_happens_all_agree_in_the_end(run_dir: Path, steps: list[tuple[str, int, str]]) -> None:
-    asyncio.run(play(Rig(run_dir), steps))
-
-
-async def play(rig: Rig, steps: list[tuple[str, int, str]]) -> None:
+async def test_whatever_happens_all_agree_in_the_end(
+    run_dir: Path, steps: list[tuple[str, int, str]]
+) -> None:
+    rig = Rig(run_dir)
     ipam, follower = rig.ipam(), rig.following()
     await ipam.__aenter__()
     await follower.__aenter__()
