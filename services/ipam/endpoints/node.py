@@ -148,7 +148,7 @@ class NodeSetup:
         changed += [f"routed {block}" for block in missing]
 
     def _nftables(self, wanted: NodeNet, changed: list[str]) -> None:
-        rules = ruleset(self._instance, wanted, self._masquerade)
+        rules = ruleset(self._instance, wanted, self._masquerade, self._network.overlay_port)
         if rules == self._rules and nft.table(self._instance.nft_table) == self._listing:
             return
         name = self._instance.nft_table
@@ -157,12 +157,13 @@ class NodeSetup:
         changed.append(f"set nftables table {name}")
 
 
-def ruleset(instance: Instance, wanted: NodeNet, masquerade: bool) -> str:
+def ruleset(instance: Instance, wanted: NodeNet, masquerade: bool, overlay_port: int) -> str:
     """The nftables table. Pods on one node never meet it: they are redirected before netfilter.
 
     Sets: pods4/pods6 this node's blocks and single addresses, peers4/peers6 all pods' networks,
     gates4/gates6 gateways. What still passes the stack between two pods (shaped pods, packets that draw an
-    ICMP error) is kept out of connection tracking, which would see only some packets of a connection.
+    ICMP error) is kept out of connection tracking, which would see only some packets of a connection. So are the
+    overlay's packets: each connection of a pod would take two entries, that no answer ever meets, for minutes.
     """
 
     def elements(items: Iterable[object]) -> str:
@@ -187,6 +188,11 @@ def ruleset(instance: Instance, wanted: NodeNet, masquerade: bool) -> str:
         "    type filter hook prerouting priority raw; policy accept;",
         f'    iifname "fb{instance.tag}*" ip saddr @pods4 ip daddr @pods4 ip daddr != @gates4 notrack',
         f'    iifname "fb{instance.tag}*" ip6 saddr @pods6 ip6 daddr @pods6 ip6 daddr != @gates6 notrack',
+        f"    udp dport {overlay_port} notrack",
+        "  }",
+        "  chain untracked_out {",
+        "    type filter hook output priority raw; policy accept;",
+        f"    udp dport {overlay_port} notrack",
         "  }",
     ]
     # A pod that reaches another pod of this node through a translated address (a host port): the answer must

@@ -120,9 +120,10 @@ def test_the_rules_spare_pods_and_gateways() -> None:
         frozenset({ipaddress.IPv4Address("10.0.0.1")}),
         frozenset({ipaddress.IPv4Network("10.0.0.0/16")}),
     )
-    rules = node.ruleset(INSTANCE, net, True)
+    rules = node.ruleset(INSTANCE, net, True, 8472)
     assert "set pods4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/24 }; }" in rules
     # Overlapping elements would be refused: the block lies in the cluster's network.
     assert "set peers4 { type ipv4_addr; flags interval; elements = { 10.0.0.0/16 }; }" in rules
     assert "set gates6 { type ipv6_addr; }" in rules
-    assert "to_world" in rules and "to_world" not in node.ruleset(INSTANCE, net, False)
+    assert rules.count("udp dport 8472 notrack") == 2
+    assert "to_world" in rules and "to_world" not in node.ruleset(INSTANCE, net, False, 8472)
