@@ -3,7 +3,8 @@
  * 65,536 entries keyed by the five-tuple. A program's ns a packet divided by this one's of the same run
  * holds when the machine's speed drifts. fib_nothing is the cost of the harness alone. A test run gives
  * each repetition the packet as the one before left it; fib_reset makes it anew for programs that rewrite
- * theirs. None is part of the product. */
+ * theirs, fib_spread sends each to another IPv4 address, and fib_tunnel stands for the VXLAN device a packet
+ * would have come by. None is part of the product. */
 #include <uapi/linux/bpf.h>
 #include <uapi/linux/if_ether.h>
 #include <uapi/linux/ip.h>
@@ -18,8 +19,9 @@ struct tuple {
 	__u8 proto, pad[3];
 };
 
-/* What a reset packet is handed to. */
-FIB_MAP("prog", __u32, __u32, next, 1, 0);
+/* What a packet is handed to: 0, by fib_reset; 1, by the two behind that. */
+FIB_MAP("prog", __u32, __u32, next, 2, 0);
+FIB_MAP("array", __u32, __u32, turn, 1, 0);
 FIB_MAP("lru_hash", struct tuple, __u64, flows, 65536, 0);
 
 int fib_calibration(struct __sk_buff *skb)
@@ -67,5 +69,31 @@ int fib_reset(struct __sk_buff *skb)
 	else
 		ip6->hop_limit = 64;
 	next.call(skb, 0);
+	return TC_ACT_SHOT;
+}
+
+/* From node 192.168.7.2 with identity 0x100007. A sender's "local" address is the receiver's "remote" one. */
+int fib_tunnel(struct __sk_buff *skb)
+{
+	struct bpf_tunnel_key key = { .tunnel_id = 0x100007, .local_ipv4 = 0xc0a80702 };
+
+	if (bpf_skb_set_tunnel_key(skb, &key, sizeof(key), 0))
+		return TC_ACT_SHOT;
+	next.call(skb, 1);
+	return TC_ACT_SHOT;
+}
+
+/* To every other address from 10.128.0.1 on, 50,000 of them, one after the other. */
+int fib_spread(struct __sk_buff *skb)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	struct iphdr *ip = data + ETH_HLEN;
+	__u32 zero = 0, *count = turn.lookup(&zero);
+
+	if ((void *)(ip + 1) > end || !count)
+		return TC_ACT_SHOT;
+	*count = *count < 49999 ? *count + 1 : 0;
+	ip->daddr = bpf_htonl(0x0a800001 + 2 * *count);
+	next.call(skb, 1);
 	return TC_ACT_SHOT;
 }

@@ -13,14 +13,19 @@ SERVICE: Final = "calibration"
 YARDSTICK: Final = "fib_calibration"
 NOTHING: Final = "fib_nothing"
 RESET: Final = "fib_reset"
+TUNNEL: Final = "fib_tunnel"
+SPREAD: Final = "fib_spread"
+PROGRAMS: Final = (YARDSTICK, NOTHING, RESET, TUNNEL, SPREAD)
 NEXT: Final = "calibration/next"
-"""Where the array is pinned that fib_reset goes on with."""
+"""Where the array is pinned that fib_reset (0), fib_tunnel and fib_spread (1) go on with."""
+TUNNEL_FROM: Final = "192.168.7.2"
+TUNNEL_IDENTITY: Final = 0x100007
 
 
 def spec() -> loader.ProgramSpec:
     """What to load; the programs have no map in common with anything."""
     return loader.ProgramSpec(source=SOURCE, service=SERVICE, maps={"next": NEXT},
-                              functions=dict.fromkeys((YARDSTICK, NOTHING, RESET), "sched_cls"))
+                              functions=dict.fromkeys(PROGRAMS, "sched_cls"))
 
 
 def packet() -> bytes:
