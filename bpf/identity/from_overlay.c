@@ -117,5 +117,8 @@ int fib_from_overlay(struct __sk_buff *skb)
 		return overlay_to_here(skb, pkt);
 	if (!router_prepare(skb, pkt, pod))
 		return overlay_to_host(skb, pkt);
+	/* The frame came addressed to nobody here. Kernels before 6.15 remember that across a redirect into a pod, and
+	 * drop it there. */
+	bpf_skb_change_type(skb, PACKET_HOST);
 	return router_enter(skb, pkt);
 }

@@ -14,8 +14,6 @@
 #include "lib/router.h"
 #include "lib/slot.h"
 
-#define PACKET_HOST 0
-
 /* The pod the packet is for, by the fixed headers alone; null for anything unusual. */
 static __always_inline struct endpoint *uplink_pod(const struct cursor *at)
 {

@@ -11,6 +11,9 @@
 #include "lib/slot.h"
 #include "lib/ttl.h"
 
+/* skb->pkt_type */
+#define PACKET_HOST 0
+
 /* skb->gso_size of a packet whose segments have each a length of their own (SCTP). */
 #define GSO_BY_FRAGS 0xffff
 
