@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine
@@ -129,11 +130,16 @@ class Directory:
 class Host(Space):
     """A node's namespace and the objects that run in it."""
 
-    def __init__(self, cfg: NetworkConfig | None = None) -> None:
-        super().__init__()
+    def __init__(self, cfg: NetworkConfig | None = None, within: Host | None = None) -> None:
+        """within: a host whose namespace it shares."""
+        self._shared = within is not None
+        if within is None:
+            super().__init__()
+        else:
+            self.name, self.path = within.name, within.path
         self.cfg = cfg or NetworkConfig()
         self.root = Path(tempfile.mkdtemp(prefix=self.name))
-        self.instance = Instance(f"i{self.name}", self.root / "run", self.root / "state")
+        self.instance = Instance(f"i{secrets.token_hex(3)}", self.root / "run", self.root / "state")
         self.instance.run_dir.mkdir(parents=True)
         self.host_device, self.vxlan = self.instance.node_ifname, f"fb{self.instance.tag}vx"
         self._loop = asyncio.new_event_loop()
@@ -237,6 +243,20 @@ class Host(Space):
         """State and message of each part of the status."""
         return {part.name: (part.state, part.message) for part in self.on_loop(self.network.status)}
 
+    def teardown(self, module: str = "services.identity.network.teardown") -> None:
+        """What `fibril down` does."""
+        script = (
+            "import asyncio, sys\nfrom pathlib import Path\nfrom services.common.instance import Instance\n"
+            f"from {module} import remove\n"
+            "asyncio.run(remove(Instance(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))"
+        )
+        roots = (str(self.instance.run_root), str(self.instance.state_root))
+        subprocess.run(
+            ["nsenter", f"--net={self.path}", sys.executable, "-c", script, self.instance.name, *roots],
+            cwd=Path(__file__).parents[3],
+            check=True,
+        )
+
     def close(self) -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(self._close).result()
@@ -247,7 +267,8 @@ class Host(Space):
         self.run(self.netlink.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
-        self.delete()
+        if not self._shared:
+            self.delete()
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.rmtree(self.instance.pin_dir, ignore_errors=True)
 

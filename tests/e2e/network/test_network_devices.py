@@ -8,6 +8,7 @@ import pytest
 
 from services.common.kernel import netlink as nl
 from services.common.kernel import vxlan
+from services.common.network import NetworkConfig
 from tests.e2e.endpoints.podkit import wait_until
 from tests.e2e.network.meshkit import Fabric, Host, node
 
@@ -169,6 +170,27 @@ def test_other_filters_on_the_uplink_stay(host: Host) -> None:
         lambda: sorted(host.filters("eth0", "ingress")) == ["fib_from_host", "fib_from_uplink"],
         "attached again",
     )
+
+
+def test_two_nodes_share_an_uplink(host: Host) -> None:
+    other = Host(NetworkConfig(overlay_port=4790), within=host)
+    try:
+        other.ipam("10.9.8.0/24")
+        other.start()
+        for each in (host, other):
+            each.know("h2", node(2, *BLOCKS, port=each.cfg.overlay_port))
+        wait_until(lambda: host.filters("eth0", "ingress") == ["fib_from_uplink"] * 2, "both attached")
+        wait_until(
+            lambda: host.routes() and other.routes() and other.devices().overlay_ifindex, "both set up"
+        )
+        other.stop()
+        other.teardown()
+        assert host.filters("eth0", "ingress") == ["fib_from_uplink"]
+        assert len(host.routes()) == 2 and not other.routes() and host.ifindex(host.vxlan)
+        other.start()
+    finally:
+        other.teardown()
+        other.close()
 
 
 def test_the_uplink_moves(host: Host, fabric: Fabric) -> None:

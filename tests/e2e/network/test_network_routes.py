@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 from services.common.network import Mode, Underlay
 from services.common.pipeline import abi
@@ -193,22 +190,8 @@ def test_teardown_leaves_nothing_and_only_takes_ours(make_host: Callable[..., Ho
     wait_until(lambda: len(host.routes()) == 3 and host.devices().overlay_ifindex, "set up")
     host.stop()
     for _ in range(2):
-        teardown(host, "services.identity.network.teardown")
+        host.teardown()
     assert not host.routes() and not host.ifindex(host.vxlan)
-    teardown(host, "services.ipam.endpoints.teardown")
+    host.teardown("services.ipam.endpoints.teardown")
     assert host.sh(commands) == before
     host.start()
-
-
-def teardown(host: Host, module: str) -> None:
-    script = (
-        "import asyncio, sys\nfrom pathlib import Path\nfrom services.common.instance import Instance\n"
-        f"from {module} import remove\n"
-        "asyncio.run(remove(Instance(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))))"
-    )
-    roots = (str(host.instance.run_root), str(host.instance.state_root))
-    subprocess.run(
-        ["nsenter", f"--net={host.path}", sys.executable, "-c", script, host.instance.name, *roots],
-        cwd=Path(__file__).parents[3],
-        check=True,
-    )
