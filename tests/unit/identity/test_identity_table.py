@@ -1,0 +1,131 @@
+"""The table of identities against what etcd would say, however late a watch is and however early this node knows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from services.common.errors import ResourceExhausted
+from services.identity.identities.store import Record
+from services.identity.identities.table import Table
+from services.identity.numbers import cluster_of, number_of
+
+NUMBERS = st.integers(1, 4)
+KEYS = st.sampled_from("abc")
+
+
+class TableMachine(RuleBasedStateMachine):
+    """etcd is a log; the watch tells it in order, reads and writes of the node see its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table(0, 4)
+        self.etcd: dict[int, Record] = {}
+        self.log: list[Record | tuple[int, int]] = []
+        self.revision = 0
+        self.told = 0
+
+    def _key_free(self, key: str) -> bool:
+        return all(record.retired or record.key != key for record in self.etcd.values())
+
+    def _write(self, number: int, key: str, retired: bool) -> Record:
+        self.revision += 1
+        record = Record(number, key, self.revision, retired)
+        self.etcd[number] = record
+        self.log.append(record)
+        return record
+
+    @rule(number=NUMBERS, key=KEYS, mine=st.booleans())
+    def create_or_revive(self, number: int, key: str, mine: bool) -> None:
+        there = self.etcd.get(number)
+        if self._key_free(key) and (there is None or (there.retired and there.key == key)):
+            record = self._write(number, key, False)
+            if mine:
+                self.table.learn(record)
+
+    @rule(number=NUMBERS, mine=st.booleans())
+    def retire(self, number: int, mine: bool) -> None:
+        there = self.etcd.get(number)
+        if there is not None and not there.retired:
+            record = self._write(number, there.key, True)
+            if mine:
+                self.table.learn(record)
+
+    @rule(number=NUMBERS)
+    def expire(self, number: int) -> None:
+        there = self.etcd.get(number)
+        if there is not None and there.retired:
+            self.revision += 1
+            del self.etcd[number]
+            self.log.append((number, self.revision))
+
+    @rule(key=KEYS)
+    def read(self, key: str) -> None:
+        found = next((r for r in self.etcd.values() if r.key == key and not r.retired), None)
+        if found is not None:
+            self.table.learn(found)
+            assert self.table.active(key) == found
+        else:
+            self.table.learn_absent(key, self.revision)
+            # Only what the watch has told already, and will be told again, may be in the way.
+            assert self.table.active(key) is None or self.told < self.revision or self.told == 0
+
+    @rule(steps=st.integers(1, 4))
+    def watch(self, steps: int) -> None:
+        for entry in self.log[self.told : self.told + steps]:
+            self.told += 1
+            if isinstance(entry, Record):
+                if not self.table.knows(entry.number, entry.revision):
+                    assert self.table.put(entry)
+            else:
+                self.table.delete(*entry)
+
+    @invariant()
+    def what_was_told_last_is_known(self) -> None:
+        if self.told == len(self.log):
+            known = {number: self.table.get(number) for number in range(1, 5)}
+            assert {number: record for number, record in known.items() if record} == self.etcd
+
+    @invariant()
+    def indexes_agree(self) -> None:
+        for key in "abc":
+            active, retired = self.table.active(key), self.table.retired(key)
+            assert active is None or (active.key == key and not active.retired)
+            assert retired is None or (retired.key == key and retired.retired)
+        actives = list(self.table.actives())
+        assert actives == sorted(actives) and not any(record.retired for record in actives)
+        assert list(self.table.actives(2)) == [record for record in actives if record.number > 2]
+        held = [self.table.get(number) for number in range(1, 5)]
+        assert self.table.used + self.table.quarantined == sum(record is not None for record in held)
+
+    @invariant()
+    def a_picked_number_is_free(self) -> None:
+        free = [number for number in range(1, 5) if self.table.get(number) is None and number != 3]
+        try:
+            assert self.table.pick({3}) in free
+        except ResourceExhausted:
+            assert not free
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_numbers_are_the_clusters_and_all_are_given_out() -> None:
+    table = Table(4094, 300)
+    for revision in range(1, 301):
+        number = table.pick()
+        assert cluster_of(number) == 4094 and 1 <= number_of(number) <= 300
+        assert table.put(Record(number, str(revision), revision))
+    with pytest.raises(ResourceExhausted, match="all 300 identity numbers .*: 300 used, 0 in quarantine"):
+        table.pick()
+
+
+def test_of_another_etcd_everything_is_news() -> None:
+    table = Table(0, 10)
+    table.put(Record(1, "a", 100))
+    table.renew()
+    assert not table.knows(1, 5) and table.put(Record(1, "b", 5))
+    assert table.active("a") is None and table.active("b") == Record(1, "b", 5)
