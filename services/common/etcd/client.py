@@ -307,8 +307,10 @@ class EtcdClient:
         try:
             with _closing_fails():
                 await call.write(rpc.WatchRequest(create_request=create))
-                # A server that hangs accepts the connection and never answers.
-                answer = await asyncio.wait_for(call.read(), self._timeout_s)
+                # A server that hangs accepts the connection and never answers. Not wait_for: with Python 3.11 it
+                # may swallow the cancellation of its caller.
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await call.read()
             while answer is not grpc.aio.EOF:
                 self._reached()
                 yield answer

@@ -48,13 +48,16 @@ class HostAddresses:
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(dirty.wait(), RESYNC_S)
+                    async with asyncio.timeout(RESYNC_S):
+                        await dirty.wait()
                     # Changes come in bunches.
                     await asyncio.sleep(_SETTLE_S)
                 dirty.clear()
                 await self._look()
         finally:
             listening.cancel()
+            # It must let go of the socket before that is closed.
+            await asyncio.gather(listening, return_exceptions=True)
 
     async def _listen(self, events: ev.Events, dirty: asyncio.Event) -> None:
         async for _ in events:

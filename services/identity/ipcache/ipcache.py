@@ -288,7 +288,8 @@ class Ipcache:
         self._flush()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._compare_now.wait(), RESYNC_S)
+                async with asyncio.timeout(RESYNC_S):
+                    await self._compare_now.wait()
             self._compare_now.clear()
             await self.compare()
 

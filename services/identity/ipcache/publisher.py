@@ -255,7 +255,8 @@ class Publisher:
                     self._fail(list(self._waiting), errors.Unavailable(f"not published yet: {error}"))
                     self._granted_anew.clear()
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._granted_anew.wait(), pause * random.uniform(0.5, 1))
+                        async with asyncio.timeout(pause * random.uniform(0.5, 1)):
+                            await self._granted_anew.wait()
                     pause = min(pause * 2, _BACKOFF_S[1])
                 else:
                     pause = _BACKOFF_S[0]

@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -53,8 +54,14 @@ class Member:
         await self.directory.start()
         await self.ipcache.start()
         await self.publisher.start()
+        for task in (*self.ipcache.tasks(), *self.publisher.tasks()):
+            task.add_done_callback(self._ended)
         if lease:
             self._keeping = asyncio.create_task(self.lease.run())
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            traceback.print_exception(error)
 
     async def stop(self) -> None:
         """As when the process is killed: nothing is taken back."""
