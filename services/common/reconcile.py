@@ -147,7 +147,8 @@ class Reconciler(Generic[K, D]):
                 continue
             self._settled.set()
             try:
-                await asyncio.wait_for(self._awake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._awake.wait()
             except TimeoutError:
                 self._settled.clear()
 

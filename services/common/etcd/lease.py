@@ -108,7 +108,8 @@ class LeaseKeeper:
                     )
                 pause, self._error = retry_s, f"the lease of this node cannot be renewed: {error}"
             try:
-                await asyncio.wait_for(self._check.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._check.wait()
             except TimeoutError:
                 continue
 

@@ -80,7 +80,8 @@ class Sweeper:
             group.create_task(self._follow_election())
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), _RETRY_S)
+                    async with asyncio.timeout(_RETRY_S):
+                        await self._changed.wait()
                 self._changed.clear()
                 if self.elected == self._node and leading is None:
                     log.info("this node collects identities nobody holds")

@@ -149,7 +149,8 @@ class Underlay:
             if self._lost_at is not None:
                 pause = max(0.0, self._lost_at + LOSS_S - asyncio.get_running_loop().time())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._dirty.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._dirty.wait()
                 # Changes come in bunches.
                 await asyncio.sleep(_SETTLE_S)
             self._dirty.clear()

@@ -106,7 +106,8 @@ class Registry:
                 self._trouble = str(error)
                 pause = RETRY_S
             try:
-                await asyncio.wait_for(self._wake.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

@@ -213,7 +213,8 @@ async def _refresh(kernel: PodOps, chunk: list[EndpointRecord]) -> None:
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     except TimeoutError:
         return False
     return True
