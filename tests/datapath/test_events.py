@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import time
+from typing import Any
 
 import pytest
 from scapy.layers.inet import TCP
 
+from fibril.monitor.v1 import monitor_pb2 as pb
 from services.common import errors
 from services.common.pipeline import abi, events
 from services.common.pipeline.reasons import Reason
@@ -21,6 +24,7 @@ def test_event_reads_as_text_and_host_order(dp: Datapath, family: int) -> None:
     pair = (str(A.ipv4), str(B.ipv4)) if family == 4 else (str(A.ipv6), str(B.ipv6))
     assert (seen.source, seen.destination, seen.source_port, seen.destination_port) == (*pair, 4000, 80)
     assert (seen.source_endpoint, seen.destination_endpoint, seen.protocol, seen.tcp_flags) == (A.id, B.id, 6, 2)
+    assert (seen.source_identity, seen.destination_identity) == (A.identity, B.identity)
     assert (seen.verdict, seen.reason, seen.length) == (abi.Verdict.DELIVERED, 0, len(packet))
     assert abs(seen.time_unix_ns - time.time_ns()) < 1_000_000_000
 
@@ -39,6 +43,14 @@ def test_watch_sets_what_programs_report_and_keeps_other_options(dp: Datapath) -
         for wrong in (-1, 1 << 32):
             with pytest.raises(errors.InvalidArgument):
                 events.watch(config, drops=True, forward_every=wrong)
+
+
+@pytest.mark.parametrize(("mine", "theirs", "prefix"), [
+    (abi.Verdict, pb.Verdict, "VERDICT_"), (abi.Direction, pb.Direction, "DIRECTION_"),
+])  # fmt: skip
+def test_numbers_are_those_that_clients_are_told(mine: type[enum.IntEnum], theirs: Any, prefix: str) -> None:
+    told = {name.removeprefix(prefix): number for name, number in theirs.items() if number}
+    assert told == {each.name: each.value for each in mine}
 
 
 def test_half_a_record_is_refused() -> None:
