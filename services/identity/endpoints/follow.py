@@ -12,6 +12,7 @@ before programs are told, together with the former one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -123,10 +124,10 @@ class EndpointFollower:
         self._new: set[str] = set()
         """Those that nobody but this node can have heard of yet."""
         self._published: dict[str, tuple[int, float]] = {}
-        """What etcd has been told of a pod, and when."""
+        """What etcd was told that a pod's identity is going to be, and when."""
         self._work: Work[str] = Work(self._settle)
         self._teller: Teller | None = None
-        self._withdrawals: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._synced = False
         self._adopted = False
         self._problem = ""
@@ -151,9 +152,9 @@ class EndpointFollower:
     async def stop(self) -> None:
         """Begin nothing more. What pods have they keep."""
         await self._work.stop()
-        for task in self._withdrawals:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._withdrawals, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def status(self) -> ComponentStatus:
         """How many pods have no identity, or not the one of their labels, and why."""
@@ -237,8 +238,8 @@ class EndpointFollower:
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._withdrawals.add(task)
-        task.add_done_callback(self._withdrawals.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _complete(self, seen: set[str]) -> None:
         """All endpoints there are have been told: what is left over from earlier can go."""
@@ -276,33 +277,40 @@ class EndpointFollower:
         if holder in self._new:
             # No other node can expect anything else of it, and it waits.
             await self._tell(holder, pod, identity.number)
-            await self._publish(holder, pod, identity.number)
             self._new.discard(holder)
+        elif identity.number != pod.identity:
+            await self._change(holder, pod, identity.number)
             return
-        since = await self._publish(holder, pod, identity.number)
-        if identity.number == pod.identity:
-            return
-        left = since + AHEAD_S - time.monotonic()
-        if left > 0:
-            self._work.wake(holder, left)
-        elif self._pods.get(holder) is pod:
-            await self._tell(holder, pod, identity.number)
+        for address in pod.addresses:
+            self._spawn(self._announce(holder, address, pod, identity.number))
 
-    async def _publish(self, holder: str, pod: Pod, number: int) -> float:
-        """Make etcd know; since when it does (monotonic clock)."""
+    async def _announce(self, holder: str, address: IPAddress, pod: Pod, number: int) -> None:
+        """Publish an identity in use; the publisher sees to it by itself, also later."""
+        if self._owners.get(address) != holder:
+            return
         previous = pod.identity if pod.identity != number else 0
-        puts = [self._publisher.put(address, number, previous, pod.name) for address in pod.addresses]
+        with contextlib.suppress(errors.FibrilError):
+            await self._publisher.put(address, number, previous, pod.name)
+
+    async def _change(self, holder: str, pod: Pod, number: int) -> None:
+        """Publish another identity than the one in use, and a moment later use it."""
+        puts = [self._publisher.put(address, number, pod.identity, pod.name) for address in pod.addresses]
         try:
             async with asyncio.timeout(PUBLISH_S):
                 await asyncio.gather(*puts)
         except TimeoutError:
             raise errors.Unavailable(f"not published within {PUBLISH_S:g} s", fix="check etcd") from None
+        if self._pods.get(holder) is not pod:
+            return
         known, since = self._published.get(holder, (0, 0.0))
         if known != number:
             since = time.monotonic()
-            if holder in self._pods:
-                self._published[holder] = number, since
-        return since
+            self._published[holder] = number, since
+        left = since + AHEAD_S - time.monotonic()
+        if left > 0:
+            self._work.wake(holder, left)
+        else:
+            await self._tell(holder, pod, number)
 
     async def _tell(self, holder: str, pod: Pod, number: int) -> None:
         if number == pod.identity:
