@@ -20,6 +20,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final, Protocol
 
 from services.common import errors
@@ -195,10 +196,9 @@ class Claims:
             if self._epoch is not None and self._lease.valid:
                 self._epoch = None  # of the lease before this one
                 self._begun.clear()
-            try:
-                await asyncio.wait_for(self._begun.wait(), left)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._begun.wait()
 
     def _why(self) -> str:
         if self._lease.valid:

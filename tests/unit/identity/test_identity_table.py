@@ -119,7 +119,7 @@ def test_numbers_are_the_clusters_and_all_are_given_out() -> None:
         number = table.pick()
         assert cluster_of(number) == 4094 and 1 <= number_of(number) <= 300
         assert table.put(Record(number, str(revision), revision))
-    with pytest.raises(ResourceExhausted, match="all 300 identity numbers .*: 300 used, 0 in quarantine"):
+    with pytest.raises(ResourceExhausted, match=r"all 300 identity numbers .*: 300 used, 0 in quarantine"):
         table.pick()
 
 
