@@ -58,6 +58,9 @@ class IdentityNode(Node):
 
     def up(self, *words: str) -> None:
         self.fibril("up", *words)
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
         self.endpoints = EndpointServiceStub(self._channel("ipam"))
         self.identities = IdentityServiceStub(self._channel("identity"))
         self.ipcache = IpcacheServiceStub(self._channel("identity"))
