@@ -559,7 +559,7 @@ class StoredIdentity(_message.Message):
     number: _builtins.int
     """The 32-bit number."""
     retired: _builtins.bool
-    """True: nobody holds it; the number waits until it may have other labels. Never so below identities/labels/."""
+    """True: nobody holds it; until the quarantine lease ends, its labels have no other number and its number no other labels."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The labels that count."""

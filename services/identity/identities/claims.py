@@ -277,8 +277,8 @@ class Claims:
         look = await self._store.look(key, number)
         if look.occupant is not None:
             self._owner.learned(look.occupant)
-        if look.active is not None:
-            self._owner.learned(look.active)
+        if look.theirs is not None:
+            self._owner.learned(look.theirs)
         else:
             self._owner.learned_absent(key, look.revision)
         if look.epoch != epoch.revision and self._epoch == epoch:

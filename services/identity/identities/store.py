@@ -1,14 +1,15 @@
 """Identities in etcd. What is written below /fibril/v1/<cluster>/:
 
     cluster                       StoredCluster: which number the cluster has, said by its first node
-    identities/id/<n>             StoredIdentity; retired: nobody holds it, and the key hangs on a quarantine lease
-    identities/labels/<sha256>    StoredIdentity; with the one above while that is not retired
+    identities/id/<n>             StoredIdentity; retired: nobody holds it, and both keys hang on a quarantine lease
+    identities/labels/<sha256>    the same
     identities/refs/<n>/<node>    empty, the node's lease: this node holds n
     identities/epochs/<node>      empty, the node's lease: see `begin`
     identities/sweeper            the name of the node that collects, its lease
 
 Of an identity's two keys both change or none, so both have the same revision, and it stands for the identity's: whoever
-changes something does so on condition that it has not moved. A node's references are made on condition of its epoch's
+changes something does so on condition that it has not moved. While a retired identity is in quarantine its labels can have no
+other number, and its number no other labels. A node's references are made on condition of its epoch's
 revision, too. So a request that a process has sent before it died, or has given up while etcd was slow, is without effect
 once another epoch has begun, and what is read from then on stays so.
 """
@@ -46,10 +47,10 @@ class Epoch(NamedTuple):
 class Look(NamedTuple):
     """What etcd had at `revision`.
 
-    active: the identity of the labels asked for; occupant: what has the number asked for; epoch: revision of the node's.
+    theirs: what the labels asked for have; occupant: what has the number asked for; epoch: revision of the node's.
     """
 
-    active: Record | None
+    theirs: Record | None
     occupant: Record | None
     epoch: int
     revision: int
@@ -116,7 +117,10 @@ class IdentityStore:
 
     async def revive(self, record: Record, epoch: Epoch) -> int | None:
         """Hold a retired identity again."""
-        expect = {self._labels_key(record.key): 0, self._id_key(record.number): record.revision}
+        expect = {
+            self._labels_key(record.key): record.revision,
+            self._id_key(record.number): record.revision,
+        }
         return await self._hold(record.number, record.key, expect, epoch)
 
     async def take(self, record: Record, epoch: Epoch) -> int | None:
@@ -131,15 +135,15 @@ class IdentityStore:
         await self._batcher.transact(Txn({ref: revision}, delete=(ref,)))
 
     async def retire(self, record: Record, quarantine: int) -> int | None:
-        """Free the labels of an identity nobody holds, and its number once the lease `quarantine` has ended."""
+        """Free labels and number of an identity nobody holds, once the lease `quarantine` has ended."""
         labels_key, id_key = self._labels_key(record.key), self._id_key(record.number)
+        value = _encode(record.number, record.key, retired=True)
         return await self._batcher.transact(
             Txn(
                 {id_key: record.revision, labels_key: record.revision},
                 nothing_below=(f"{self.refs_prefix}{record.number}/",),
-                put={id_key: _encode(record.number, record.key, retired=True)},
-                delete=(labels_key,),
-                leases={id_key: quarantine},
+                put={id_key: value, labels_key: value},
+                leases={id_key: quarantine, labels_key: quarantine},
             )
         )
 
@@ -148,13 +152,13 @@ class IdentityStore:
         labels_key, id_key = self._labels_key(key), self._id_key(number)
         listing = await self._etcd.get_many((labels_key, id_key, self._epoch_key))
         found = {kv.key: kv for kv in listing.kvs}
-        active = occupant = None
+        theirs = occupant = None
         if (kv := found.get(labels_key)) is not None and (its := _number(kv.value)):
-            active = decode(its, kv.value, kv.mod_revision)
+            theirs = decode(its, kv.value, kv.mod_revision)
         if (kv := found.get(id_key)) is not None:
             occupant = decode(number, kv.value, kv.mod_revision)
         kv = found.get(self._epoch_key)
-        return Look(active, occupant, 0 if kv is None else kv.mod_revision, listing.revision)
+        return Look(theirs, occupant, 0 if kv is None else kv.mod_revision, listing.revision)
 
     async def _hold(self, number: int, key: str, expect: dict[str, int], epoch: Epoch) -> int | None:
         ref, value = self._ref_key(number), _encode(number, key)

@@ -55,7 +55,7 @@ class Table:
 
     def learn_absent(self, key: str, revision: int) -> Record | None:
         """This node has read that there was nothing with these labels; what it took to be there."""
-        number = self._active.get(key)
+        number = self._active.get(key) or self._retired.get(key)
         if number is None or revision <= self._seen:
             return None
         record = self._records[number]

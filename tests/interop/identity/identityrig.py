@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from fibril.identity.v1 import identity_pb2 as pb
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.identity import numbers
@@ -20,6 +21,7 @@ from services.identity.lease import NodeLease
 CLUSTER = "test"
 ROOT = f"/fibril/v1/{CLUSTER}/"
 IDS = f"{ROOT}identities/id/"
+LABELS = f"{ROOT}identities/labels/"
 REFS = f"{ROOT}identities/refs/"
 # Long, so that no test waits for the end of a lease it did not mean to.
 CFG = IdentitiesConfig(lease_s=30, quarantine_s=60)
@@ -125,3 +127,9 @@ async def running(etcd: EmbeddedEtcd, place: Path) -> AsyncIterator[Nodes]:
 async def keys(client: EtcdClient, prefix: str) -> dict[str, bytes]:
     """What is below a prefix, without it."""
     return {kv.key.removeprefix(prefix): kv.value for kv in (await client.get_prefix(prefix)).kvs}
+
+
+async def live(client: EtcdClient, prefix: str) -> dict[str, pb.StoredIdentity]:
+    """The identities below a prefix that are not retired."""
+    found = {key: pb.StoredIdentity.FromString(value) for key, value in (await keys(client, prefix)).items()}
+    return {key: stored for key, stored in found.items() if not stored.retired}

@@ -14,7 +14,7 @@ from services.identity.identities.filter import LabelFilter
 from services.identity.identities.model import Scope
 from services.identity.numbers import LOCAL_CLUSTER, Reserved, cluster_of
 from tests.interop.etcd.etcdrig import until
-from tests.interop.identity.identityrig import CFG, IDS, REFS, ROOT, SHORT, Nodes, keys
+from tests.interop.identity.identityrig import CFG, IDS, LABELS, REFS, ROOT, SHORT, Nodes, keys, live
 
 
 async def test_an_identity_is_three_keys_and_goes_with_its_last_holder(
@@ -27,7 +27,7 @@ async def test_an_identity_is_three_keys_and_goes_with_its_last_holder(
     assert await one.allocate("b", app="web") == identity
     stored = pb.StoredIdentity(number=identity.number, labels={"app": "web"})
     assert await keys(client, IDS) == {str(identity.number): stored.SerializeToString()}
-    assert list((await keys(client, f"{ROOT}identities/labels/")).values()) == [stored.SerializeToString()]
+    assert list((await keys(client, LABELS)).values()) == [stored.SerializeToString()]
     assert await keys(client, REFS) == {f"{identity.number}/one": b""}
     assert one.allocator.get(identity.number) == identity == one.allocator.find({"app": "web"})
 
@@ -37,7 +37,7 @@ async def test_an_identity_is_three_keys_and_goes_with_its_last_holder(
     assert await one.allocator.release("b") == identity.number
     await until(lambda: one.allocator.get(identity.number) is None, "its collection")
     assert one.allocator.find({"app": "web"}) is None
-    assert await keys(client, REFS) == {} == await keys(client, f"{ROOT}identities/labels/")
+    assert await keys(client, REFS) == {} == await live(client, LABELS) == await live(client, IDS)
     assert (one.allocator.usage().used, one.allocator.usage().quarantined) == (0, 1)
 
 

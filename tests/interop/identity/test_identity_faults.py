@@ -12,7 +12,7 @@ from services.common.errors import FibrilError, Unavailable
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
 from tests.interop.etcd.etcdrig import compact, hanging, kill, until
-from tests.interop.identity.identityrig import IDS, REFS, ROOT, SHORT, Node, Nodes, keys
+from tests.interop.identity.identityrig import IDS, LABELS, REFS, ROOT, SHORT, Node, Nodes, keys, live
 
 
 async def in_order(client: EtcdClient, *nodes: Node) -> bool:
@@ -24,11 +24,9 @@ async def in_order(client: EtcdClient, *nodes: Node) -> bool:
     }
     if {name: b"" for name in held} != await keys(client, REFS):
         return False
-    numbers = {name.partition("/")[0] for name in held}
-    active = {n for n in await keys(client, IDS) if nodes[0].allocator.get(int(n))}
-    labels = await keys(client, f"{ROOT}identities/labels/")
     assert not any(node.allocator.problem for node in nodes)
-    return active == numbers and len(labels) == len(numbers)
+    active, labels = await live(client, IDS), await live(client, LABELS)
+    return active.keys() == {name.partition("/")[0] for name in held} and len(labels) == len(active)
 
 
 async def test_a_killed_process_finds_everything_in_place(nodes: Nodes, client: EtcdClient) -> None:

@@ -14,7 +14,7 @@ from services.identity.identities import sweeper
 from services.identity.identities.model import digest
 from services.identity.numbers import make
 from tests.interop.etcd.etcdrig import compact, hanging, until
-from tests.interop.identity.identityrig import IDS, REFS, ROOT, SHORT, Node, Nodes, keys
+from tests.interop.identity.identityrig import IDS, LABELS, REFS, ROOT, SHORT, Node, Nodes, keys, live
 
 
 def elected(*nodes: Node) -> Node | None:
@@ -76,7 +76,7 @@ async def test_a_storm_of_short_lived_identities_leaves_nothing(nodes: Nodes, cl
     assert time.monotonic() - ended < 10
     assert several[1].allocator.usage().quarantined == 800
     assert list(await keys(client, REFS)) == [f"{stays.number}/{several[0].name}"]
-    assert len(await keys(client, f"{ROOT}identities/labels/")) == 1
+    assert len(await live(client, LABELS)) == len(await live(client, IDS)) == 1
 
 
 async def test_collecting_goes_on_after_trouble_with_etcd(
@@ -104,7 +104,7 @@ async def test_what_was_missed_is_found(
     kept = await one.allocate("a", app="kept")
     number, key = make(7, 1), '{"app":"nobody"}'
     value = pb.StoredIdentity(number=number, labels={"app": "nobody"}).SerializeToString()
-    await client.create({f"{IDS}{number}": value, f"{ROOT}identities/labels/{digest(key)}": value})
+    await client.create({f"{IDS}{number}": value, f"{LABELS}{digest(key)}": value})
     await until(lambda: one.allocator.get(number), "it to be seen")
     await until(lambda: one.allocator.get(number) is None, "its collection")
     assert one.allocator.list()[-1] == kept

@@ -27,8 +27,8 @@ class TableMachine(RuleBasedStateMachine):
         self.revision = 0
         self.told = 0
 
-    def _key_free(self, key: str) -> bool:
-        return all(record.retired or record.key != key for record in self.etcd.values())
+    def _of(self, key: str) -> Record | None:
+        return next((record for record in self.etcd.values() if record.key == key), None)
 
     def _write(self, number: int, key: str, retired: bool) -> Record:
         self.revision += 1
@@ -39,8 +39,8 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(number=NUMBERS, key=KEYS, mine=st.booleans())
     def create_or_revive(self, number: int, key: str, mine: bool) -> None:
-        there = self.etcd.get(number)
-        if self._key_free(key) and (there is None or (there.retired and there.key == key)):
+        there, theirs = self.etcd.get(number), self._of(key)
+        if there == theirs and (theirs is None or theirs.retired):
             record = self._write(number, key, False)
             if mine:
                 self.table.learn(record)
@@ -63,14 +63,14 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS)
     def read(self, key: str) -> None:
-        found = next((r for r in self.etcd.values() if r.key == key and not r.retired), None)
+        found = self._of(key)
         if found is not None:
             self.table.learn(found)
-            assert self.table.active(key) == found
+            known = self.table.retired(key) if found.retired else self.table.active(key)
+            assert known == found
         else:
             self.table.learn_absent(key, self.revision)
-            # Only what the watch has told already, and will be told again, may be in the way.
-            assert self.table.active(key) is None or self.told < self.revision or self.told == 0
+            assert self.table.active(key) is None and self.table.retired(key) is None
 
     @rule(steps=st.integers(1, 4))
     def watch(self, steps: int) -> None:
