@@ -88,7 +88,7 @@ lock: $(VENV)/.stamp ## Resolve the dependencies of pyproject.toml anew into req
 		--no-header --upgrade pyproject.toml -o requirements.lock
 
 # ---- measure -------------------------------------------------------------------------------------------------------
-.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench
+.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench-identity bench
 bench-pod: install ## Pod to pod: request/response, connections, streams, against veth and bridge
 	@$(BIN)/python -m bench.pod
 
@@ -102,4 +102,8 @@ bench-ipam: install ## Allocation rates, memory, start-up
 	@$(BIN)/python -m bench.ipam
 	@$(BIN)/python -m bench.node
 
-bench: bench-datapath bench-ipam bench-cni bench-pod ## All benchmarks, one JSON object a line
+bench-identity: install ## Identities a second; the table of addresses: cold start, cost of one change
+	@$(BIN)/python -m bench.identity
+	@$(BIN)/python -m bench.ipcache
+
+bench: bench-datapath bench-ipam bench-cni bench-identity bench-pod ## All benchmarks, one JSON object a line

@@ -155,6 +155,11 @@ class Ipcache:
                 await self._compare()
         self._flush()
 
+    async def settled(self) -> None:
+        """Wait until a comparison that is under way has ended."""
+        async with self._comparing:
+            pass
+
     # -- asking
 
     def lookup(self, address: IPAddress) -> Entry | None:

@@ -84,12 +84,14 @@ def kernel(place: Path) -> Iterator[Kernel]:
 
 
 @contextlib.asynccontextmanager
-async def started(etcd: EmbeddedEtcd, place: Path, kernel: Kernel, synced: bool = True) -> AsyncIterator[Member]:
+async def started(
+    etcd: EmbeddedEtcd, place: Path, kernel: Kernel, synced: bool = True
+) -> AsyncIterator[Member]:
     """Node "a", in step."""
     async with member(etcd.endpoint, "a", place, kernel.instance, lease=False) as a:
         if synced:
             await a.ipcache.synced.wait()
-            await a.ipcache.compare()  # waits for the first comparison
+            await a.ipcache.settled()
         yield a
 
 
@@ -180,7 +182,9 @@ async def test_packets_under_way_may_carry_what_was_before(
         for identity, previous, before in ((100, 0, 5), (101, 100, 100), (101, 101, 100), (102, 102, 0)):
             key = PREFIX + "10.2.0.7"
             await client.put(key, stored_address("10.2.0.7", identity, "b", previous))
-            await until(lambda p=previous: (e := a.entry("10.2.0.7")) and e.previous_identity == p, "the news")
+            await until(
+                lambda p=previous: (e := a.entry("10.2.0.7")) and e.previous_identity == p, "the news"
+            )
             found = kernel.lookup("10.2.0.7")
             assert found is not None
             assert (found.identity, found.before) == (identity, before)
@@ -273,7 +277,7 @@ async def test_maps_may_come_late_and_be_replaced(
     with pinned_maps(place) as first, pinned_maps(place) as second:
         async with member(etcd.endpoint, "a", place, first, lease=False) as a:
             await a.ipcache.synced.wait()
-            await a.ipcache.compare()
+            await a.ipcache.settled()
             assert Kernel(first).content() == wanted(a)
             for name in ("ipc_addr", "ipc_prefix"):
                 path = first.pin_dir / abi.MAPS[name]
@@ -315,9 +319,7 @@ async def test_a_node_that_was_forgotten_and_is_back_is_named_anew(
         await until(lambda: kernel.content() == wanted(a), "its pods to name it right")
 
 
-async def test_the_kernel_finds_what_the_table_finds(
-    etcd: EmbeddedEtcd, place: Path, kernel: Kernel
-) -> None:
+async def test_the_kernel_finds_what_the_table_finds(etcd: EmbeddedEtcd, place: Path, kernel: Kernel) -> None:
     dice = random.Random(7)
 
     def somewhere() -> IPAddress:
