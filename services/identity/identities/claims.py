@@ -282,7 +282,7 @@ class Claims:
         else:
             self._owner.learned_absent(key, look.revision)
         if look.epoch != epoch.revision and self._epoch == epoch:
-            log.warning("this node's epoch has ended; is there another node of this name?")
+            log.warning("what this node holds is read anew: its lease was lost, or another node has its name")
             self._end(epoch)
 
     # -- giving back

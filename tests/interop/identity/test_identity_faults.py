@@ -236,5 +236,5 @@ async def test_two_nodes_of_one_name_are_noticed(
     lease = await client.grant(60)
     await client.put(f"{ROOT}identities/epochs/one", b"", lease=lease)
     shop = await one.allocate("b", app="shop")
-    assert "is there another node of this name?" in caplog.text
+    assert "another node has its name" in caplog.text
     assert shop.labels == {"app": "shop"}
