@@ -102,8 +102,9 @@ bench-ipam: install ## Allocation rates, memory, start-up
 	@$(BIN)/python -m bench.ipam
 	@$(BIN)/python -m bench.node
 
-bench-identity: install ## Identities a second; the table of addresses: cold start, cost of one change
+bench-identity: install ## Identities a second; addresses: from node to node, cold start, cost of one change
 	@$(BIN)/python -m bench.identity
+	@$(BIN)/python -m bench.propagation
 	@$(BIN)/python -m bench.ipcache
 
 bench: bench-datapath bench-ipam bench-cni bench-identity bench-pod ## All benchmarks, one JSON object a line
