@@ -20,6 +20,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,18 @@ FIXED: Final = {
 }
 
 
+_importing = threading.Lock()
+
+
 @functools.cache
 def _codec(kind: int) -> Any:
     """pyroute2's class for a message type (see the module's docstring for the odd import)."""
+    # Services in one process have a netlink thread each.
+    with _importing:
+        return _import(kind)
+
+
+def _import(kind: int) -> Any:
     module, _, name = _CODECS[kind & ~3].partition(".")
     real = sys.modules.get("pyroute2")
     if real is None:

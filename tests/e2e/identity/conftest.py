@@ -28,6 +28,7 @@ def node(shared: IdentityNode) -> Iterator[IdentityNode]:
     """A healthy node with both services and no pods, which is what a test must leave."""
     shared.up()
     yield shared
+    shared.up()
     for name in shared.all():
         shared.remove(name)
     wait_for(lambda: not shared.published(), "nothing is published any more")

@@ -23,6 +23,9 @@ from fibril.identity.v1 import identity_pb2 as idpb
 from fibril.identity.v1.identity_pb2_grpc import IdentityServiceStub
 from fibril.ipcache.v1 import ipcache_pb2
 from fibril.ipcache.v1.ipcache_pb2_grpc import IpcacheServiceStub
+from fibril.status.v1 import status_pb2
+from fibril.status.v1.status_pb2_grpc import StatusServiceStub
+from fibril.types.v1 import types_pb2
 from services.common.etcd.client import EtcdClient, KeyValue
 from services.common.kernel import netns
 from services.common.kernel.maps import BpfMap
@@ -78,12 +81,16 @@ class IdentityNode(Node):
         wait_for(lambda: self.processes().get(name, old) != old, f"a new {name}", BACK_S)
         wait_for(lambda: self.fibril("status", code=None).returncode == 0, "health", BACK_S)
 
-    def part(self, name: str) -> tuple[str, str]:
-        """Health and message of a part of the identity service."""
-        (found,) = [
-            p for p in self.json("status", code=None)["parts"] if (p["source"], p["name"]) == ("identity", name)
-        ]
-        return found["health"], found["message"]
+    def components(self, service: str) -> dict[str, status_pb2.Component]:
+        """Parts of a service by name."""
+        answer = StatusServiceStub(self._channel(service)).GetStatus(
+            status_pb2.GetStatusRequest(), timeout=10, wait_for_ready=True
+        )
+        return {component.name: component for component in answer.components}
+
+    def is_well(self, part: str) -> bool:
+        """Whether a part of the identity service is."""
+        return self.components("identity")[part].health == types_pb2.HEALTH_OK
 
     # ---- pods
     def pod(self, name: str, labels: Mapping[str, str] | None = None) -> ep.Endpoint:
@@ -155,9 +162,7 @@ class IdentityNode(Node):
     def settled(self) -> bool:
         """Whether labels, endpoints, programs, etcd and the ipcache agree."""
         endpoints = self.all()
-        want = {
-            e.container_id: self.resolve(e.labels) if e.labels else INIT for e in endpoints.values()
-        }
+        want = {e.container_id: self.resolve(e.labels) if e.labels else INIT for e in endpoints.values()}
         addresses = {a: want[e.container_id] for e in endpoints.values() for a in (e.ipv4, e.ipv6) if a}
         return (
             0 not in want.values()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,7 +50,7 @@ def test_new_labels_are_a_new_identity(node: IdentityNode) -> None:
     assert node.settle()["b"] == after["a"]
     # Nobody is left with the old ones.
     wait_for(lambda: not node.keys(f"identities/refs/{before['a']}/"), "the old identity is held by nobody")
-    assert node.part("endpoints")[0] == "HEALTH_OK"
+    assert node.is_well("endpoints")
 
 
 def test_killed_services_change_nothing(node: IdentityNode) -> None:
@@ -79,12 +81,36 @@ def test_without_etcd_what_is_known_goes_on(node: IdentityNode) -> None:
     node.pod("b", WEB)
     node.pod("c", DB)
     wait_for(lambda: node.all()["b"].identity == before["a"], "an identity that is held here")
-    wait_for(lambda: node.part("endpoints")[0] == "HEALTH_DEGRADED", "the lack is told")
+    wait_for(lambda: not node.is_well("endpoints"), "the lack is told")
     assert node.all()["c"].identity == INIT
+    # A process that starts now serves what this node knows.
+    maps, old = node.in_maps(), node.processes()["identity"]
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: node.resolve(WEB) == before["a"], "an answer of the new process", 20)
+    assert node.processes()["identity"] != old
+    assert not node.is_well("etcd")
+    assert node.in_maps() == maps
     os.kill(node.processes()["etcd"], signal.SIGCONT)
     after = node.settle(30)
     assert after["a"] == before["a"]
     wait_for(lambda: node.fibril("status", code=None).returncode == 0, "health", 20)
+
+
+def test_without_bpf_identities_are_served(node: IdentityNode) -> None:
+    node.up("--services", "ipam")
+    lacking = "-bpf,-perfmon,-sys_admin"
+    weak = node.start(
+        "setpriv", f"--bounding-set={lacking}", f"--inh-caps={lacking}",
+        sys.executable, "-m", "services.identity", "--instance", node.name, "--etcd", node.etcd,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        node.pod("a", WEB)
+        wait_for(lambda: node.all()["a"].identity == node.resolve(WEB) != 0, "an identity", 20)
+        assert "CAP_BPF" in node.components("identity")["datapath"].message
+    finally:
+        weak.terminate()
+        assert weak.wait(10) == 0
 
 
 def test_a_storm_of_labels_ends_in_order(node: IdentityNode) -> None:

@@ -42,3 +42,14 @@ def test_the_message_classes_come_without_the_rest_of_pyroute2() -> None:
     assert rest == "False"
     # Somebody else in the process may still want the real package.
     assert "IPRoute" in done.stdout.split("\n")[1]
+
+
+def test_the_message_classes_can_be_wanted_by_several_threads_at_once() -> None:
+    script = (
+        "import sys, threading\nfrom services.common.kernel import rtnl\nsys.setswitchinterval(1e-6)\n"
+        "threads = [threading.Thread(target=rtnl.preload) for _ in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
