@@ -24,7 +24,7 @@ class Holding(NamedTuple):
 
 
 def holdings(events: Iterable[Mapping[str, Any]], absence_s: float) -> list[Holding]:
-    """From the log of all nodes. A node silent for longer than `absence_s` may have lost what it held: until it went is certain."""
+    """From the log of all nodes. A node silent for longer than `absence_s` held what it held until then; it may have lost it."""
     found: list[Holding] = []
     held: dict[tuple[str, str], tuple[float, str, int]] = {}
     calls: dict[str, Mapping[str, Any]] = {}
@@ -73,7 +73,7 @@ def holdings(events: Iterable[Mapping[str, Any]], absence_s: float) -> list[Hold
 
 
 def contradictions(history: Iterable[Holding], quarantine_s: float) -> Iterator[str]:
-    """Whatever must not be: two numbers for equal labels at a time, or a number with other labels before its quarantine ended."""
+    """What must not be: two numbers for equal labels at a time, or a number with other labels before its quarantine ended."""
     by_labels: dict[str, list[Holding]] = defaultdict(list)
     by_number: dict[int, list[Holding]] = defaultdict(list)
     for holding in sorted(history):
