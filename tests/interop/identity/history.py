@@ -24,7 +24,7 @@ class Holding(NamedTuple):
 
 
 def holdings(events: Iterable[Mapping[str, Any]], absence_s: float) -> list[Holding]:
-    """From the log of all nodes. A node silent for longer than `absence_s` held what it held until then; it may have lost it."""
+    """From the log of all nodes. A node silent for longer than `absence_s` held what it had until then; it may have lost it."""
     found: list[Holding] = []
     held: dict[tuple[str, str], tuple[float, str, int]] = {}
     calls: dict[str, Mapping[str, Any]] = {}
