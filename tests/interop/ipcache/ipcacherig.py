@@ -44,7 +44,9 @@ class Member:
         self.index = NodeIndex(self.db)
         self.directory = Directory(self.etcd, CLUSTER, name, self.index)
         self.lease = NodeLease(self.etcd, self.db, 20, name)
-        self.ipcache = Ipcache(self.etcd, CLUSTER, name, self.index, self.directory, instance, self.db, netlink)
+        self.ipcache = Ipcache(
+            self.etcd, CLUSTER, name, self.index, self.directory, instance, self.db, netlink
+        )
         self.publisher = Publisher(self.etcd, CLUSTER, name, self.lease, self.ipcache)
         self._keeping: asyncio.Task[None] | None = None
 

@@ -95,9 +95,7 @@ async def test_the_longest_prefix_that_holds_an_address_is_found(served: Served,
     assert (own.local, own.tunnel_endpoint) == (True, "")
     wide = (await served.stub.GetEntry(pb.GetEntryRequest(address="10.1.0.200"))).entry
     assert (wide.prefix, wide.source, wide.node) == ("10.1.0.0/16", pb.ENTRY_SOURCE_LOCAL, "")
-    await refused(
-        served.stub.GetEntry(pb.GetEntryRequest(address="198.51.100.1")), grpc.StatusCode.NOT_FOUND
-    )
+    await refused(served.stub.GetEntry(pb.GetEntryRequest(address="198.51.100.1")), grpc.StatusCode.NOT_FOUND)
     for text in ("", "10.1.0.0/16", "nonsense"):
         await refused(
             served.stub.GetEntry(pb.GetEntryRequest(address=text)), grpc.StatusCode.INVALID_ARGUMENT
@@ -114,9 +112,7 @@ async def test_a_list_pages_in_order_over_changes(served: Served, client: EtcdCl
         f"10.1.0.{number}/32" for number in range(50) if number % 2 == 0 and number % 3 == 1
     ]
     # An entry whose place a token marks may go.
-    first = await served.stub.ListEntries(
-        pb.ListEntriesRequest(node="b", page=types_pb2.PageRequest(size=2))
-    )
+    first = await served.stub.ListEntries(pb.ListEntriesRequest(node="b", page=types_pb2.PageRequest(size=2)))
     assert [entry.prefix for entry in first.entries] == ["10.1.0.0/32", "10.1.0.2/32"]
     await client.delete(PREFIX + "10.1.0.2")
     await until(lambda: "10.1.0.2" not in served.member.pods(), "the deletion")
@@ -179,9 +175,7 @@ async def test_local_declarations_are_the_owners(served: Served) -> None:
         grpc.StatusCode.FAILED_PRECONDITION,
         "declared by 'a'",
     )
-    await refused(
-        served.stub.GetEntry(pb.GetEntryRequest(address="203.0.113.1")), grpc.StatusCode.NOT_FOUND
-    )
+    await refused(served.stub.GetEntry(pb.GetEntryRequest(address="203.0.113.1")), grpc.StatusCode.NOT_FOUND)
     assert (await delete(pb.DeleteLocalEntriesRequest(owner="b"))).deleted == 0
     assert (
         await delete(pb.DeleteLocalEntriesRequest(owner="a", prefixes=["198.51.100.0/24", "10.0.0.0/8"]))

@@ -91,4 +91,3 @@ async def test_of_several_declarations_the_strongest_counts(
         await until(lambda: says(a, "10.0.0.9") == (0xFFF00001, "", Source.LOCAL), "the declaration again")
         a.ipcache.delete_local("policy", [key])
         assert says(a, "10.0.0.9") == (0xFFF00002, "", Source.LOCAL)
-

@@ -1,0 +1,54 @@
+"""The host's addresses, followed in a network namespace."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from services.common.kernel import netns
+from services.common.kernel.netlink import Netlink
+from services.common.kernel.netns import NetNs
+from services.identity.ipcache.hostaddrs import HostAddresses
+from tests.interop.etcd.etcdrig import until
+
+
+@pytest.fixture
+def space() -> Iterator[Path]:
+    path = Path(f"/run/netns/t{secrets.token_hex(4)}")
+    netns.add(path)
+    try:
+        yield path
+    finally:
+        netns.remove(path)
+
+
+async def test_addresses_that_others_can_send_to_are_followed(space: Path) -> None:
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", "-n", space.name, *words], check=True)
+
+    ip("link", "set", "lo", "up")
+    ip("link", "add", "eth0", "up", "type", "veth", "peer", "name", "other")
+    ip("address", "add", "198.18.5.1/24", "dev", "eth0")
+    with NetNs.open(space) as inside, inside.entered():
+        async with Netlink() as netlink:
+            told: list[frozenset[str]] = []
+            host = HostAddresses(netlink, lambda: told.append(frozenset(map(str, host.addresses))))
+            await host.start()
+            following = asyncio.create_task(host.run())
+            assert told == [frozenset({"198.18.5.1"})]
+            # Also on loopback: a service's address, for example.
+            ip("address", "add", "198.18.5.9/32", "dev", "lo")
+            ip("address", "add", "2001:db8:5::1/64", "dev", "eth0", "nodad")
+            wanted = {ip_address(text) for text in ("198.18.5.1", "198.18.5.9", "2001:db8:5::1")}
+            await until(lambda: host.addresses == wanted, "both new ones")
+            ip("address", "del", "198.18.5.1/24", "dev", "eth0")
+            await until(lambda: ip_address("198.18.5.1") not in host.addresses, "the one that went")
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            host.close()
