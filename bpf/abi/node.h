@@ -22,11 +22,12 @@ enum node_mode {
 /* node_entry.flags */
 #define NODE_TUNNEL_V6 0x1 /* overlay packets travel in IPv6 */
 #define NODE_HOP_V6 0x2    /* its IPv6 address is the next hop of IPv4 packets, too; NODE_ROUTED */
+#define NODE_DIRECT 0x4    /* on the same IPv4 network: overlay packets need no route; NODE_OVERLAY */
 
 struct node_entry {
 	struct fib_addr v6; /* its underlay addresses; zero: none */
 	__be32 v4;
-	__u32 ifindex;      /* uplink towards it; NODE_ROUTED */
+	__u32 ifindex;      /* uplink towards it; NODE_ROUTED and NODE_DIRECT */
 	__u16 mtu;          /* largest packet of a pod that fits, bytes, Ethernet header not counted */
 	__u8 mode;          /* enum node_mode */
 	__u8 flags;         /* NODE_* */
@@ -40,7 +41,7 @@ struct network_config {
 	__u32 host_ifindex;    /* fb<tag>host: the host's side towards pods */
 	__u32 uplink_ifindex;
 	__u8 host_mac[6];      /* of fb<tag>host: what is sent in by it must be addressed to it */
-	__u16 pad;
+	__be16 overlay_port;   /* UDP */
 	__be32 v4;             /* this node's underlay addresses, which peers know it by; zero: none */
 	struct fib_addr v6;
 	__u32 reserved[6];

@@ -11,12 +11,9 @@
 #include "abi/ipcache.h"
 #include "abi/node.h"
 #include "identity/overlay.h"
+#include "identity/redirect.h"
 #include "lib/router.h"
 #include "lib/slot.h"
-
-/* BCC declares bpf_redirect_neigh without its last argument, the flags. */
-static int (*redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *hop, int size, __u64 flags) = (void *)
-	BPF_FUNC_redirect_neigh;
 
 static __always_inline int remote_to_stack(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import ipaddress
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from services.common.pipeline import abi
 from services.identity.network import install
 from tests.datapath.harness import Datapath, Result
 
-HERE, OVERLAY, OVERLAY_V6, ROUTED, CLOUD, NOWHERE = 1, 2, 3, 4, 5, 6
+HERE, OVERLAY, OVERLAY_V6, ROUTED, CLOUD, NOWHERE, DIRECT = 1, 2, 3, 4, 5, 6, 7
 """Indexes of the nodes."""
-UNDERLAY = {OVERLAY: ("192.168.7.2", ""), OVERLAY_V6: ("", "fd77::3"), ROUTED: ("192.168.7.4", "fd77::4"),
+UNDERLAY = {OVERLAY: ("192.168.7.2", ""), DIRECT: ("192.168.7.7", ""), OVERLAY_V6: ("", "fd77::3"),
+            ROUTED: ("192.168.7.4", "fd77::4"),
             HERE: ("192.168.7.1", "fd77::1")}  # fmt: skip
 MTU = 1400
+OVERLAY_PORT = 8472
 HOST_IF, OVERLAY_IF, UPLINK_IF = 2001, 2002, 2003
 HOST_MAC = "02:00:00:00:00:99"
 TUNNEL_SPEC = loader.ProgramSpec(
@@ -53,6 +56,7 @@ NODES = {
     HERE: node_entry(abi.NodeMode.LOCAL, *UNDERLAY[HERE]),
     OVERLAY: node_entry(abi.NodeMode.OVERLAY, *UNDERLAY[OVERLAY]),
     OVERLAY_V6: node_entry(abi.NodeMode.OVERLAY, *UNDERLAY[OVERLAY_V6], flags=abi.NodeFlag.TUNNEL_V6),
+    DIRECT: node_entry(abi.NodeMode.OVERLAY, *UNDERLAY[DIRECT], flags=abi.NodeFlag.DIRECT),
     ROUTED: node_entry(abi.NodeMode.ROUTED, *UNDERLAY[ROUTED]),
     CLOUD: node_entry(abi.NodeMode.STACK, "192.168.9.5", "fd77::5"),
 }
@@ -83,7 +87,8 @@ class Cluster:
         self.nodes = opened(abi.MAPS["nd_nodes"], ct.c_uint32, abi.NodeEntry)
         self.devices = opened(abi.MAPS["nd_config"], ct.c_uint32, abi.NetworkDevices)
         self.devices.update(0, abi.NetworkDevices(
-            overlay_ifindex=OVERLAY_IF, host_ifindex=HOST_IF, uplink_ifindex=UPLINK_IF, host_mac=abi.mac_bytes(HOST_MAC)))
+            overlay_ifindex=OVERLAY_IF, host_ifindex=HOST_IF, uplink_ifindex=UPLINK_IF, host_mac=abi.mac_bytes(HOST_MAC),
+            overlay_port=socket.htons(OVERLAY_PORT), v4=abi.be32(ipaddress.IPv4Address(UNDERLAY[HERE][0]))))
         for index, entry in NODES.items():
             self.nodes.update(index, entry)
 

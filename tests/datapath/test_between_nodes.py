@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.layers.vxlan import VXLAN
 
 from services.common.instance import Instance
 from services.common.kernel import progs
@@ -20,11 +21,13 @@ from services.identity.network.install import FROM_HOST, FROM_OVERLAY, FROM_UPLI
 from services.identity.numbers import Reserved
 from tests.datapath.cluster import (
     CLOUD,
+    DIRECT,
     HERE,
     HOST_MAC,
     MTU,
     NOWHERE,
     OVERLAY,
+    OVERLAY_PORT,
     OVERLAY_V6,
     ROUTED,
     UNDERLAY,
@@ -79,6 +82,36 @@ def test_a_pod_reaches_other_nodes_by_the_overlay(cluster: Cluster, family: int,
     after = Ether(result.data)
     assert (after[IP].ttl if family == 4 else after[IPv6].hlim) == 8
     assert (result.event.src_identity, result.event.dst_identity) == (A.identity, IDENTITY)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("identity", [A.identity, FAR_CLUSTER])
+def test_to_neighbours_the_overlay_is_written_here(cluster: Cluster, family: int, identity: int) -> None:
+    """Every field of the outer headers, as scapy reads them."""
+    cluster.know(host(PEER[family]), IDENTITY, DIRECT)
+    sender = abi.Endpoint.from_buffer_copy(bytes(A))
+    sender.identity = identity
+    cluster.dp.put(sender)
+    ecn_and_more = {"tos": 0xBA} if family == 4 else {"tc": 0xBA}
+    packet = ether() / ip(PEER[family], family, ttl=9, **ecn_and_more) / TCP(dport=80) / b"abc"
+    try:
+        result = cluster.dp.run(bytes(packet))
+    finally:
+        cluster.dp.put(A)
+    assert (result.action, result.verdict) == (REDIRECT, abi.Verdict.TO_OVERLAY)
+    outer = Ether(result.data)
+    assert (outer[IP].src, outer[IP].dst) == (UNDERLAY[HERE][0], UNDERLAY[DIRECT][0])
+    assert (outer[IP].flags, outer[IP].ttl, outer[IP].tos, outer[IP].proto) == ("DF", 64, 2, 17)
+    assert (outer[IP].len, outer[UDP].len) == (len(result.data) - 14, len(result.data) - 34)
+    sum_given = outer[IP].chksum
+    del outer[IP].chksum
+    assert IP(bytes(outer[IP])).chksum == sum_given
+    assert (outer[UDP].dport, outer[UDP].sport >> 15, outer[UDP].chksum) == (OVERLAY_PORT, 1, 0)
+    vxlan = VXLAN(bytes(outer[UDP].payload))
+    assert vxlan.vni == identity & 0xFFFFFF
+    assert (int(vxlan.flags), vxlan.gpid or 0) == ((0x88, identity >> 24) if identity >> 24 else (0x08, 0))
+    inside = bytes(vxlan.payload)
+    assert inside[12:] == delivered(packet, B)[12:]  # one hop less, else as it was
 
 
 @pytest.mark.parametrize("family", [4, 6])

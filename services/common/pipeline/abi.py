@@ -252,6 +252,7 @@ class NodeFlag(enum.IntFlag):
 
     TUNNEL_V6 = 0x1
     HOP_V6 = 0x2
+    DIRECT = 0x4
 
 
 class NodeEntry(ct.Structure):
@@ -265,7 +266,7 @@ class NetworkDevices(ct.Structure):
     """struct network_config: the one value of nd_config."""
 
     _fields_ = (("overlay_ifindex", ct.c_uint32), ("host_ifindex", ct.c_uint32),
-                ("uplink_ifindex", ct.c_uint32), ("host_mac", ct.c_uint8 * 6), ("pad", ct.c_uint16),
+                ("uplink_ifindex", ct.c_uint32), ("host_mac", ct.c_uint8 * 6), ("overlay_port", ct.c_uint16),
                 ("v4", ct.c_uint32), ("v6", FibAddr), ("reserved", ct.c_uint32 * 6))
 
 

@@ -7,6 +7,7 @@ is the ipam service's: until that has made it there is none, and nothing waits f
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -124,6 +125,7 @@ class Devices:
                 overlay_ifindex=self.found.overlay,
                 host_ifindex=self.found.host,
                 uplink_ifindex=self.found.uplink,
+                overlay_port=socket.htons(self._port),
             )
             if host is not None:
                 devices.host_mac = abi.mac_bytes(host.mac)

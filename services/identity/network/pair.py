@@ -72,6 +72,7 @@ class Pair:
     """How to reach a node.
 
     tunnel: family overlay packets travel in, else 0. mtu: largest packet of a pod that fits, 0 if not known.
+    direct: overlay packets, over IPv4, need no router.
     hops: which of the other node's addresses can be the next hop: (family of the pods, family of the address).
     needs_routes: `problem` is none if somebody else has given the host routes to the node's pods.
     """
@@ -79,6 +80,7 @@ class Pair:
     mode: abi.NodeMode
     mtu: int = 0
     tunnel: int = 0
+    direct: bool = False
     hops: frozenset[tuple[int, int]] = frozenset()
     problem: str = ""
     needs_routes: bool = False
@@ -173,7 +175,8 @@ def _overlay(own: Side, peer: Side, common: list[int], underlay: Underlay, probl
     mtu = max(0, mtu - VXLAN_OVERHEAD[family]) if mtu else 0
     if 0 < mtu < MTU_MIN and not problem:
         problem = f"packets of {mtu} bytes at most fit, and IPv6 needs {MTU_MIN}; raise the uplinks' MTU"
-    return Pair(abi.NodeMode.OVERLAY, mtu, family, problem=problem)
+    direct = family == 4 and (4, 4) in _hops(own, peer, common)
+    return Pair(abi.NodeMode.OVERLAY, mtu, family, direct=direct, problem=problem)
 
 
 def _mtu(own: Side, peer: Side) -> int:

@@ -123,6 +123,9 @@ class Plan:
         flags = abi.NodeFlag.TUNNEL_V6 if pair.tunnel == 6 else abi.NodeFlag(0)
         if (4, 6) in pair.hops:
             flags |= abi.NodeFlag.HOP_V6
+        if pair.direct and self._own.devices.uplink:
+            flags |= abi.NodeFlag.DIRECT
+            ifindex = self._own.devices.uplink
         return _raw(node, mode, ifindex, pair.mtu, int(flags))
 
     def _local_entry(self, node: Node) -> bytes:

@@ -132,7 +132,8 @@ sides = st.builds(
 def test_both_sides_decide_alike(own: Side, peer: Side, underlay: Underlay) -> None:
     here, there = decide(own, peer, underlay), decide(peer, own, underlay)
     assert (here.mode, here.tunnel, here.mtu, here.hops) == (there.mode, there.tunnel, there.mtu, there.hops)
-    assert bool(here.problem) == bool(there.problem)
+    assert (bool(here.problem), here.direct) == (bool(there.problem), there.direct)
+    assert not here.direct or (here.mode is OVERLAY and here.tunnel == 4)
     # What cannot be sent is explained, and what is sent has what it needs.
     assert here.problem or here.mode is not NONE
     if here.mode is OVERLAY:

@@ -103,7 +103,7 @@ def test_a_node_costs_work_for_that_node() -> None:
     for number in range(2, 200):
         plan.put(node(f"h{number}", blocks=[f"10.{number}.0.0/24"]))
     assert plan.put(node("h7", subnet=2, blocks=["10.7.0.0/24", "10.7.1.0/24"])) == Changed(
-        frozenset({7}), frozenset({ip_network("10.7.1.0/24")})
+        frozenset({7}), frozenset({ip_network("10.7.1.0/24")}), True
     )
     assert not plan.put(node("h7", subnet=2, blocks=["10.7.0.0/24", "10.7.1.0/24"]))
     assert plan.drop("h7").blocks == {ip_network("10.7.0.0/24"), ip_network("10.7.1.0/24")}
