@@ -50,9 +50,14 @@ class IdentityNode(Node):
         netns.add(self.netns)
         self.run("ip", "link", "set", "lo", "up")
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
+        """An idle client may hold a draining service up for its grace time."""
         for channel in self._channels:
             channel.close()
+        self._channels.clear()
+
+    def close(self) -> None:
+        self.disconnect()
         self.fibril("down", code=None)
         self.kill_all()
         for space in (*self._spaces, self.netns):
@@ -60,10 +65,8 @@ class IdentityNode(Node):
         shutil.rmtree(self.root, ignore_errors=True)
 
     def up(self, *words: str) -> None:
+        self.disconnect()
         self.fibril("up", *words)
-        for channel in self._channels:
-            channel.close()
-        self._channels.clear()
         self.endpoints = EndpointServiceStub(self._channel("ipam"))
         self.identities = IdentityServiceStub(self._channel("identity"))
         self.ipcache = IpcacheServiceStub(self._channel("identity"))

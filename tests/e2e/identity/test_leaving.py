@@ -21,6 +21,7 @@ def test_down_withdraws_what_vanishes_with_the_node() -> None:
             node.settle()
             kinds = {key.split("/")[0] for key in node.keys("")}
             assert {"ip", "alive", "nodes", "identities"} <= kinds
+            node.disconnect()
             node.fibril("down")
             kinds = {key.split("/")[0] for key in node.keys("")}
             assert not {"ip", "alive"} & kinds and "nodes" in kinds
