@@ -35,6 +35,7 @@ class Feed(Generic[T]):
         # Changes with a revision above this are all in `_changes`.
         self._oldest = self.revision
         self._news = asyncio.Event()
+        self._waiting = 0
 
     def publish(self, kind: Literal["put", "delete"], item: T) -> None:
         """Tell everyone who watches."""
@@ -42,8 +43,9 @@ class Feed(Generic[T]):
         if len(self._changes) == self._changes.maxlen:
             self._oldest = self._changes[0].revision
         self._changes.append(Change(kind, item, self.revision))
-        self._news.set()
-        self._news = asyncio.Event()
+        if self._waiting:
+            self._news.set()
+            self._news = asyncio.Event()
 
     async def watch(self, after: int = 0) -> AsyncIterator[Change[T]]:
         """Endless. With an `after` still remembered: only what followed it, else snapshot, "synced", what
@@ -65,7 +67,11 @@ class Feed(Generic[T]):
                     f"the watcher fell {behind} changes behind", fix="watch again, for a new snapshot"
                 )
             if not behind:
-                await news.wait()
+                self._waiting += 1
+                try:
+                    await news.wait()
+                finally:
+                    self._waiting -= 1
                 continue
             for change in list(self._changes)[-behind:]:
                 seen = change.revision

@@ -1,8 +1,8 @@
 """Many small conditional changes in few transactions.
 
 While transactions are under way, changes gather; then all that have gathered go together, as one transaction under all their
-conditions. Should that fail, each is made by itself: what a caller sees is as if it had been alone. A change that nothing is
-under way for goes at once. What a transaction costs is mostly the same however much is in it, so in a storm this is several
+conditions. Should that fail, each is made by itself: what a caller sees is as if it had been alone. While nothing is under
+way a change goes at once, with those of the same moment. What a transaction costs is mostly the same however much is in it, so in a storm this is several
 times as fast, and etcd writes to its disk that much less often.
 """
 
@@ -39,15 +39,22 @@ class Batcher:
         self._limit = in_flight
         self._queue: deque[tuple[Txn, asyncio.Future[int | None]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
+        self._soon = False
 
     async def transact(self, txn: Txn) -> int | None:
         """See EtcdClient.transact. Goes on when the caller is cancelled."""
         done: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._queue.append((txn, done))
-        self._pump()
+        self._pump_soon()
         return await done
 
+    def _pump_soon(self) -> None:
+        if not self._soon:
+            self._soon = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
     def _pump(self) -> None:
+        self._soon = False
         while self._queue and len(self._running) < self._limit:
             batch = _Batch()
             while self._queue and batch.add(*self._queue[0]):
@@ -58,7 +65,7 @@ class Batcher:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._pump()
+        self._pump_soon()
 
     async def _run(self, batch: _Batch) -> None:
         try:

@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from aetcd import rpc
@@ -55,8 +55,7 @@ class Compacted(Aborted):
     """The revision asked for is no longer kept; list again."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValue:
+class KeyValue(NamedTuple):
     """A key as it was at some revision.
 
     mod_revision: of its last change; create_revision: of its creation; lease: id, 0 for none.

@@ -15,7 +15,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from services.common.errors import FibrilError, Unavailable
 from services.common.etcd.client import EtcdClient, KeyValue, Listing, key_value
@@ -40,8 +40,7 @@ class Synced:
     revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(NamedTuple):
     """The key was created or changed."""
 
     key: str

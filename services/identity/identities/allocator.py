@@ -138,15 +138,14 @@ class Allocator:
 
     def status(self) -> ComponentStatus:
         """Of this part of the service; warns from 80 % of the numbers on."""
-        usage = self.usage()
-        taken, message = usage.used + usage.quarantined, self.problem
+        taken, space, message = self._table.taken, self._table.space, self.problem
         if not message and taken >= self._scarce_from:
             message = (
-                f"{taken} of {usage.capacity} identity numbers are taken, {usage.quarantined} of them in quarantine; "
+                f"{taken} of {space} identity numbers are taken, {self._table.quarantined} of them in quarantine; "
                 "let fewer labels count (identities.exclude)"
             )
         return ComponentStatus(
-            "identities", "degraded" if message else "ok", message, used=taken, capacity=usage.capacity
+            "identities", "degraded" if message else "ok", message, used=taken, capacity=space
         )
 
     # -- what callers do
@@ -164,7 +163,7 @@ class Allocator:
             if held is not None and held.given == given and right:
                 return Identity(held.number, held.key)
             identity = await self._find_or_make(labels, held)
-            self._record(holder, identity, given)
+            await self._record(holder, identity, given)
         return identity
 
     async def release(self, holder: str) -> int:
@@ -173,8 +172,11 @@ class Allocator:
             held = self._holders.remove(holder)
             if held is None:
                 return 0
-            self._unsettled.discard(holder)
-            self._let_go(held.number)
+            try:
+                await self._holders.saved()
+                self._unsettled.discard(holder)
+            finally:
+                self._let_go(held.number)
         return held.number
 
     def get(self, number: int) -> Identity | None:
@@ -269,16 +271,16 @@ class Allocator:
             self.feed.publish("put", identity)
         return identity
 
-    def _record(self, holder: str, identity: Identity, given: str) -> None:
-        """What was found stays the holder's. Nothing may be awaited since it was."""
+    async def _record(self, holder: str, identity: Identity, given: str) -> None:
+        """What was found is the holder's from now on. Nothing may be awaited between the two."""
+        old = self._holders.put(holder, Held(identity.number, identity.key, given))
         try:
-            old = self._holders.put(holder, Held(identity.number, identity.key, given))
-        except BaseException:
-            self._let_go(identity.number)
-            raise
-        self._unsettled.discard(holder)
-        if old is not None and old.number != identity.number:
-            self._let_go(old.number)
+            await self._holders.saved()
+            self._unsettled.discard(holder)
+        finally:
+            self._let_go(identity.number)  # if it was undone
+            if old is not None:
+                self._let_go(old.number)
 
     def _let_go(self, number: int) -> None:
         if self._holders.of(number):
@@ -332,7 +334,7 @@ class Allocator:
                 return None
             try:
                 identity = await self._find_or_make(labels_of(held.given), held)
-                self._record(holder, identity, held.given)
+                await self._record(holder, identity, held.given)
             except errors.FibrilError as error:
                 return error
         if identity.number != held.number:
@@ -358,13 +360,13 @@ class Allocator:
         """This node has made, found or retired an identity."""
         before = self._table.get(record.number)
         if self._table.learn(record):
-            self._told(before, record)
+            self._told(record.number, before, record)
 
     def learned_absent(self, key: str, revision: int) -> None:
         """This node has found that labels have no identity."""
         before = self._table.learn_absent(key, revision)
         if before is not None:
-            self._told(before, None)
+            self._told(before.number, before, None)
 
     def begun(self) -> None:
         """What is held has been read anew, or means something else: look at every holder."""
@@ -395,7 +397,7 @@ class Allocator:
                 number = self._store.number_of(event.key)
                 before = self._table.get(number)
                 if self._table.delete(number, event.mod_revision):
-                    self._told(before, None)
+                    self._told(number, before, None)
             case _:
                 self.synced.set()
 
@@ -405,19 +407,18 @@ class Allocator:
             return
         before, record = self._table.get(number), decode(number, value, revision)
         if self._table.put(record):
-            self._told(before, record)
+            self._told(record.number, before, record)
 
-    def _told(self, before: Record | None, now: Record | None) -> None:
+    def _told(self, number: int, before: Record | None, now: Record | None) -> None:
         """An identity has changed in the table."""
-        was = None if before is None or before.retired else Identity(before.number, before.key)
-        now_is = None if now is None or now.retired else Identity(now.number, now.key)
+        was = None if before is None or before.retired else Identity(number, before.key)
+        now_is = None if now is None or now.retired else Identity(number, now.key)
         if was != now_is:
             if now_is is not None:
                 self.feed.publish("put", now_is)
             elif was is not None:
                 self.feed.publish("delete", was)
-        number = (now or before or _NOTHING).number
-        held = self._holders.any_of(number)
+        held = self._holders.any_of(number) if number in self._holders.numbers() else None
         if held is not None and (now_is is None or now_is.key != held.key):
             # Nobody may do so while it is held; so it was not, and this node has been away.
             self._claims.lost(number)
@@ -426,7 +427,7 @@ class Allocator:
         self._warn()
 
     def _warn(self) -> None:
-        taken = self._table.used + self._table.quarantined
+        taken = self._table.taken
         if taken >= self._scarce_from and not self._scarce:
             self._scarce = True
             log.warning("identity numbers run short", extra={"taken": taken, "capacity": self._table.space})
@@ -439,6 +440,3 @@ class Allocator:
             (self._table.quarantined, {"state": "quarantined"}),
             (len(self._local), {"state": "local"}),
         ]
-
-
-_NOTHING: Final = Record(0, "", 0)

@@ -51,7 +51,7 @@ def canonical(labels: Mapping[str, str]) -> str:
     """A label set as JSON: equal sets give equal text, different sets different text. It is what is hashed for etcd, and so
     must never change.
     """
-    return "{" + ",".join([f"{_quoted(key)}:{_quoted(value)}" for key, value in sorted(labels.items())]) + "}"
+    return "{" + ",".join([_quoted(key) + ":" + _quoted(labels[key]) for key in sorted(labels)]) + "}"
 
 
 def labels_of(key: str) -> dict[str, str]:

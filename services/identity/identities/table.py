@@ -104,6 +104,11 @@ class Table:
         """Numbers nobody holds that may not be used yet."""
         return len(self._records) - len(self._active)
 
+    @property
+    def taken(self) -> int:
+        """Numbers that are not free: used and quarantined ones."""
+        return len(self._records)
+
     def get(self, number: int) -> Record | None:
         """What has a number, if anything."""
         return self._records.get(number)
