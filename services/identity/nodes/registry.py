@@ -58,11 +58,13 @@ class Registry:
         self._tasks: list[asyncio.Task[None]] = []
         self._trouble = "not registered yet"
         self._taken = ""
+        self._lives = False  # as the only one of this name
 
     async def start(self) -> None:
         """Register, and keep the record as the underlay is."""
         self._lease.on_grant(self._sign_of_life)
         self._underlay.on_change(self._wake.set)
+        self._directory.on_change(self._told_of)
         self._tasks.append(asyncio.create_task(self._run(), name="nodes.registry"))
 
     async def stop(self) -> None:
@@ -99,7 +101,8 @@ class Registry:
             self._wake.clear()
             pause = RESYNC_S
             try:
-                if not self._taken:
+                # Before, the record may be another machine's.
+                if self._lives:
                     await self._register()
                     self._trouble = ""
             except errors.FibrilError as error:
@@ -130,6 +133,7 @@ class Registry:
             other = pb.StoredAlive.FromString(present.value).token
             if other != self._token:
                 self._taken = f"another node is registered as {self._name!r} and alive"
+                self._lives = False
                 raise errors.FailedPrecondition(
                     self._taken, fix="give one of them another name (etcd.node), or wait until it is gone"
                 )
@@ -137,9 +141,13 @@ class Registry:
             revision = present.mod_revision if present is not None else 0
             if await self._etcd.cas(self._alive_key, revision, value, lease=lease) is None:
                 raise errors.Aborted("the sign of life was written by somebody else meanwhile")
-        if self._taken:
-            self._taken = ""
+        self._taken, self._lives = "", True
         self._wake.set()
+
+    def _told_of(self, name: str) -> None:
+        """Somebody may have changed the record, or lost all that etcd had."""
+        if name == self._name:
+            self._wake.set()
 
     def _same_address(self) -> str:
         facts = self._underlay.facts

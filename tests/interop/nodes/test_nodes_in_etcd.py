@@ -1,0 +1,131 @@
+"""Nodes that join, die, move, share a name, and are forgotten, on a real etcd."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from fibril.ipam.v1 import ipam_pb2
+from fibril.ipcache.v1 import ipcache_pb2
+from fibril.node.v1 import node_pb2 as pb
+from services.common import errors
+from services.common.etcd.client import EtcdClient
+from services.common.etcd.embedded import EmbeddedEtcd
+from services.identity.nodes import removal
+from services.identity.nodes.directory import root_of
+from services.identity.nodes.model import NodeState
+from tests.interop.nodes.noderig import CLUSTER, Member, until
+
+ROOT = root_of(CLUSTER)
+Join = Callable[..., Awaitable[Member]]
+
+
+@pytest.fixture
+async def join(etcd: EmbeddedEtcd, tmp_path: Path) -> AsyncIterator[Join]:
+    """Make and start members; those not stopped by the test are stopped at its end."""
+    members: list[Member] = []
+
+    async def make(name: str, address: str, ttl_s: int = 20, place: str = "") -> Member:
+        members.append(await Member(etcd.endpoint, name, tmp_path, address, ttl_s, place).start())
+        return members[-1]
+
+    yield make
+    for member in members:
+        await member.stop()
+
+
+async def test_nodes_see_each_other_come_and_move(join: Join) -> None:
+    a = await join("a", "192.168.0.1")
+    b = await join("b", "192.168.0.2")
+    for member in (a, b):
+        await until(lambda m=member: {n for n, v in m.directory.nodes().items() if v.state is NodeState.ALIVE} == {"a", "b"})
+    assert a.directory.local is not None and a.directory.local.local
+    assert not a.registry.problem
+    before = a.directory.nodes()["b"].index
+    changed: list[str] = []
+    a.directory.on_change(changed.append)
+    b.underlay.move("192.168.0.9")
+    await until(lambda: str(a.directory.nodes()["b"].ipv4) == "192.168.0.9")
+    assert a.directory.nodes()["b"].index == before
+    assert set(changed) == {"b"}
+
+
+async def test_a_node_that_dies_is_lost_and_keeps_its_record(join: Join) -> None:
+    a = await join("a", "192.168.0.1")
+    b = await join("b", "192.168.0.2", ttl_s=2)
+    await until(lambda: "b" in a.directory.nodes() and a.directory.nodes()["b"].state is NodeState.ALIVE)
+    await b.stop()
+    await until(lambda: a.directory.nodes()["b"].state is NodeState.LOST)
+    assert str(a.directory.nodes()["b"].ipv4) == "192.168.0.2"
+
+
+async def test_one_name_is_one_machines(join: Join, client: EtcdClient) -> None:
+    first = await join("a", "192.168.0.1", ttl_s=2)
+    await until(lambda: first.directory.local)
+    other = await join("a", "192.168.0.7", place="another machine")
+    await until(lambda: "is registered as 'a'" in other.registry.problem)
+    assert not first.registry.problem
+    held = await client.get(ROOT + "nodes/a")
+    assert held is not None and pb.StoredNode.FromString(held.value).ipv4 == "192.168.0.1"
+    # Once the first is gone, the other takes its place by itself.
+    await first.stop()
+    await until(lambda: not other.registry.problem and str(other.directory.nodes()["a"].ipv4) == "192.168.0.7", 20)
+
+
+async def test_the_same_machine_goes_on_at_once(join: Join) -> None:
+    first = await join("a", "192.168.0.1")
+    await until(lambda: first.directory.local and first.directory.local.state is NodeState.ALIVE)
+    await first.stop()
+    again = await join("a", "192.168.0.1")
+    await until(lambda: not again.registry.problem and again.directory.local)
+    assert again.directory.local.state is NodeState.ALIVE  # type: ignore[union-attr]
+
+
+async def test_an_address_of_two_nodes_is_reported(join: Join) -> None:
+    a = await join("a", "192.168.0.1")
+    await join("b", "192.168.0.1")
+    await until(lambda: "b is registered with this node's address 192.168.0.1" in a.registry.problem)
+
+
+async def test_a_record_that_is_gone_is_written_again(join: Join, client: EtcdClient) -> None:
+    a = await join("a", "192.168.0.1")
+    await until(lambda: a.directory.local)
+    assert await client.delete(ROOT + "nodes/a")
+    await until(lambda: a.directory.local is None)
+    await until(lambda: a.directory.local is not None)
+
+
+async def test_malformed_keys_do_not_hide_the_others(join: Join, client: EtcdClient) -> None:
+    for key in ("nodes/x", "alive/x", "blocks/default/10.0.0.0_24"):
+        await client.put(ROOT + key, b"\xff\xff")
+    a = await join("a", "192.168.0.1")
+    await until(lambda: a.directory.local)
+    assert set(a.directory.nodes()) == {"a"}
+
+
+async def test_a_dead_node_is_forgotten_with_all_it_had(join: Join, client: EtcdClient) -> None:
+    a = await join("a", "192.168.0.1")
+    await client.put(ROOT + "nodes/dead", pb.StoredNode(name="dead", ipv4="192.168.0.3").SerializeToString())
+    for node, cidr in (("dead", "10.1.0.0/24"), ("dead", "10.1.1.0/24"), ("a", "10.1.2.0/24")):
+        key = f"{ROOT}blocks/default/{cidr.replace('/', '_')}"
+        await client.put(key, ipam_pb2.Block(cidr=cidr, pool="default", node=node, gateway=cidr[:-4] + "1").SerializeToString())
+    for node, address in [("dead", f"10.1.0.{n}") for n in range(2, 250)] + [("a", "10.1.2.2")]:
+        stored = ipcache_pb2.StoredAddress(address=address, identity=1 << 20 | 7, node=node)
+        await client.put(f"{ROOT}ip/{address}", stored.SerializeToString())
+    await until(lambda: "dead" in a.directory.nodes() and len(a.directory.nodes()["dead"].blocks) == 2)
+    assert await removal.remove(client, CLUSTER, "dead") == ["10.1.0.0/24", "10.1.1.0/24"]
+    await until(lambda: "dead" not in a.directory.nodes())
+    left = (await client.get_prefix(ROOT)).kvs
+    assert {kv.key.removeprefix(ROOT) for kv in left if kv.key.split("/")[4] in ("blocks", "ip")} == {
+        "blocks/default/10.1.2.0_24", "ip/10.1.2.2"}
+    assert await removal.remove(client, CLUSTER, "dead") == []
+
+
+async def test_a_node_that_lives_is_not_forgotten(join: Join, client: EtcdClient) -> None:
+    a = await join("a", "192.168.0.1")
+    await until(lambda: a.directory.local and a.directory.local.state is NodeState.ALIVE)
+    with pytest.raises(errors.FailedPrecondition, match="a is alive"):
+        await removal.remove(client, CLUSTER, "a")
+    assert await client.get(ROOT + "nodes/a") is not None
