@@ -32,10 +32,19 @@ from services.identity.identities.config import WARN_AT, IdentitiesConfig
 from services.identity.identities.filter import LabelFilter
 from services.identity.identities.holders import Held, Holders
 from services.identity.identities.local import LocalIdentities
-from services.identity.identities.model import INIT, RESERVED, Identity, Scope, canonical, labels_of, scope_of
+from services.identity.identities.model import (
+    INIT,
+    RESERVED,
+    Identity,
+    Scope,
+    canonical,
+    digest,
+    labels_of,
+    scope_of,
+)
 from services.identity.identities.store import IdentityStore, Record, decode
 from services.identity.identities.sweeper import Sweeper
-from services.identity.identities.table import Table
+from services.identity.identities.table import Change, Table
 from services.identity.lease import NodeLease
 
 log = logging.getLogger(__name__)
@@ -186,7 +195,7 @@ class Allocator:
             return known
         record = self._table.get(number)
         if record is not None and not record.retired:
-            return Identity(number, record.key)
+            return record.identity
         held = None if self.synced.is_set() else self._holders.any_of(number)
         return None if held is None else Identity(number, held.key)
 
@@ -200,8 +209,8 @@ class Allocator:
         if not counting:
             return INIT
         key = canonical(counting)
-        record = self._table.active(key)
-        if record is not None:
+        record = self._table.of(digest(key))
+        if record is not None and not record.retired:
             return Identity(record.number, key)
         if not self.synced.is_set():
             return next(
@@ -216,7 +225,7 @@ class Allocator:
     def above(self, number: int) -> Iterator[Identity]:
         """Those with numbers above this one, by number. To be read at one go."""
         yield from (identity for identity in _RESERVED.values() if identity.number > number)
-        yield from (Identity(record.number, record.key) for record in self._table.actives(number))
+        yield from (record.identity for record in self._table.actives(number))
         yield from self._local.above(number)
 
     def holders(self, prefix: str = "") -> dict[str, Identity]:
@@ -358,15 +367,11 @@ class Allocator:
 
     def learned(self, record: Record) -> None:
         """This node has made, found or retired an identity."""
-        before = self._table.get(record.number)
-        if self._table.learn(record):
-            self._told(record.number, before, record)
+        self._told(self._table.learn(record))
 
-    def learned_absent(self, key: str, revision: int) -> None:
+    def learned_absent(self, name: str, revision: int) -> None:
         """This node has found that labels have no identity."""
-        before = self._table.learn_absent(key, revision)
-        if before is not None:
-            self._told(before.number, before, None)
+        self._told(self._table.learn_absent(name, revision))
 
     def begun(self) -> None:
         """What is held has been read anew, or means something else: look at every holder."""
@@ -381,7 +386,7 @@ class Allocator:
     # -- what etcd says
 
     async def _follow(self) -> None:
-        events = watch_prefix(self._etcd, self._store.ids_prefix, self._table.renew)
+        events = watch_prefix(self._etcd, self._store.labels_prefix, self._table.renew)
         async with aclosing(events):
             async for event in events:
                 self._apply(event)
@@ -394,37 +399,40 @@ class Allocator:
             case Put():
                 self._put(event.key, event.value, event.mod_revision)
             case Delete():
-                number = self._store.number_of(event.key)
-                before = self._table.get(number)
-                if self._table.delete(number, event.mod_revision):
-                    self._told(number, before, None)
+                name = event.key.removeprefix(self._store.labels_prefix)
+                self._told(self._table.delete(name, event.mod_revision))
             case _:
                 self.synced.set()
 
     def _put(self, key: str, value: bytes, revision: int) -> None:
-        number = self._store.number_of(key)
-        if not number or self._table.knows(number, revision):
-            return
-        before, record = self._table.get(number), decode(number, value, revision)
-        if self._table.put(record):
-            self._told(record.number, before, record)
+        name = key.removeprefix(self._store.labels_prefix)
+        if not self._table.knows(name, revision):
+            record = decode(name, value, revision)
+            if record is not None:
+                self._told(self._table.put(record))
 
-    def _told(self, number: int, before: Record | None, now: Record | None) -> None:
-        """An identity has changed in the table."""
-        was = None if before is None or before.retired else Identity(number, before.key)
-        now_is = None if now is None or now.retired else Identity(number, now.key)
-        if was != now_is:
-            if now_is is not None:
-                self.feed.publish("put", now_is)
-            elif was is not None:
-                self.feed.publish("delete", was)
-        held = self._holders.any_of(number) if number in self._holders.numbers() else None
-        if held is not None and (now_is is None or now_is.key != held.key):
+    def _told(self, changes: Sequence[Change]) -> None:
+        """Something has changed in the table."""
+        for number, before, now in changes:
+            was = "" if before is None or before.retired else before.name
+            is_now = "" if now is None or now.retired else now.name
+            if was != is_now:
+                if now is not None and is_now:
+                    self.feed.publish("put", now.identity)
+                elif before is not None:
+                    self.feed.publish("delete", before.identity)
+            if number in self._holders.numbers():
+                self._check(number, is_now)
+        self._warn()
+
+    def _check(self, number: int, name: str) -> None:
+        """A number held here stands for these labels now, or for none."""
+        held = self._holders.any_of(number)
+        if held is not None and digest(held.key) != name:
             # Nobody may do so while it is held; so it was not, and this node has been away.
             self._claims.lost(number)
             self._unsettled |= self._holders.of(number)
             self._mend.set()
-        self._warn()
 
     def _warn(self) -> None:
         taken = self._table.taken

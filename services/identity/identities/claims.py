@@ -25,6 +25,7 @@ from typing import Final, Protocol
 
 from services.common import errors
 from services.common.telemetry import metrics
+from services.identity.identities.model import digest
 from services.identity.identities.store import Epoch, IdentityStore, Record
 from services.identity.identities.table import Table
 
@@ -63,7 +64,7 @@ class Owner(Protocol):
     def learned(self, record: Record) -> None:
         """This node has made an identity, or found it."""
 
-    def learned_absent(self, key: str, revision: int) -> None:
+    def learned_absent(self, name: str, revision: int) -> None:
         """This node has found that labels have no identity."""
 
     def begun(self) -> None:
@@ -118,7 +119,10 @@ class Claims:
 
     def held(self, key: str) -> int:
         """The number of these labels, if this node certainly holds it; else 0."""
-        record = self._table.active(key)
+        return self._held(digest(key))
+
+    def _held(self, name: str) -> int:
+        record = self._table.of(name)
         return record.number if record is not None and record.number in self._refs and self.ready else 0
 
     async def hold(self, key: str, prefer: int = 0) -> int:
@@ -129,12 +133,13 @@ class Claims:
         Unavailable without etcd or lease, ResourceExhausted when there is no number, FailedPrecondition when this node is
         configured for another cluster.
         """
-        while not (number := self.held(key)):
-            flight = self._flights.get(key)
+        name = digest(key)
+        while not (number := self._held(name)):
+            flight = self._flights.get(name)
             if flight is None:
-                flight = asyncio.create_task(self._acquire(key, prefer), name="identity.hold")
-                self._flights[key] = flight
-                flight.add_done_callback(lambda task: self._landed(key, task))
+                flight = asyncio.create_task(self._acquire(key, name, prefer), name="identity.hold")
+                self._flights[name] = flight
+                flight.add_done_callback(lambda task: self._landed(name, task))
             await asyncio.shield(flight)
         return number
 
@@ -215,22 +220,22 @@ class Claims:
 
     # -- taking
 
-    def _landed(self, key: str, flight: asyncio.Task[None]) -> None:
-        del self._flights[key]
+    def _landed(self, name: str, flight: asyncio.Task[None]) -> None:
+        del self._flights[name]
         if not flight.cancelled():
             flight.exception()  # also if nobody waits any more
 
-    async def _acquire(self, key: str, prefer: int) -> None:
+    async def _acquire(self, key: str, name: str, prefer: int) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         last: errors.FibrilError | None = None
         while True:
             epoch = await self._right(deadline)
-            record = self._table.active(key) or self._table.retired(key)
+            record = self._table.of(name)
             number = self._pick(prefer) if record is None else record.number
             self._underway.add(number)
             try:
                 if not await self._attempt(key, number, record, epoch):
-                    await self._look(key, number, epoch)
+                    await self._look(name, number, epoch)
                 elif epoch == self._epoch:
                     self.let_go(number)
                     return
@@ -256,31 +261,35 @@ class Claims:
 
     async def _attempt(self, key: str, number: int, record: Record | None, epoch: Epoch) -> bool:
         """Try to get a reference; whether there is one now. Raises NotFound when the lease has ended."""
+        made: Record | None = None
         if record is None:
-            kind, revision = "create", await self._store.create(number, key, epoch)
+            kind, made = "create", await self._store.create(number, key, epoch)
         elif record.retired:
-            kind, revision = "revive", await self._store.revive(record, epoch)
-        else:
+            kind, made = "revive", await self._store.revive(record, epoch)
+        if made is not None:
+            self._owner.learned(made)
+            revision: int | None = made.revision
+        elif record is not None and not record.retired:
             kind, revision = "take", await self._store.take(record, epoch)
+        else:
+            revision = None
         self._changes.add(1, kind=kind if revision else "conflict")
         if revision is None:
             return False
-        if record is None or record.retired:
-            self._owner.learned(Record(number, key, revision))
         if epoch == self._epoch:
             self._refs[number] = revision
             self._drops.pop(number, None)
         return True
 
-    async def _look(self, key: str, number: int, epoch: Epoch) -> None:
+    async def _look(self, name: str, number: int, epoch: Epoch) -> None:
         """Learn why something was not as it was supposed to be."""
-        look = await self._store.look(key, number)
+        look = await self._store.look(name, number)
         if look.occupant is not None:
             self._owner.learned(look.occupant)
         if look.theirs is not None:
             self._owner.learned(look.theirs)
         else:
-            self._owner.learned_absent(key, look.revision)
+            self._owner.learned_absent(name, look.revision)
         if look.epoch != epoch.revision and self._epoch == epoch:
             log.warning("what this node holds is read anew: its lease was lost, or another node has its name")
             self._end(epoch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from services.common.errors import InvalidArgument
 from services.identity.numbers import LOCAL_CLUSTER, Reserved, cluster_of
@@ -26,14 +26,24 @@ class Scope(enum.IntEnum):
     LOCAL = 3
 
 
-class Identity(NamedTuple):
-    """A number and what it stands for.
+class Identity:
+    """A number and what it stands for; equal if both are."""
 
-    key: the labels in canonical form; there may be very many identities, and few of them are ever looked into.
-    """
+    __slots__ = ("_key", "number")
 
-    number: int
-    key: str
+    def __init__(self, number: int, key: str | Callable[[], str]) -> None:
+        """key: the labels in canonical form, or what gives them when they are asked for: there may be very many identities,
+        and few of them are ever looked into.
+        """
+        self.number = number
+        self._key = key
+
+    @property
+    def key(self) -> str:
+        """The labels in canonical form."""
+        if not isinstance(self._key, str):
+            self._key = self._key()
+        return self._key
 
     @property
     def labels(self) -> Mapping[str, str]:
@@ -45,6 +55,15 @@ class Identity(NamedTuple):
         """Where it is known."""
         cluster = cluster_of(self.number)
         return {0: Scope.RESERVED, LOCAL_CLUSTER: Scope.LOCAL}.get(cluster, Scope.CLUSTER)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and (self.number, self.key) == (other.number, other.key)
+
+    def __hash__(self) -> int:
+        return hash(self.number)
+
+    def __repr__(self) -> str:
+        return f"Identity({self.number}, {self.key!r})"
 
 
 def canonical(labels: Mapping[str, str]) -> str:
@@ -61,7 +80,7 @@ def labels_of(key: str) -> dict[str, str]:
 
 
 def digest(key: str) -> str:
-    """What a label set is called in etcd."""
+    """The name of a label set in etcd."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 

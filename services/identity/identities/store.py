@@ -8,10 +8,11 @@
     identities/sweeper            the name of the node that collects, its lease
 
 Of an identity's two keys both change or none, so both have the same revision, and it stands for the identity's: whoever
-changes something does so on condition that it has not moved. While a retired identity is in quarantine its labels can have no
-other number, and its number no other labels. A node's references are made on condition of its epoch's
-revision, too. So a request that a process has sent before it died, or has given up while etcd was slow, is without effect
-once another epoch has begun, and what is read from then on stays so.
+changes something does so on condition that it has not moved. While a retired identity is in quarantine its labels can have
+no other number, and its number no other labels. Whoever follows the keys by labels knows everything.
+
+A node's references are made on condition of its epoch's revision, too. So a request that a process has sent before it died,
+or has given up while etcd was slow, is without effect once another epoch has begun, and what is read from then on stays so.
 """
 
 from __future__ import annotations
@@ -25,16 +26,28 @@ from fibril.identity.v1 import identity_pb2 as pb
 from services.common import errors
 from services.common.etcd.batch import Batcher, Txn
 from services.common.etcd.client import TXN_OPS_MAX, EtcdClient
-from services.identity.identities.model import canonical, digest, labels_of
+from services.identity.identities.model import Identity, canonical, digest, labels_of
 
 
 class Record(NamedTuple):
-    """An identity as it was at `revision`. Retired: its number waits in quarantine."""
+    """An identity as it was at `revision`. Retired: its number waits in quarantine.
+
+    name: digest of the labels; value: as in etcd. There may be very many identities, and few of them are ever looked into.
+    """
 
     number: int
-    key: str
+    name: str
     revision: int
-    retired: bool = False
+    retired: bool
+    value: bytes
+
+    @property
+    def identity(self) -> Identity:
+        """The number and its labels."""
+        return Identity(self.number, self._key)
+
+    def _key(self) -> str:
+        return canonical(pb.StoredIdentity.FromString(self.value).labels)
 
 
 class Epoch(NamedTuple):
@@ -66,10 +79,10 @@ class IdentityStore:
         self._cluster = cluster
         self._node = node
         self._cluster_key = f"{root}cluster"
-        self.ids_prefix = f"{root}identities/id/"
+        self.labels_prefix = f"{root}identities/labels/"
         self.refs_prefix = f"{root}identities/refs/"
         self.sweeper_key = f"{root}identities/sweeper"
-        self._labels_prefix = f"{root}identities/labels/"
+        self._ids_prefix = f"{root}identities/id/"
         self._epoch_key = f"{root}identities/epochs/{node}"
 
     # -- the node
@@ -108,20 +121,16 @@ class IdentityStore:
             found |= {self.of_ref(kv.key)[0]: kv.mod_revision for kv in listing.kvs}
         return found
 
-    # -- identities. Each gives the revision at which it happened; None: something was not as supposed, nothing has changed.
+    # -- identities. Each gives it as it is now; None: something was not as supposed, nothing has changed.
 
-    async def create(self, number: int, key: str, epoch: Epoch) -> int | None:
+    async def create(self, number: int, key: str, epoch: Epoch) -> Record | None:
         """Make an identity and hold it, if neither its number nor its labels are taken."""
-        labels_key, id_key = self._labels_key(key), self._id_key(number)
-        return await self._hold(number, key, {labels_key: 0, id_key: 0}, epoch)
+        value = pb.StoredIdentity(number=number, labels=labels_of(key)).SerializeToString()
+        return await self._hold(Record(number, digest(key), 0, False, value), epoch)
 
-    async def revive(self, record: Record, epoch: Epoch) -> int | None:
+    async def revive(self, record: Record, epoch: Epoch) -> Record | None:
         """Hold a retired identity again."""
-        expect = {
-            self._labels_key(record.key): record.revision,
-            self._id_key(record.number): record.revision,
-        }
-        return await self._hold(record.number, record.key, expect, epoch)
+        return await self._hold(_changed(record, retired=False), epoch)
 
     async def take(self, record: Record, epoch: Epoch) -> int | None:
         """Hold an identity that exists; the reference's revision, the identity's stays."""
@@ -134,48 +143,50 @@ class IdentityStore:
         ref = self._ref_key(number)
         await self._batcher.transact(Txn({ref: revision}, delete=(ref,)))
 
-    async def retire(self, record: Record, quarantine: int) -> int | None:
+    async def retire(self, record: Record, quarantine: int) -> Record | None:
         """Free labels and number of an identity nobody holds, once the lease `quarantine` has ended."""
-        labels_key, id_key = self._labels_key(record.key), self._id_key(record.number)
-        value = _encode(record.number, record.key, retired=True)
-        return await self._batcher.transact(
+        labels_key, id_key = self._labels_key(record.name), self._id_key(record.number)
+        retired = _changed(record, retired=True)
+        revision = await self._batcher.transact(
             Txn(
                 {id_key: record.revision, labels_key: record.revision},
                 nothing_below=(f"{self.refs_prefix}{record.number}/",),
-                put={id_key: value, labels_key: value},
+                put={id_key: retired.value, labels_key: retired.value},
                 leases={id_key: quarantine, labels_key: quarantine},
             )
         )
+        return None if revision is None else retired._replace(revision=revision)
 
-    async def look(self, key: str, number: int) -> Look:
+    async def look(self, name: str, number: int) -> Look:
         """What is there now."""
-        labels_key, id_key = self._labels_key(key), self._id_key(number)
+        labels_key, id_key = self._labels_key(name), self._id_key(number)
         listing = await self._etcd.get_many((labels_key, id_key, self._epoch_key))
         found = {kv.key: kv for kv in listing.kvs}
-        theirs = occupant = None
-        if (kv := found.get(labels_key)) is not None and (its := _number(kv.value)):
-            theirs = decode(its, kv.value, kv.mod_revision)
-        if (kv := found.get(id_key)) is not None:
-            occupant = decode(number, kv.value, kv.mod_revision)
-        kv = found.get(self._epoch_key)
-        return Look(theirs, occupant, 0 if kv is None else kv.mod_revision, listing.revision)
+        theirs, occupant, epoch = map(found.get, (labels_key, id_key, self._epoch_key))
+        return Look(
+            None if theirs is None else decode(name, theirs.value, theirs.mod_revision),
+            None if occupant is None else decode("", occupant.value, occupant.mod_revision),
+            0 if epoch is None else epoch.mod_revision,
+            listing.revision,
+        )
 
-    async def _hold(self, number: int, key: str, expect: dict[str, int], epoch: Epoch) -> int | None:
-        ref, value = self._ref_key(number), _encode(number, key)
-        return await self._batcher.transact(
+    async def _hold(self, record: Record, epoch: Epoch) -> Record | None:
+        labels_key, id_key = self._labels_key(record.name), self._id_key(record.number)
+        ref = self._ref_key(record.number)
+        revision = await self._batcher.transact(
             Txn(
-                expect | {self._epoch_key: epoch.revision},
-                put={self._id_key(number): value, self._labels_key(key): value, ref: b""},
+                {
+                    labels_key: record.revision,
+                    id_key: record.revision,
+                    self._epoch_key: epoch.revision,
+                },
+                put={id_key: record.value, labels_key: record.value, ref: b""},
                 leases={ref: epoch.lease},
             )
         )
+        return None if revision is None else record._replace(revision=revision)
 
     # -- keys
-
-    def number_of(self, id_key: str) -> int:
-        """The number in a key below `ids_prefix`; 0 for what no Fibril wrote."""
-        text = id_key.removeprefix(self.ids_prefix)
-        return int(text) if text.isdecimal() else 0
 
     def of_ref(self, ref_key: str) -> tuple[int, str]:
         """Number and node in a key below `refs_prefix`; (0, "") for another key."""
@@ -183,30 +194,28 @@ class IdentityStore:
         return (int(number), node) if number.isdecimal() else (0, "")
 
     def _id_key(self, number: int) -> str:
-        return f"{self.ids_prefix}{number}"
+        return f"{self._ids_prefix}{number}"
 
-    def _labels_key(self, key: str) -> str:
-        return f"{self._labels_prefix}{digest(key)}"
+    def _labels_key(self, name: str) -> str:
+        return self.labels_prefix + name
 
     def _ref_key(self, number: int) -> str:
         return f"{self.refs_prefix}{number}/{self._node}"
 
 
-def decode(number: int, value: bytes, revision: int) -> Record:
-    """From etcd. What no Fibril wrote keeps its number from being used, and stands for no labels."""
+def decode(name: str, value: bytes, revision: int) -> Record | None:
+    """From etcd; name: the labels', "" when it is to be found. None for what no Fibril wrote."""
     try:
         message = pb.StoredIdentity.FromString(value)
     except DecodeError:
-        return Record(number, "", revision, retired=True)
-    return Record(number, canonical(message.labels), revision, message.retired)
+        return None
+    if not message.number:
+        return None
+    name = name or digest(canonical(message.labels))
+    return Record(message.number, name, revision, message.retired, value)
 
 
-def _number(value: bytes) -> int:
-    try:
-        return pb.StoredIdentity.FromString(value).number
-    except DecodeError:
-        return 0
-
-
-def _encode(number: int, key: str, *, retired: bool = False) -> bytes:
-    return pb.StoredIdentity(number=number, labels=labels_of(key), retired=retired).SerializeToString()
+def _changed(record: Record, *, retired: bool) -> Record:
+    message = pb.StoredIdentity.FromString(record.value)
+    message.retired = retired
+    return record._replace(retired=retired, value=message.SerializeToString())

@@ -208,10 +208,10 @@ class Sweeper:
         return len(ripe) == _AT_ONCE
 
     async def _retire(self, record: Record, lease: int) -> None:
-        revision = await self._store.retire(record, lease)
-        self._changes.add(1, kind="retire" if revision else "conflict")
-        if revision is not None:
-            self._learned(record._replace(revision=revision, retired=True))
+        retired = await self._store.retire(record, lease)
+        self._changes.add(1, kind="conflict" if retired is None else "retire")
+        if retired is not None:
+            self._learned(retired)
         # Else somebody holds it again, or it is not what is known here: then it is looked at again with all others.
 
     async def _quarantine_lease(self) -> int:

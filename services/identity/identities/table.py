@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from services.common import errors
 from services.identity import numbers
@@ -15,94 +15,101 @@ from services.identity.identities.store import Record
 
 _GUESSES = 64
 
+Change = tuple[int, Record | None, Record | None]
+"""A number, what was known of it before, and what is now."""
+
 
 class Table:
-    """By number, and by labels."""
+    """By number, and by the name of the labels, of which each has one of the other."""
 
     def __init__(self, cluster_id: int, space: int) -> None:
         """space: how many numbers there are."""
         self._cluster_id = cluster_id
         self.space = space
         self._records: dict[int, Record] = {}
-        self._active: dict[str, int] = {}
-        self._retired: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._used = 0
         self._sorted: list[int] | None = None
         self._seen = 0
 
     # -- what is told
 
-    def knows(self, number: int, revision: int) -> bool:
-        """The watch tells of an identity at this revision: whether there is nothing new in it."""
+    def knows(self, name: str, revision: int) -> bool:
+        """The watch tells of labels at this revision: whether there is nothing new in it."""
         self._seen = max(self._seen, revision)
-        record = self._records.get(number)
-        return record is not None and record.revision >= revision
+        number = self._numbers.get(name)
+        return number is not None and self._records[number].revision >= revision
 
-    def put(self, record: Record) -> bool:
-        """The watch tells of an identity; whether that is news."""
+    def put(self, record: Record) -> Sequence[Change]:
+        """The watch tells of an identity."""
         self._seen = max(self._seen, record.revision)
         return self._set(record)
 
-    def delete(self, number: int, revision: int) -> bool:
-        """The watch tells that a number is free; whether that is news."""
+    def delete(self, name: str, revision: int) -> Sequence[Change]:
+        """The watch tells that labels have no identity any more."""
         self._seen = max(self._seen, revision)
-        return self._forget(number, revision)
+        return self._forget(name, revision)
 
-    def learn(self, record: Record) -> bool:
-        """This node has read or written an identity; whether that is news. What the watch must have told already is
-        none, since it may have told what came after.
+    def learn(self, record: Record) -> Sequence[Change]:
+        """This node has read or written an identity. What the watch must have told already is no news, since it may have
+        told what came after.
         """
-        return record.revision > self._seen and self._set(record)
+        return self._set(record) if record.revision > self._seen else ()
 
-    def learn_absent(self, key: str, revision: int) -> Record | None:
-        """This node has read that there was nothing with these labels; what it took to be there."""
-        number = self._active.get(key) or self._retired.get(key)
-        if number is None or revision <= self._seen:
-            return None
-        record = self._records[number]
-        return record if self._forget(number, revision) else None
+    def learn_absent(self, name: str, revision: int) -> Sequence[Change]:
+        """This node has read that there was nothing with these labels."""
+        return self._forget(name, revision) if revision > self._seen else ()
 
     def renew(self) -> None:
         """Another etcd tells from now on: its revisions cannot be compared with those known."""
         self._seen = 0
         self._records = {number: record._replace(revision=0) for number, record in self._records.items()}
 
-    def _set(self, record: Record) -> bool:
+    def _set(self, record: Record) -> Sequence[Change]:
         old = self._records.get(record.number)
+        if old is not None and old.revision >= record.revision:
+            return ()
+        changes: list[Change] = [(record.number, old, record)]
         if old is not None:
-            if old.revision >= record.revision:
-                return False
-            self._unlink(old)
-        if old is None:
+            self._remove(old)
+        elsewhere = self._numbers.get(record.name)
+        if elsewhere is not None:
+            # These labels had another number, whose end the watch has yet to tell.
+            changes.insert(0, self._end(elsewhere))
+        if old is None or elsewhere is not None:
             self._sorted = None
         self._records[record.number] = record
-        (self._retired if record.retired else self._active)[record.key] = record.number
-        return True
+        self._numbers[record.name] = record.number
+        self._used += not record.retired
+        return changes
 
-    def _forget(self, number: int, revision: int) -> bool:
-        old = self._records.get(number)
-        if old is None or old.revision > revision:
-            return False
-        del self._records[number]
-        self._unlink(old)
+    def _forget(self, name: str, revision: int) -> Sequence[Change]:
+        number = self._numbers.get(name)
+        if number is None or self._records[number].revision > revision:
+            return ()
         self._sorted = None
-        return True
+        return (self._end(number),)
 
-    def _unlink(self, record: Record) -> None:
-        index = self._retired if record.retired else self._active
-        if index.get(record.key) == record.number:
-            del index[record.key]
+    def _end(self, number: int) -> Change:
+        old = self._records[number]
+        self._remove(old)
+        return number, old, None
+
+    def _remove(self, record: Record) -> None:
+        del self._records[record.number], self._numbers[record.name]
+        self._used -= not record.retired
 
     # -- what is known
 
     @property
     def used(self) -> int:
         """Identities somebody holds, or will be found to hold no more."""
-        return len(self._active)
+        return self._used
 
     @property
     def quarantined(self) -> int:
         """Numbers nobody holds that may not be used yet."""
-        return len(self._records) - len(self._active)
+        return len(self._records) - self._used
 
     @property
     def taken(self) -> int:
@@ -113,14 +120,9 @@ class Table:
         """What has a number, if anything."""
         return self._records.get(number)
 
-    def active(self, key: str) -> Record | None:
-        """The identity of these labels."""
-        number = self._active.get(key)
-        return None if number is None else self._records[number]
-
-    def retired(self, key: str) -> Record | None:
-        """A number in quarantine that these labels had."""
-        number = self._retired.get(key)
+    def of(self, name: str) -> Record | None:
+        """What these labels have, if anything."""
+        number = self._numbers.get(name)
         return None if number is None else self._records[number]
 
     def actives(self, after: int = 0) -> Iterator[Record]:

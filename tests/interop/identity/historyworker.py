@@ -80,7 +80,9 @@ class Worker:
     _stopping = False
 
     def _held(self) -> dict[str, tuple[int, str]]:
-        return {holder: tuple(identity) for holder, identity in self._allocator.holders().items()}
+        return {
+            holder: (identity.number, identity.key) for holder, identity in self._allocator.holders().items()
+        }
 
     async def _client(self, client: int) -> None:
         while not self._stopping:

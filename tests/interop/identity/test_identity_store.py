@@ -9,6 +9,7 @@ import pytest
 from services.common.errors import FailedPrecondition, NotFound
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
+from services.identity.identities.model import Identity, digest
 from services.identity.identities.store import Epoch, IdentityStore, Look, Record
 
 KEY, OTHER = '{"app":"web"}', '{"app":"shop"}'
@@ -29,9 +30,9 @@ async def begin(client: EtcdClient, store: IdentityStore) -> Epoch:
 
 
 async def create(store: IdentityStore, number: int, key: str, epoch: Epoch) -> Record:
-    revision = await store.create(number, key, epoch)
-    assert revision is not None
-    return Record(number, key, revision)
+    record = await store.create(number, key, epoch)
+    assert record is not None and record.identity == Identity(number, key) and not record.retired
+    return record
 
 
 async def test_labels_and_number_are_taken_together_or_not_at_all(
@@ -42,9 +43,9 @@ async def test_labels_and_number_are_taken_together_or_not_at_all(
     assert await two.create(2, KEY, theirs) is None, "the labels are taken"
     assert await two.create(1, OTHER, theirs) is None, "the number is taken"
     assert await two.refs([1, 2]) == {}
-    look = await two.look(KEY, 2)
+    look = await two.look(digest(KEY), 2)
     assert look == Look(web, None, theirs.revision, look.revision)
-    look = await two.look(OTHER, 1)
+    look = await two.look(digest(OTHER), 1)
     assert look == Look(None, web, theirs.revision, look.revision)
 
 
@@ -61,19 +62,18 @@ async def test_what_is_held_is_not_retired_and_what_is_retired_not_taken(
     await two.drop(1, web.revision)
     assert await two.refs([1]) == {1: taken}, "not the one that was meant"
     await two.drop(1, taken)
-    retired = await one.retire(web, lease)
-    assert retired is not None
+    gone = await one.retire(web, lease)
+    assert gone is not None and gone.identity == web.identity and gone.retired
     assert await two.take(web, theirs) is None
-    gone = Record(1, KEY, retired, retired=True)
     assert await two.create(2, KEY, theirs) is None, "the labels are in quarantine"
     assert await two.create(1, OTHER, theirs) is None, "the number is in quarantine"
-    look = await two.look(KEY, 1)
+    look = await two.look(digest(KEY), 1)
     assert look == Look(gone, gone, theirs.revision, look.revision)
     again = await two.revive(gone, theirs)
     assert again is not None and await one.revive(gone, mine) is None
     await client.revoke(lease)
-    look = await two.look(KEY, 1)
-    assert look.theirs == Record(1, KEY, again), "it does not hang on the quarantine any more"
+    look = await two.look(digest(KEY), 1)
+    assert look.theirs == again and not again.retired, "it does not hang on the quarantine any more"
 
 
 async def test_a_retired_identity_is_gone_with_its_lease(client: EtcdClient, one: IdentityStore) -> None:
@@ -82,7 +82,7 @@ async def test_a_retired_identity_is_gone_with_its_lease(client: EtcdClient, one
     await one.drop(1, web.revision)
     assert await one.retire(web, lease)
     await client.revoke(lease)
-    look = await one.look(KEY, 1)
+    look = await one.look(digest(KEY), 1)
     assert look.theirs is None is look.occupant
     assert await one.create(1, OTHER, mine)
 
@@ -92,10 +92,9 @@ async def test_a_request_of_an_earlier_epoch_has_no_effect(client: EtcdClient, o
     earlier = await one.begin(lease)
     web = await create(one, 1, KEY, earlier)
     now = await one.begin(lease)
-    gone = Record(1, KEY, web.revision, retired=True)
     assert await one.create(2, OTHER, earlier) is None
     assert await one.take(web, earlier) is None
-    assert await one.revive(gone, earlier) is None
+    assert await one.revive(web, earlier) is None
     assert await one.refs([1, 2]) == {1: web.revision} and await one.refs_under(lease) == {1}
     assert await one.create(2, OTHER, now)
     await client.revoke(lease)
