@@ -28,5 +28,6 @@ enum drop_reason {
 	REASON_UPLINK_SPOOFED = 100, /* A packet outside the overlay whose source address is reached through the overlay. */
 	REASON_NODE_UNREACHABLE = 101, /* The destination's node is known but cannot be sent to. */
 	REASON_REDIRECT = 102, /* The kernel refused to send the packet out. */
+	REASON_OVERLAY_FORGED = 103, /* A pod sends to the overlay's port past the overlay: it could speak for others. */
 	REASON_COUNT = 128, /* room, not a reason */
 };

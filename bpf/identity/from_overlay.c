@@ -32,7 +32,7 @@ static __always_inline __u32 overlay_check_sender(struct pkt_ctx *pkt, const str
 	if (!entry || !entry->node)
 		return REASON_OVERLAY_SOURCE;
 	node = node_by_index(entry->node);
-	if (!node || node->mode == NODE_LOCAL)
+	if (!node || node->mode != NODE_OVERLAY)
 		return REASON_OVERLAY_SOURCE;
 	if (fib_addr_is_v4(&sender->node) ? sender->node.w[3] != node->v4 : !fib_addr_same(&sender->node, &node->v6))
 		return REASON_OVERLAY_SOURCE;

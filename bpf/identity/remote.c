@@ -15,8 +15,23 @@
 #include "lib/router.h"
 #include "lib/slot.h"
 
+/* The stack may give the packet this node's address, and who receives overlay packets from that believes what they
+ * say of this node's pods. */
+static __always_inline bool remote_is_forged(const struct pkt_ctx *pkt)
+{
+	struct network_config *config;
+	__u32 zero = 0;
+
+	if (likely(pkt->proto != IPPROTO_UDP))
+		return false;
+	config = nd_config.lookup(&zero);
+	return config && config->overlay_ifindex && pkt->dport == config->overlay_port;
+}
+
 static __always_inline int remote_to_stack(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
+	if (remote_is_forged(pkt))
+		return verdict_drop(skb, pkt, REASON_OVERLAY_FORGED);
 	return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
 }
 

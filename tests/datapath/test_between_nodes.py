@@ -146,6 +146,19 @@ def test_what_needs_an_error_goes_to_the_stack_unchanged(cluster: Cluster, node:
     assert cluster.dp.run(bytes(super_packet), gso_size=MTU - 39).verdict == abi.Verdict.TO_STACK
 
 
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("known", ["world", "cloud", "too big"])
+def test_a_pod_cannot_forge_overlay_packets(cluster: Cluster, family: int, known: str) -> None:
+    """The host would give them its own address, and peers would believe them."""
+    if known != "world":
+        cluster.know(host(PEER[family]), IDENTITY, CLOUD if known == "cloud" else OVERLAY)
+    size = MTU if known == "too big" else 60
+    packet = ether() / ip(PEER[family], family) / UDP(dport=OVERLAY_PORT) / bytes(size)
+    assert cluster.dp.run(bytes(packet)).reason == Reason.OVERLAY_FORGED
+    packet[UDP].dport = OVERLAY_PORT + 1
+    assert cluster.dp.run(bytes(packet)).verdict == abi.Verdict.TO_STACK
+
+
 def test_a_node_that_cannot_be_reached_is_named(cluster: Cluster) -> None:
     cluster.know(host(PEER[4]), IDENTITY, NOWHERE)
     assert cluster.dp.run(bytes(ether() / ip(PEER[4]) / UDP())).reason == Reason.NODE_UNREACHABLE
@@ -232,7 +245,7 @@ def test_a_packet_without_a_tunnel_is_dropped(cluster: Cluster) -> None:
 
 def believed(entry: str, entry_node: int, sent_by: int, carried: int, before: int, grace: bool) -> Reason | int:
     """The rule in plain words: the reason it is not believed, or the sender's identity."""
-    if entry == "none" or entry_node != sent_by or entry_node == HERE:
+    if entry == "none" or entry_node != sent_by or entry_node in (HERE, ROUTED):
         return Reason.OVERLAY_SOURCE
     if entry == "block":
         may_be_pods = carried == Reserved.INIT or 1 <= carried >> 20 <= 4094

@@ -120,6 +120,10 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """The kernel refused to send the packet out.
     The overlay device or the uplink is missing or down; `fibril status` names it.
     """
+    DROP_REASON_OVERLAY_FORGED: _DropReason.ValueType  # 103
+    """A pod sends to the overlay's port past the overlay: it could speak for others.
+    Let the pod use another UDP port, or give the overlay one of its own (`network.overlay_port`).
+    """
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why the data path dropped a packet."""
@@ -221,5 +225,9 @@ DROP_REASON_NODE_UNREACHABLE: DropReason.ValueType  # 101
 DROP_REASON_REDIRECT: DropReason.ValueType  # 102
 """The kernel refused to send the packet out.
 The overlay device or the uplink is missing or down; `fibril status` names it.
+"""
+DROP_REASON_OVERLAY_FORGED: DropReason.ValueType  # 103
+"""A pod sends to the overlay's port past the overlay: it could speak for others.
+Let the pod use another UDP port, or give the overlay one of its own (`network.overlay_port`).
 """
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015

@@ -34,6 +34,7 @@ class Reason(enum.IntEnum):
     UPLINK_SPOOFED = 100
     NODE_UNREACHABLE = 101
     REDIRECT = 102
+    OVERLAY_FORGED = 103
 
     @property
     def label(self) -> str:
@@ -151,5 +152,9 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     102: (
         "The kernel refused to send the packet out.",
         "The overlay device or the uplink is missing or down; `fibril status` names it.",
+    ),
+    103: (
+        "A pod sends to the overlay's port past the overlay: it could speak for others.",
+        "Let the pod use another UDP port, or give the overlay one of its own (`network.overlay_port`).",
     ),
 }
