@@ -1,7 +1,7 @@
 """Identities: new ones a second from one node and from eight, against bare etcd transactions; lookups through the service.
 
 Nodes are allocators with clients and databases of their own, all in this process. A new identity is three keys under three
-conditions, written down in the node's database and seen by every node; the baseline is two keys under two conditions, through
+conditions, recorded in the node's database and seen by every node; the baseline is two keys under two conditions, through
 the same clients and at the same concurrency, which nobody looks at.
 """
 
@@ -30,8 +30,8 @@ from services.identity.identities.config import IdentitiesConfig
 from services.identity.lease import NodeLease
 
 NODES = 8
-AT_ONCE = 32
-"""Requests under way, of all nodes together."""
+AT_ONCE = 16
+"""Requests under way on each node."""
 SECONDS = quick(1.0, 3.0)
 ROUNDS = quick(3, 7)
 CALLS = quick(1_000, 5_000)
@@ -117,7 +117,7 @@ async def nodes(number: int) -> AsyncIterator[list[Node]]:
 async def create(bench: Bench, number: int) -> None:
     """New identities a second from that many nodes at once."""
     async with nodes(number) as made:
-        workers = [made[index % number] for index in range(AT_ONCE)]
+        workers = [node for node in made for _ in range(AT_ONCE)]
         rates = await interleave_async(
             {
                 "identities": lambda: rate([node.identity for node in workers]),

@@ -1,9 +1,9 @@
 """Many small conditional changes in few transactions.
 
-While transactions are under way, changes gather; then all that have gathered go together, as one transaction under all their
-conditions. Should that fail, each is made by itself: what a caller sees is as if it had been alone. While nothing is under
-way a change goes at once, with those of the same moment. What a transaction costs is mostly the same however much is in it, so in a storm this is several
-times as fast, and etcd writes to its disk that much less often.
+While a transaction is under way, changes gather; then all that have gathered go together, as one transaction under all
+their conditions. Should that fail, each is made by itself: what a caller sees is as if it had been alone. While nothing is
+under way a change goes at once, with those of the same moment. A transaction costs nearly the same however much is in it,
+so in a storm this is several times as fast, and etcd writes to its disk that much less often.
 """
 
 from __future__ import annotations

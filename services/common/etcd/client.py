@@ -283,7 +283,7 @@ class EtcdClient:
         """The keys attached to it; none when it has ended."""
         request = rpc.LeaseTimeToLiveRequest(ID=lease, keys=True)
         answer = await self._read(lambda e, t: e.lease.LeaseTimeToLive(request, timeout=t))
-        return [key.decode("utf-8", "surrogateescape") for key in answer.keys]
+        return [decode(key) for key in answer.keys]
 
     async def revoke(self, lease: int) -> None:
         """End it and delete its keys; one that has ended is fine."""
@@ -449,11 +449,14 @@ def encode(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape")
 
 
+def decode(key: bytes) -> str:
+    """The key from etcd's bytes."""
+    return key.decode("utf-8", "surrogateescape")
+
+
 def key_value(kv: Any) -> KeyValue:
     """From etcd's message."""
-    return KeyValue(
-        kv.key.decode("utf-8", "surrogateescape"), kv.value, kv.mod_revision, kv.create_revision, kv.lease
-    )
+    return KeyValue(decode(kv.key), kv.value, kv.mod_revision, kv.create_revision, kv.lease)
 
 
 def range_end(prefix: bytes) -> bytes:

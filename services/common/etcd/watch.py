@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from services.common.errors import FibrilError, Unavailable
-from services.common.etcd.client import EtcdClient, KeyValue, Listing, key_value
+from services.common.etcd.client import EtcdClient, KeyValue, Listing, decode
 
 log = logging.getLogger(__name__)
 
@@ -92,20 +92,20 @@ class Mirror:
         events += [Put(kv.key, kv.value, kv.mod_revision) for kv in changed]
         return [*events, Synced(listing.revision)]
 
-    def changed(self, changes: Iterable[tuple[bool, KeyValue]]) -> list[Event]:
-        """The events of one answer of a watch, in order: (whether it is a delete, the key)."""
+    def changed(self, changes: Iterable[tuple[bool, Put]]) -> list[Event]:
+        """The events of one answer of a watch, in order: (whether it is a delete, the key as if put)."""
         seen = self.revision
         events: list[Event] = []
-        for deleted, kv in changes:
-            if kv.mod_revision <= seen:
+        for deleted, put in changes:
+            if put.mod_revision <= seen:
                 continue
             # One transaction changes several keys at one revision, hence no comparison with this one.
-            self.revision = kv.mod_revision
+            self.revision = put.mod_revision
             if not deleted:
-                self._known[kv.key] = kv.mod_revision
-                events.append(Put(kv.key, kv.value, kv.mod_revision))
-            elif self._known.pop(kv.key, None) is not None:
-                events.append(Delete(kv.key, kv.mod_revision))
+                self._known[put.key] = put.mod_revision
+                events.append(put)
+            elif self._known.pop(put.key, None) is not None:
+                events.append(Delete(put.key, put.mod_revision))
         return events
 
 
@@ -158,6 +158,8 @@ async def watch_prefix(
         pause = min(pause * 2, _BACKOFF_S[1])
 
 
-def _changes(answer: Any) -> Iterable[tuple[bool, KeyValue]]:
-    # mvccpb.Event.EventType: PUT = 0, DELETE = 1.
-    return ((event.type == 1, key_value(event.kv)) for event in answer.events)
+def _changes(answer: Any) -> Iterator[tuple[bool, Put]]:
+    for event in answer.events:
+        kv = event.kv
+        # mvccpb.Event.EventType: PUT = 0, DELETE = 1.
+        yield event.type == 1, Put(decode(kv.key), kv.value, kv.mod_revision)

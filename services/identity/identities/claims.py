@@ -97,7 +97,7 @@ class Claims:
         self._underway: set[int] = set()
         self._doubtful: set[int] = set()
         """Numbers whose reference may or may not have been written."""
-        self._flights: dict[str, asyncio.Task[None]] = {}
+        self._flights: dict[str, _Flight] = {}
         self._wake = asyncio.Event()
         self._refusal: errors.FibrilError | None = None
         self._error = ""
@@ -137,10 +137,9 @@ class Claims:
         while not (number := self._held(name)):
             flight = self._flights.get(name)
             if flight is None:
-                flight = asyncio.create_task(self._acquire(key, name, prefer), name="identity.hold")
-                self._flights[name] = flight
-                flight.add_done_callback(lambda task: self._landed(name, task))
-            await asyncio.shield(flight)
+                flight = self._flights[name] = _Flight()
+                flight.task = asyncio.create_task(self._fly(flight, key, name, prefer), name="identity.hold")
+            await flight.landing()
         return number
 
     def let_go(self, number: int) -> None:
@@ -220,10 +219,15 @@ class Claims:
 
     # -- taking
 
-    def _landed(self, name: str, flight: asyncio.Task[None]) -> None:
-        del self._flights[name]
-        if not flight.cancelled():
-            flight.exception()  # also if nobody waits any more
+    async def _fly(self, flight: _Flight, key: str, name: str, prefer: int) -> None:
+        error: Exception | None = None
+        try:
+            await self._acquire(key, name, prefer)
+        except Exception as failure:
+            error = failure
+        finally:
+            del self._flights[name]
+            flight.land(error)
 
     async def _acquire(self, key: str, name: str, prefer: int) -> None:
         deadline = time.monotonic() + _PATIENCE_S
@@ -341,7 +345,30 @@ class Claims:
 
     async def stop(self) -> None:
         """End what is under way."""
-        flights = list(self._flights.values())
-        for flight in flights:
-            flight.cancel()
+        flights = [flight.task for flight in self._flights.values() if flight.task is not None]
+        for task in flights:
+            task.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
+
+
+class _Flight:
+    """An attempt to hold what some wait for. It goes on when they give up."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def landing(self) -> asyncio.Future[None]:
+        """To be awaited; raises what the attempt has raised."""
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        return waiting
+
+    def land(self, error: Exception | None) -> None:
+        for waiting in self._waiting:
+            if waiting.done():
+                continue
+            if error is None:
+                waiting.set_result(None)
+            else:
+                waiting.set_exception(error)

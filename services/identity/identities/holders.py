@@ -34,7 +34,7 @@ class Holders:
         self._of: dict[int, set[str]] = {}
         self._unsaved: dict[str, Held | None] = {}
         """Holders that have changed -> what they had."""
-        self._saving: asyncio.Future[None] | None = None
+        self._waiting: list[asyncio.Future[None]] | None = None
         for holder, number, key, given in db.execute("SELECT holder, number, labels, given FROM holders"):
             self._link(holder, Held(number, key, given))
 
@@ -77,18 +77,21 @@ class Holders:
 
     async def saved(self) -> None:
         """Wait until all changes made so far are written. ResourceExhausted when the disk is full: they are undone then."""
-        if self._saving is not None:
-            await asyncio.shield(self._saving)
+        if self._waiting is not None:
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(done)
+            await done
 
     def _save(self, holder: str, old: Held | None) -> None:
         self._unsaved.setdefault(holder, old)
-        if self._saving is None:
-            loop = asyncio.get_running_loop()
-            self._saving = loop.create_future()
-            loop.call_soon(self._write, self._saving)
+        if self._waiting is None:
+            self._waiting = []
+            asyncio.get_running_loop().call_soon(self._write)
 
-    def _write(self, done: asyncio.Future[None]) -> None:
-        changed, self._unsaved, self._saving = self._unsaved, {}, None
+    def _write(self) -> None:
+        changed, self._unsaved = self._unsaved, {}
+        waiting, self._waiting = self._waiting or [], None
+        failure: FibrilError | None = None
         gone = [(holder,) for holder in changed if holder not in self._held]
         now = [(holder, *self._held[holder]) for holder in changed if holder in self._held]
         try:
@@ -105,10 +108,14 @@ class Holders:
                 self._unlink(holder)
                 if old is not None:
                     self._link(holder, old)
-            done.set_exception(error)
-            done.exception()  # also if nobody waits any more
-        else:
-            done.set_result(None)
+            failure = error
+        for done in waiting:
+            if done.done():
+                continue
+            if failure is None:
+                done.set_result(None)
+            else:
+                done.set_exception(failure)
 
     def _link(self, holder: str, held: Held) -> None:
         self._held[holder] = held
