@@ -17,8 +17,16 @@ from services.common import errors
 
 log = logging.getLogger(__name__)
 
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_REFUSED = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+
+
 class NodeDb(sqlite3.Connection):
-    """A connection that says what the disk lacks as callers and reconcilers expect it: ResourceExhausted."""
+    """A connection that says what is wrong with file or disk as callers and reconcilers expect it: ResourceExhausted when
+    the disk is full or fails, Unavailable when somebody else has locked the file, FailedPrecondition when it cannot be
+    written or is damaged.
+    """
 
     def execute(self, *args: Any) -> sqlite3.Cursor:
         with _disk():
@@ -37,12 +45,21 @@ class NodeDb(sqlite3.Connection):
 def _disk() -> Iterator[None]:
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            raise
-        raise errors.ResourceExhausted(
-            f"the node's database cannot be written: {error}", fix="free space in the state directory"
-        ) from error
+    except sqlite3.DatabaseError as error:
+        # A mistake of the caller has no code, or one of its own.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        why = f"the node's database cannot be written: {error}"
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise errors.ResourceExhausted(why, fix="free space in the state directory") from error
+        if code in _LOCKED:
+            raise errors.Unavailable(why, fix="end whatever else has opened it") from error
+        if code in _REFUSED:
+            raise errors.FailedPrecondition(why, fix="make the state directory writable") from error
+        if code in _DAMAGED:
+            raise errors.FailedPrecondition(
+                f"the node's database is damaged: {error}", fix="restart the service, which says what to do"
+            ) from error
+        raise
 
 
 def open_db(path: Path, migrations: Sequence[str], remedy: str) -> sqlite3.Connection:
@@ -64,14 +81,20 @@ def open_db(path: Path, migrations: Sequence[str], remedy: str) -> sqlite3.Conne
         _migrate(db, path, migrations)
     except sqlite3.DatabaseError as error:
         db.close()
-        raise errors.FailedPrecondition(
-            f"the node's database {path} cannot be used: {error}",
-            fix=remedy,
-        ) from None
+        raise _unusable(path, error, remedy) from None
+    except errors.FailedPrecondition as error:
+        db.close()
+        if isinstance(error.__cause__, sqlite3.DatabaseError):
+            raise _unusable(path, error.__cause__, remedy) from None
+        raise
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _unusable(path: Path, error: sqlite3.DatabaseError, remedy: str) -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(f"the node's database {path} cannot be used: {error}", fix=remedy)
 
 
 def _migrate(db: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
