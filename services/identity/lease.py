@@ -5,6 +5,7 @@ Its id is kept in the node's database, so that a restarted process goes on with 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 
@@ -30,20 +31,42 @@ class NodeLease:
         self._owner = owner
         row = db.execute("SELECT id FROM lease WHERE owner = ?", (owner,)).fetchone()
         self._keeper = LeaseKeeper(etcd, ttl_s, lease=row[0] if row else 0, remember=self._remember)
+        self._gate: OnGrant | None = None
+        self._passed = 0
+        self._passing = asyncio.Lock()
 
     def on_grant(self, callback: OnGrant) -> None:
         """Have `callback(lease)` called at the start and for each new lease, before or while `run` runs; see LeaseKeeper."""
-        self._keeper.on_grant(callback)
+
+        async def told(lease: int) -> None:
+            await self._pass(lease)
+            await callback(lease)
+
+        self._keeper.on_grant(told)
+
+    def first(self, gate: OnGrant) -> None:
+        """Have `gate(lease)` succeed before anybody else is told of a lease: it makes sure that this node is the one of its
+        name. Two of one name would take each other's keys for their own, and away.
+        """
+        self._gate = gate
+        self._keeper.on_grant(self._pass)
+
+    async def _pass(self, lease: int) -> None:
+        async with self._passing:
+            if self._gate is not None and self._passed != lease:
+                await self._gate(lease)
+            self._passed = lease
 
     @property
     def lease(self) -> int:
-        """The lease's id; 0 while there is none."""
-        return self._keeper.lease
+        """The lease's id; 0 while there is none that may be used."""
+        lease = self._keeper.lease
+        return lease if self._gate is None or lease == self._passed else 0
 
     @property
     def valid(self) -> bool:
         """Whether etcd must still have the lease, by our own clock."""
-        return self._keeper.valid
+        return self._keeper.valid and self.lease != 0
 
     @property
     def problem(self) -> str:

@@ -51,6 +51,9 @@ class Lease(Protocol):
 
     def on_grant(self, callback: Callable[[int], Awaitable[None]]) -> None: ...
 
+    @property
+    def lease(self) -> int: ...
+
     def suspect(self) -> None: ...
 
 
@@ -217,7 +220,7 @@ class Publisher:
     async def _written(self, key: bytes) -> None:
         if not self._differs(key) and key not in self._in_flight:
             return
-        if not self._lease:
+        if not self._may_write:
             raise errors.Unavailable(
                 f"{address_of(key)} cannot be published: this node has no lease in etcd", fix="check etcd"
             )
@@ -242,7 +245,7 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._dirty and self._lease:
+            while self._dirty and self._may_write:
                 keys = list(itertools.islice(self._dirty, BATCH))
                 try:
                     await self._write(keys)
@@ -261,6 +264,13 @@ class Publisher:
                 else:
                     pause = _BACKOFF_S[0]
             self._error = ""
+
+    @property
+    def _may_write(self) -> bool:
+        """Whether there is a lease and all keys are known to be its own. Without, another node may have this one's name by
+        now, and what looks like left over from this one is the other's.
+        """
+        return self._lease != 0 and self._lease == self._node_lease.lease
 
     async def _write(self, keys: list[bytes]) -> None:
         puts = {key: self._wanted[key] for key in keys if key in self._wanted}

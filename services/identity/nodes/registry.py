@@ -62,7 +62,8 @@ class Registry:
 
     async def start(self) -> None:
         """Register, and keep the record as the underlay is."""
-        self._lease.on_grant(self._sign_of_life)
+        # Whoever else uses the lease goes by the node's name, which must be its own.
+        self._lease.first(self._sign_of_life)
         self._underlay.on_change(self._wake.set)
         self._directory.on_change(self._told_of)
         self._tasks.append(asyncio.create_task(self._run(), name="nodes.registry"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fibril.ipcache.v1 import ipcache_pb2 as pb
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
@@ -40,6 +41,27 @@ async def test_without_a_lease_nothing_is_published_yet(etcd: EmbeddedEtcd, plac
             keeping = group.create_task(a.lease.run())
             await knows(a, A1, 100, "a")
             keeping.cancel()
+
+
+async def test_a_node_whose_name_another_has_taken_deletes_nothing(
+    etcd: EmbeddedEtcd, place: Path, client: EtcdClient
+) -> None:
+    async def refuse(lease: int) -> None:
+        raise errors.FailedPrecondition("the name is another's")
+
+    async with member(etcd.endpoint, "a", place) as a:
+        a.publisher.want({})
+        await granted(a)
+        a.lease.first(refuse)
+        await a.lose_lease()
+        await until(lambda: not a.lease.lease, "the end of the lease")
+        theirs = pb.StoredAddress(address=str(A1), identity=100, node="a")
+        await client.put(PREFIX + str(A1), theirs.SerializeToString())
+        await knows(a, A1, 100, "a")
+        with pytest.raises(errors.Unavailable, match="no lease"):
+            await a.publisher.put(A2, 100)
+        await asyncio.sleep(0.3)
+        assert await stored(client) == {str(A1): (100, "a")}
 
 
 async def test_what_one_node_publishes_the_other_knows(etcd: EmbeddedEtcd, place: Path) -> None:

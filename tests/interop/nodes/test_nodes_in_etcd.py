@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -67,11 +68,21 @@ async def test_one_name_is_one_machines(join: Join, client: EtcdClient) -> None:
     other = await join("a", "192.168.0.7", place="another machine")
     await until(lambda: "is registered as 'a'" in other.registry.problem)
     assert not first.registry.problem
+    # Nor is anything else done in the other's name.
+    told: list[int] = []
+
+    async def tell(lease: int) -> None:
+        told.append(lease)
+
+    other.lease.on_grant(tell)
+    await asyncio.sleep(0.3)
+    assert not told and not other.lease.lease and not other.lease.valid
     held = await client.get(ROOT + "nodes/a")
     assert held is not None and pb.StoredNode.FromString(held.value).ipv4 == "192.168.0.1"
     # Once the first is gone, the other takes its place by itself.
     await first.stop()
     await until(lambda: not other.registry.problem and str(other.directory.nodes()["a"].ipv4) == "192.168.0.7", 20)
+    await until(lambda: told == [other.lease.lease] and other.lease.valid)
 
 
 async def test_the_same_machine_goes_on_at_once(join: Join) -> None:
@@ -92,9 +103,11 @@ async def test_an_address_of_two_nodes_is_reported(join: Join) -> None:
 async def test_a_record_that_is_gone_is_written_again(join: Join, client: EtcdClient) -> None:
     a = await join("a", "192.168.0.1")
     await until(lambda: a.directory.local)
+    assert a.directory.local is not None
+    before = a.directory.local.revision
     assert await client.delete(ROOT + "nodes/a")
-    await until(lambda: a.directory.local is None)
-    await until(lambda: a.directory.local is not None)
+    # It may be back before anybody has looked.
+    await until(lambda: a.directory.local is not None and a.directory.local.revision > before)
 
 
 async def test_malformed_keys_do_not_hide_the_others(join: Join, client: EtcdClient) -> None:
