@@ -52,7 +52,7 @@ status: install-node ## Show the health of every part of the node
 	@$(BIN)/fibril --instance $(INSTANCE) status
 
 # ---- test ----------------------------------------------------------------------------------------------------------
-.PHONY: test test-unit test-datapath test-e2e test-interop lint format
+.PHONY: test test-unit test-datapath test-e2e test-interop soak-identity lint format
 test: lint test-unit test-datapath test-e2e test-interop ## Install what is missing and run everything CI runs
 
 test-unit: install ## Pure Python; no root
@@ -66,6 +66,10 @@ test-e2e: install ## Real pods and nodes in network namespaces
 
 test-interop: install ## Real etcd, podman, containerd and CNI plugins
 	$(PYTEST) tests/interop
+
+soak-identity: install ## Identities in a storm and under faults for SOAK_S seconds (300), every answer recorded and checked
+	FIBRIL_SOAK_S=$(or $(SOAK_S),300) $(PYTEST) -s tests/interop/identity/test_identity_history.py \
+		tests/interop/identity/test_identity_sweeper.py -k "history or storm"
 
 lint: install ## Formatting, types, contracts, generated code
 	$(BIN)/ruff check .

@@ -168,10 +168,15 @@ class Allocator:
         given = canonical(labels)
         async with self._locks.hold(holder):
             held = self._holders.get(holder)
-            right = holder not in self._unsettled or not self._claims.ready
-            if held is not None and held.given == given and right:
+            same = held is not None and held.given == given
+            if held is not None and same and (holder not in self._unsettled or not self._claims.ready):
                 return Identity(held.number, held.key)
-            identity = await self._find_or_make(labels, held)
+            try:
+                identity = await self._find_or_make(labels, held)
+            except errors.Unavailable:
+                if held is None or not same:
+                    raise
+                return Identity(held.number, held.key)  # moved as soon as that can be done
             await self._record(holder, identity, given)
         return identity
 

@@ -1,6 +1,6 @@
 """Many nodes in processes of their own, faults of every kind, every call and answer written down and checked afterwards.
 
-FIBRIL_SOAK_S=600 lets it run for longer; FIBRIL_SEED=… repeats the choices of an earlier run.
+`make soak-identity` lets it run for longer (FIBRIL_SOAK_S=600); FIBRIL_SEED=… repeats the choices of an earlier run.
 """
 
 from __future__ import annotations
