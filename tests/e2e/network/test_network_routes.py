@@ -25,7 +25,8 @@ def test_overlay_routes_lead_to_the_hosts_device(host: Host) -> None:
         )
         assert "gateway" not in route
     entry = host.entries()[2]
-    assert (entry.mode, entry.mtu, entry.flags, entry.ifindex) == (abi.NodeMode.OVERLAY, 1450, 0, 0)
+    assert (entry.mode, entry.mtu, entry.flags) == (abi.NodeMode.OVERLAY, 1450, abi.NodeFlag.DIRECT)
+    assert entry.ifindex
     assert entry.v4 == abi.be32(node(2).ipv4) and str(entry.v6.ip()) == "fd29:1::2"
 
 
