@@ -116,7 +116,8 @@ async def test_a_full_database_is_resource_exhausted_and_reading_goes_on(place: 
     await etcd.start()
     async with EtcdClient([etcd.endpoint]) as client:
         with pytest.raises(ResourceExhausted, match="raise its quota"):
-            for i in range(20):
+            # It knows its size only after the next commit, up to 0.1 s later.
+            for i in range(200):
                 await client.put(f"big/{i}", bytes(256 << 10))
         assert (await client.get_prefix("big/")).kvs
         assert "full" in await etcd.check()
