@@ -16,12 +16,10 @@ import logging
 import random
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Final, NamedTuple
 
 from services.common import errors
 from services.common.etcd.client import EtcdClient
-from services.common.etcd.watch import Delete, Event, Put, Snapshot, watch_prefix
 from services.common.feed import Feed
 from services.common.locks import KeyLocks
 from services.common.service import ComponentStatus
@@ -30,6 +28,7 @@ from services.identity import numbers
 from services.identity.identities.claims import Claims
 from services.identity.identities.config import WARN_AT, IdentitiesConfig
 from services.identity.identities.filter import LabelFilter
+from services.identity.identities.follow import Follower
 from services.identity.identities.holders import Held, Holders
 from services.identity.identities.local import LocalIdentities
 from services.identity.identities.model import (
@@ -42,7 +41,7 @@ from services.identity.identities.model import (
     labels_of,
     scope_of,
 )
-from services.identity.identities.store import IdentityStore, Record, decode
+from services.identity.identities.store import IdentityStore, Record
 from services.identity.identities.sweeper import Sweeper
 from services.identity.identities.table import Change, Table
 from services.identity.lease import NodeLease
@@ -83,12 +82,12 @@ class Allocator:
         space: int = numbers.NUMBERS - 1,
     ) -> None:
         """Reads the database, nothing else. space: how many numbers a cluster has."""
-        self._etcd = etcd
         self._cluster_id = cluster_id
         self._lease = lease
         self._filter = cfg.filter()
         self._store = IdentityStore(etcd, cluster, node)
         self._table = Table(cluster_id, space)
+        self._follower = Follower(etcd, self._store, self._table, self._told)
         self._holders = Holders(db)
         self._local = LocalIdentities(db, self._holders.numbers())
         self._claims = Claims(self._store, self._table, lease, cluster_id, self)
@@ -103,7 +102,7 @@ class Allocator:
         self._scarce_from = WARN_AT * space
         self._tasks: list[asyncio.Task[None]] = []
         self.feed: Feed[Identity] = Feed(self.list, HISTORY)
-        self.synced = asyncio.Event()
+        self.synced = self._follower.synced
         """Set when the cluster's identities are known."""
         lease.on_grant(self._granted)
 
@@ -112,6 +111,7 @@ class Allocator:
     async def start(self) -> None:
         """Begin to follow etcd; holders of an earlier process are known already."""
         meter = metrics()
+        self._store.measure(meter)
         meter.gauge("fibril.identity.numbers", self._gauge, description="identity numbers by state")
         meter.gauge(
             "fibril.identity.capacity", lambda: [(self._table.space, {})], description="numbers of a cluster"
@@ -120,7 +120,7 @@ class Allocator:
             "fibril.identity.holders", lambda: [(len(self._holders), {})], description="holders on this node"
         )
         self._tasks = [
-            asyncio.create_task(self._follow(), name="identity.follow"),
+            asyncio.create_task(self._follower.run(), name="identity.follow"),
             asyncio.create_task(self._claims.keep(), name="identity.claims"),
             asyncio.create_task(self._settle(), name="identity.settle"),
             asyncio.create_task(self._sweeper.run(self.synced), name="identity.sweeper"),
@@ -389,32 +389,6 @@ class Allocator:
         await self._claims.begin(lease)
 
     # -- what etcd says
-
-    async def _follow(self) -> None:
-        events = watch_prefix(self._etcd, self._store.labels_prefix, self._table.renew)
-        async with aclosing(events):
-            async for event in events:
-                self._apply(event)
-
-    def _apply(self, event: Event) -> None:
-        match event:
-            case Snapshot():
-                for kv in event.kvs:
-                    self._put(kv.key, kv.value, kv.mod_revision)
-            case Put():
-                self._put(event.key, event.value, event.mod_revision)
-            case Delete():
-                name = event.key.removeprefix(self._store.labels_prefix)
-                self._told(self._table.delete(name, event.mod_revision))
-            case _:
-                self.synced.set()
-
-    def _put(self, key: str, value: bytes, revision: int) -> None:
-        name = key.removeprefix(self._store.labels_prefix)
-        if not self._table.knows(name, revision):
-            record = decode(name, value, revision)
-            if record is not None:
-                self._told(self._table.put(record))
 
     def _told(self, changes: Sequence[Change]) -> None:
         """Something has changed in the table."""

@@ -24,7 +24,6 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 from services.common import errors
-from services.common.telemetry import metrics
 from services.identity.identities.model import digest
 from services.identity.identities.store import Epoch, IdentityStore, Record
 from services.identity.identities.table import Table
@@ -101,9 +100,6 @@ class Claims:
         self._wake = asyncio.Event()
         self._refusal: errors.FibrilError | None = None
         self._error = ""
-        self._changes = metrics().counter(
-            "fibril.identity.changes", description="changes made in etcd by kind"
-        )
 
     @property
     def ready(self) -> bool:
@@ -175,7 +171,7 @@ class Claims:
                 # What a process before this one may have taken and not recorded.
                 asked |= await self._store.refs_under(lease)
             epoch = await self._store.begin(lease)
-            found = await self._store.refs(asked)
+            found = await self._store.refs(asked, lease)
             self._first = False
             self._doubtful -= asked
             self._refs = {number: found[number] for number in found if self._owner.wants(number)}
@@ -265,19 +261,17 @@ class Claims:
 
     async def _attempt(self, key: str, number: int, record: Record | None, epoch: Epoch) -> bool:
         """Try to get a reference; whether there is one now. Raises NotFound when the lease has ended."""
-        made: Record | None = None
-        if record is None:
-            kind, made = "create", await self._store.create(number, key, epoch)
-        elif record.retired:
-            kind, made = "revive", await self._store.revive(record, epoch)
-        if made is not None:
-            self._owner.learned(made)
-            revision: int | None = made.revision
-        elif record is not None and not record.retired:
-            kind, revision = "take", await self._store.take(record, epoch)
+        revision: int | None = None
+        if record is not None and not record.retired:
+            revision = await self._store.take(record, epoch)
         else:
-            revision = None
-        self._changes.add(1, kind=kind if revision else "conflict")
+            if record is None:
+                made = await self._store.create(number, key, epoch)
+            else:
+                made = await self._store.revive(record, epoch)
+            if made is not None:
+                self._owner.learned(made)
+                revision = made.revision
         if revision is None:
             return False
         if epoch == self._epoch:
@@ -339,7 +333,6 @@ class Claims:
 
     async def _drop(self, number: int, revision: int) -> None:
         await self._store.drop(number, revision)
-        self._changes.add(1, kind="drop")
         if self._drops.get(number) == revision:
             del self._drops[number]
 

@@ -26,6 +26,7 @@ from fibril.identity.v1 import identity_pb2 as pb
 from services.common import errors
 from services.common.etcd.batch import Batcher, Txn
 from services.common.etcd.client import TXN_OPS_MAX, EtcdClient
+from services.common.telemetry import Counter, Meter
 from services.identity.identities.model import Identity, canonical, digest, labels_of
 
 
@@ -76,6 +77,7 @@ class IdentityStore:
         root = f"/fibril/v1/{cluster}/"
         self._etcd = etcd
         self._batcher = Batcher(etcd)
+        self._changes = Counter()
         self._cluster = cluster
         self._node = node
         self._cluster_key = f"{root}cluster"
@@ -84,6 +86,10 @@ class IdentityStore:
         self.sweeper_key = f"{root}identities/sweeper"
         self._ids_prefix = f"{root}identities/id/"
         self._epoch_key = f"{root}identities/epochs/{node}"
+
+    def measure(self, meter: Meter) -> None:
+        """Count changes from now on."""
+        self._changes = meter.counter("fibril.identity.changes", description="changes made in etcd, by kind")
 
     # -- the node
 
@@ -112,13 +118,13 @@ class IdentityStore:
         found = (self.of_ref(key) for key in await self._etcd.keys_of(lease))
         return {number for number, node in found if node == self._node}
 
-    async def refs(self, numbers: Iterable[int]) -> dict[int, int]:
-        """Which of these this node has references to, and their revisions."""
+    async def refs(self, numbers: Iterable[int], lease: int = 0) -> dict[int, int]:
+        """Which of these this node has references to, and their revisions. lease: only those that hang on it."""
         keys = [self._ref_key(number) for number in numbers]
         found: dict[int, int] = {}
         for start in range(0, len(keys), TXN_OPS_MAX):
             listing = await self._etcd.get_many(keys[start : start + TXN_OPS_MAX])
-            found |= {self.of_ref(kv.key)[0]: kv.mod_revision for kv in listing.kvs}
+            found |= {self.of_ref(kv.key)[0]: kv.mod_revision for kv in listing.kvs if lease in (0, kv.lease)}
         return found
 
     # -- identities. Each gives it as it is now; None: something was not as supposed, nothing has changed.
@@ -126,34 +132,35 @@ class IdentityStore:
     async def create(self, number: int, key: str, epoch: Epoch) -> Record | None:
         """Make an identity and hold it, if neither its number nor its labels are taken."""
         value = pb.StoredIdentity(number=number, labels=labels_of(key)).SerializeToString()
-        return await self._hold(Record(number, digest(key), 0, False, value), epoch)
+        return await self._hold("create", Record(number, digest(key), 0, False, value), epoch)
 
     async def revive(self, record: Record, epoch: Epoch) -> Record | None:
         """Hold a retired identity again."""
-        return await self._hold(_changed(record, retired=False), epoch)
+        return await self._hold("revive", _changed(record, retired=False), epoch)
 
     async def take(self, record: Record, epoch: Epoch) -> int | None:
         """Hold an identity that exists; the reference's revision, the identity's stays."""
         ref = self._ref_key(record.number)
         expect = {self._id_key(record.number): record.revision, self._epoch_key: epoch.revision}
-        return await self._batcher.transact(Txn(expect, put={ref: b""}, leases={ref: epoch.lease}))
+        return await self._make("take", Txn(expect, put={ref: b""}, leases={ref: epoch.lease}))
 
     async def drop(self, number: int, revision: int) -> None:
         """Hold it no more, unless it has been taken again since."""
         ref = self._ref_key(number)
-        await self._batcher.transact(Txn({ref: revision}, delete=(ref,)))
+        await self._make("drop", Txn({ref: revision}, delete=(ref,)))
 
     async def retire(self, record: Record, quarantine: int) -> Record | None:
         """Free labels and number of an identity nobody holds, once the lease `quarantine` has ended."""
         labels_key, id_key = self._labels_key(record.name), self._id_key(record.number)
         retired = _changed(record, retired=True)
-        revision = await self._batcher.transact(
+        revision = await self._make(
+            "retire",
             Txn(
                 {id_key: record.revision, labels_key: record.revision},
                 nothing_below=(f"{self.refs_prefix}{record.number}/",),
                 put={id_key: retired.value, labels_key: retired.value},
                 leases={id_key: quarantine, labels_key: quarantine},
-            )
+            ),
         )
         return None if revision is None else retired._replace(revision=revision)
 
@@ -170,10 +177,11 @@ class IdentityStore:
             listing.revision,
         )
 
-    async def _hold(self, record: Record, epoch: Epoch) -> Record | None:
+    async def _hold(self, kind: str, record: Record, epoch: Epoch) -> Record | None:
         labels_key, id_key = self._labels_key(record.name), self._id_key(record.number)
         ref = self._ref_key(record.number)
-        revision = await self._batcher.transact(
+        revision = await self._make(
+            kind,
             Txn(
                 {
                     labels_key: record.revision,
@@ -182,9 +190,14 @@ class IdentityStore:
                 },
                 put={id_key: record.value, labels_key: record.value, ref: b""},
                 leases={ref: epoch.lease},
-            )
+            ),
         )
         return None if revision is None else record._replace(revision=revision)
+
+    async def _make(self, kind: str, txn: Txn) -> int | None:
+        revision = await self._batcher.transact(txn)
+        self._changes.add(1, kind="conflict" if revision is None else kind)
+        return revision
 
     # -- keys
 

@@ -19,7 +19,6 @@ from typing import Final
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
-from services.common.telemetry import metrics
 from services.identity.identities.claims import Lease
 from services.identity.identities.store import IdentityStore, Record
 from services.identity.identities.table import Table
@@ -64,9 +63,6 @@ class Sweeper:
         self._due: dict[int, float] = {}
         """Numbers without a reference -> when they are to be retired; soonest first."""
         self._changed = asyncio.Event()
-        self._changes = metrics().counter(
-            "fibril.identity.changes", description="changes made in etcd by kind"
-        )
         self.elected = ""
         """Name of the node that collects; empty while there is none or it is not known."""
         self.error = ""
@@ -209,7 +205,6 @@ class Sweeper:
 
     async def _retire(self, record: Record, lease: int) -> None:
         retired = await self._store.retire(record, lease)
-        self._changes.add(1, kind="conflict" if retired is None else "retire")
         if retired is not None:
             self._learned(retired)
         # Else somebody holds it again, or it is not what is known here: then it is looked at again with all others.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from fibril.identity.v1 import identity_pb2 as pb
 from fibril.identity.v1.identity_pb2_grpc import IdentityServiceStub, add_IdentityServiceServicer_to_server
 from fibril.types.v1 import types_pb2
+from services.common import telemetry
 from services.common.errors import from_rpc_error
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.rpc.client import channel
@@ -182,3 +185,24 @@ async def test_what_is_not_known_yet_is_not_said_to_be_absent(
     await etcd.start()
     await until(lambda: node.allocator.synced.is_set(), "etcd")
     assert len((await api.ListIdentities(pb.ListIdentitiesRequest(), None)).identities) == 8
+
+
+async def test_usage_and_changes_are_metrics(nodes: Nodes) -> None:
+    measured = telemetry.setup("test", telemetry.TelemetryConfig(prometheus="127.0.0.1:0"))
+    try:
+        node = await nodes.start()
+        await node.allocate("a", app="web")
+        await node.allocate("b", **{"fqdn:example.org": ""})
+        url = f"http://127.0.0.1:{measured.prometheus_port}/metrics"
+        page = (await asyncio.to_thread(urllib.request.urlopen, url)).read().decode()
+        for line in (
+            'fibril_identity_numbers{state="used"} 1.0',
+            'fibril_identity_numbers{state="local"} 1.0',
+            "fibril_identity_capacity 1.048575e+06",
+            "fibril_identity_holders 2.0",
+            'fibril_identity_changes_total{kind="create"} 1.0',
+        ):
+            assert line in page, page
+    finally:
+        measured.close()
+        telemetry.setup("test")

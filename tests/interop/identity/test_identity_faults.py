@@ -126,6 +126,30 @@ async def test_an_etcd_that_comes_back_empty_is_given_everything_anew(
     assert (one.moved, other.moved) == ([], [])
 
 
+async def test_references_lost_with_a_restored_snapshot_are_taken_again(
+    etcd: EmbeddedEtcd, nodes: Nodes, client: EtcdClient
+) -> None:
+    one, other = await nodes.start("one", SHORT), await nodes.start("other", SHORT)
+    web = await one.allocate("a", app="web")
+    gone = await other.allocate("b", app="gone")
+    await etcd.stop()
+    snapshot = etcd.data_dir.with_name("snapshot")
+    shutil.copytree(etcd.data_dir, snapshot)
+    await etcd.start()
+    # Neither changes what is followed of identities.
+    assert await other.allocate("a", app="web") == web
+    await other.allocate("b", app="web")
+    await etcd.stop()
+    shutil.rmtree(etcd.data_dir)
+    shutil.copytree(snapshot, etcd.data_dir)
+    await etcd.start()
+    await until(lambda: in_order(client, one, other), "order")
+    await one.allocator.release("a")
+    await asyncio.sleep(2)
+    assert await in_order(client, one, other) and other.allocator.holders()["a"] == web
+    assert gone.number not in {identity.number for identity in other.allocator.list()}
+
+
 async def test_a_hanging_etcd_refuses_the_new_and_nothing_else(
     etcd: EmbeddedEtcd, nodes: Nodes, client: EtcdClient
 ) -> None:
@@ -220,7 +244,7 @@ async def test_history_may_be_compacted_while_a_node_is_cut_off(
     one, other = await nodes.start("one"), await nodes.start("other")
     gone, kept = await one.allocate("a", app="gone"), await one.allocate("b", app="kept")
     await until(lambda: other.allocator.get(kept.number), "the other to know")
-    follow = other.allocator._follow
+    follow = other.allocator._follower.run
     task = next(task for task in other.allocator.tasks() if task.get_name() == "identity.follow")
     task.cancel()
     await one.allocator.release("a")
