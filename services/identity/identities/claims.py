@@ -171,11 +171,16 @@ class Claims:
                 # What a process before this one may have taken and not recorded.
                 asked |= await self._store.refs_under(lease)
             epoch = await self._store.begin(lease)
-            found = await self._store.refs(asked, lease)
+            found = await self._store.refs(asked)
             self._first = False
             self._doubtful -= asked
-            self._refs = {number: found[number] for number in found if self._owner.wants(number)}
-            self._drops = {number: found[number] for number in found if number not in self._refs}
+            self._refs, self._drops = {}, {}
+            for number, reference in found.items():
+                if not self._owner.wants(number):
+                    self._drops[number] = reference.revision
+                elif reference.lease == lease:
+                    self._refs[number] = reference.revision
+                # Else it goes with another lease; the owner takes it anew.
             self._epoch, self._refs_lease = epoch, lease
             self._begun.set()
         self._owner.begun()

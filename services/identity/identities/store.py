@@ -58,6 +58,13 @@ class Epoch(NamedTuple):
     revision: int
 
 
+class Reference(NamedTuple):
+    """That this node holds a number: since which revision, and the lease it goes with."""
+
+    revision: int
+    lease: int
+
+
 class Look(NamedTuple):
     """What etcd had at `revision`.
 
@@ -118,13 +125,13 @@ class IdentityStore:
         found = (self.of_ref(key) for key in await self._etcd.keys_of(lease))
         return {number for number, node in found if node == self._node}
 
-    async def refs(self, numbers: Iterable[int], lease: int = 0) -> dict[int, int]:
-        """Which of these this node has references to, and their revisions. lease: only those that hang on it."""
+    async def refs(self, numbers: Iterable[int]) -> dict[int, Reference]:
+        """Which of these this node has references to."""
         keys = [self._ref_key(number) for number in numbers]
-        found: dict[int, int] = {}
+        found: dict[int, Reference] = {}
         for start in range(0, len(keys), TXN_OPS_MAX):
-            listing = await self._etcd.get_many(keys[start : start + TXN_OPS_MAX])
-            found |= {self.of_ref(kv.key)[0]: kv.mod_revision for kv in listing.kvs if lease in (0, kv.lease)}
+            for kv in (await self._etcd.get_many(keys[start : start + TXN_OPS_MAX])).kvs:
+                found[self.of_ref(kv.key)[0]] = Reference(kv.mod_revision, kv.lease)
         return found
 
     # -- identities. Each gives it as it is now; None: something was not as supposed, nothing has changed.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from services.common.errors import FibrilError, Unavailable
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
+from services.identity.db import open_db
 from services.identity.identities.filter import LabelFilter
 from tests.interop.etcd.etcdrig import compact, hanging, kill, until
 from tests.interop.identity.identityrig import CFG, IDS, LABELS, REFS, ROOT, SHORT, Node, Nodes, keys, live
@@ -63,6 +66,26 @@ async def test_what_a_dying_process_had_asked_for_does_not_stay(
         await nodes.die(one)
     one = await nodes.start()
     await until(lambda: in_order(client, one), "only what is held to be there")
+
+
+async def test_references_go_with_the_lease_the_node_has_now(
+    etcd: EmbeddedEtcd, nodes: Nodes, client: EtcdClient, place: Path
+) -> None:
+    one = await nodes.start()
+    held = {str(n): await one.allocate(str(n), app=str(n)) for n in range(10)}
+    former = one.lease.lease
+    await nodes.die(one)
+    with contextlib.closing(open_db(place / "one.db")) as db, db:
+        db.execute("DELETE FROM lease")
+    one = await nodes.start()
+    await until(lambda: in_order(client, one), "order")
+    await until(lambda: all_under(client, one.lease.lease), "all references to go with the new lease")
+    await client.revoke(former)
+    assert await in_order(client, one) and one.allocator.holders() == held
+
+
+async def all_under(client: EtcdClient, lease: int) -> bool:
+    return {kv.lease for kv in (await client.get_prefix(REFS)).kvs} == {lease}
 
 
 async def test_a_lost_lease_is_made_good_with_the_same_numbers(nodes: Nodes, client: EtcdClient) -> None:
@@ -136,6 +159,8 @@ async def test_references_lost_with_a_restored_snapshot_are_taken_again(
     snapshot = etcd.data_dir.with_name("snapshot")
     shutil.copytree(etcd.data_dir, snapshot)
     await etcd.start()
+    for _ in range(10):  # so far that it cannot be caught up with before anybody looks
+        await client.put(f"{ROOT}something", b"")
     # Neither changes what is followed of identities.
     assert await other.allocate("a", app="web") == web
     await other.allocate("b", app="web")

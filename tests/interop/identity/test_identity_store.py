@@ -56,11 +56,11 @@ async def test_what_is_held_is_not_retired_and_what_is_retired_not_taken(
     web = await create(one, 1, KEY, mine)
     assert await one.retire(web, lease) is None
     taken = await two.take(web, theirs)
-    assert taken is not None and await two.refs([1]) == {1: taken}
+    assert taken is not None and await two.refs([1]) == {1: (taken, theirs.lease)}
     await one.drop(1, web.revision)
     assert await one.retire(web, lease) is None, "another node holds it"
     await two.drop(1, web.revision)
-    assert await two.refs([1]) == {1: taken}, "not the one that was meant"
+    assert await two.refs([1]) == {1: (taken, theirs.lease)}, "not the one that was meant"
     await two.drop(1, taken)
     gone = await one.retire(web, lease)
     assert gone is not None and gone.identity == web.identity and gone.retired
@@ -95,7 +95,7 @@ async def test_a_request_of_an_earlier_epoch_has_no_effect(client: EtcdClient, o
     assert await one.create(2, OTHER, earlier) is None
     assert await one.take(web, earlier) is None
     assert await one.revive(web, earlier) is None
-    assert await one.refs([1, 2]) == {1: web.revision} and await one.refs_under(lease) == {1}
+    assert await one.refs([1, 2]) == {1: (web.revision, lease)} and await one.refs_under(lease) == {1}
     assert await one.create(2, OTHER, now)
     await client.revoke(lease)
     assert await one.refs_under(lease) == set() == set(await one.refs([1, 2]))
@@ -128,5 +128,6 @@ async def test_a_hundred_refs_and_more_are_read(
 ) -> None:
     mine = await begin(client, one)
     made = await asyncio.gather(*(create(one, n, f'{{"app":"{n}"}}', mine) for n in range(1, 301)))
-    assert await one.refs(range(1, 400)) == {record.number: record.revision for record in made}
+    found = await one.refs(range(1, 400))
+    assert found == {record.number: (record.revision, mine.lease) for record in made}
     assert await one.refs_under(mine.lease) == set(range(1, 301))
