@@ -77,6 +77,10 @@ class NodeLease:
         """Ask etcd at once whether it still has the lease: for whoever was told that it has not."""
         self._keeper.suspect()
 
+    def replace(self) -> None:
+        """Go on with another lease, since etcd has been put back to an earlier state; see LeaseKeeper."""
+        self._keeper.replace()
+
     async def run(self) -> None:
         """Keep the lease until cancelled; it lasts some seconds longer, for the next process."""
         await self._keeper.run()

@@ -51,6 +51,9 @@ _TRANSIENT = {
 }
 
 
+_OF_NOW = (rpc.RangeResponse, rpc.PutResponse, rpc.DeleteRangeResponse, rpc.TxnResponse)
+
+
 class Compacted(Aborted):
     """The revision asked for is no longer kept; list again."""
 
@@ -88,6 +91,8 @@ class EtcdClient:
         self._endpoints = endpoints(urls, tls)
         self._timeout_s = timeout_s
         self._current = 0
+        self._known = (0, 0)
+        self._put_back = False
         self._healthy = False
         self._error = "not connected yet"
         self._since = time.time()
@@ -130,6 +135,16 @@ class EtcdClient:
     async def check(self) -> None:
         """A read that needs a quorum. Raises Unavailable."""
         await self._range(rpc.RangeRequest(key=b"\0", count_only=True))
+
+    async def put_back(self) -> bool:
+        """Whether etcd is another than this client has known, or in a state from before something it has been told: restored
+        from a snapshot, made anew. Told once; what etcd is now is what counts from then on.
+        """
+        answer = await self._range(rpc.RangeRequest(key=b"\0", count_only=True))
+        found, self._put_back = self._put_back, False
+        if found:
+            self._known = answer.header.cluster_id, answer.header.revision
+        return found
 
     async def get(self, key: str) -> KeyValue | None:
         """The key, or None. Linearizable, as every read here."""
@@ -331,7 +346,7 @@ class EtcdClient:
         share = self._timeout_s / len(self._endpoints)
         while True:
             endpoint = await self._connect(deadline)
-            left = deadline - time.monotonic()
+            left, known = deadline - time.monotonic(), self._known
             try:
                 with _closing_fails():
                     answer = await call(endpoint, max(0.01, min(left, share)))
@@ -345,12 +360,14 @@ class EtcdClient:
                 await asyncio.sleep(0.01)
             else:
                 self._reached()
+                self._note(answer, known)
                 return answer
 
     async def _write(self, call: Callable[[Endpoint, float], Awaitable[Any]]) -> Any:
         """Make a call once, as soon as there is a connection."""
         deadline = time.monotonic() + self._timeout_s
         endpoint = await self._connect(deadline)
+        known = self._known
         try:
             with _closing_fails():
                 answer = await call(endpoint, max(0.01, deadline - time.monotonic()))
@@ -360,6 +377,7 @@ class EtcdClient:
                 self._rotate(endpoint)
             raise translated from error
         self._reached()
+        self._note(answer, known)
         return answer
 
     async def _connect(self, deadline: float) -> Endpoint:
@@ -378,6 +396,18 @@ class EtcdClient:
             await asyncio.sleep(0.02)
         reasons = [f"{e.address.url}: {await e.why()}" for e in self._endpoints]
         raise self._unreachable(f"etcd cannot be reached ({'; '.join(reasons)})")
+
+    def _note(self, answer: Any, before: tuple[int, int]) -> None:
+        """Remember how far etcd has come. before: what was known when the call was made. Answers may arrive in another order
+        than they were given, but none is from before what was known then.
+        """
+        # Of leases a member tells that may lag behind.
+        if isinstance(answer, _OF_NOW):
+            cluster, revision = answer.header.cluster_id, answer.header.revision
+            if before[0] and (cluster != before[0] or revision < before[1]):
+                self._put_back = True
+            if self._known[0] in (0, cluster):
+                self._known = cluster, max(self._known[1], revision)
 
     def _rotate(self, failed: Endpoint) -> None:
         """Turn to the next server, unless another call has done so already."""

@@ -21,7 +21,8 @@ class LeaseKeeper:
     """Holds one lease for as long as `run` runs.
 
     A lease is renewed every third of its time. One that ended (etcd out of reach for longer, or its data gone) took
-    its keys along: another is granted, and everyone who has keys under it writes them anew, in a callback.
+    its keys along: another is granted, and everyone who has keys under it writes them anew, in a callback. The same
+    where etcd has been put back to an earlier state (restored from a snapshot), which may have the lease and lack keys.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LeaseKeeper:
         self._users: list[_User] = []
         self._news = asyncio.Event()
         self._check = asyncio.Event()
+        self._outdated = False
         self._group: asyncio.TaskGroup | None = None
 
     def on_grant(self, callback: OnGrant) -> None:
@@ -79,6 +81,13 @@ class LeaseKeeper:
 
     def suspect(self) -> None:
         """Ask etcd at once whether it still has the lease: for whoever was told that it has not."""
+        self._check.set()
+
+    def replace(self) -> None:
+        """Go on with another lease, under which everyone writes anew what shall be there: for whoever has seen that etcd has
+        been put back to an earlier state. What that has under the old lease and nobody writes ends with it.
+        """
+        self._outdated = True
         self._check.set()
 
     async def run(self) -> None:
@@ -115,7 +124,9 @@ class LeaseKeeper:
 
     async def _step(self) -> None:
         asked = _now()
-        if self._lease:
+        # Then the lease may be there and some of its keys not, and nobody follows all of them.
+        outdated, self._outdated = await self._client.put_back() or self._outdated, False
+        if self._lease and not outdated:
             left_s = await self._client.renew(self._lease)
             if left_s:
                 first, self._ends = not self._ends, asked + left_s
@@ -125,7 +136,11 @@ class LeaseKeeper:
             log.warning("a lease has ended, its keys with it", extra={"lease": f"{self._lease:x}"})
             self._lease, self._ends = 0, 0.0
             asked = _now()
-        lease = await self._client.grant(self._ttl_s)
+        try:
+            lease = await self._client.grant(self._ttl_s)
+        except FibrilError:
+            self._outdated |= outdated
+            raise
         if self._remember is not None:
             self._remember(lease)
         self._lease, self._ends = lease, asked + self._ttl_s

@@ -141,6 +141,8 @@ def _owner(owner: str) -> str:
 
 def _key(prefix: str, field: str) -> bytes:
     try:
+        if "%" in prefix:
+            raise ValueError("a prefix has no zone")
         return prefix_key(ip_network(prefix))
     except ValueError as error:
         raise errors.InvalidArgument(

@@ -66,6 +66,9 @@ class Watcher(Protocol):
     def seen(self, key: bytes, entry: Entry | None, revision: int) -> None:
         """What etcd has for an address since `revision`; None: nothing any more."""
 
+    def replaced(self) -> None:
+        """Revisions told from now on are of another etcd than before."""
+
 
 class Ipcache:
     """Used from one event loop."""
@@ -235,6 +238,8 @@ class Ipcache:
     def replaced(self) -> None:
         log.warning("etcd is another than before; its addresses are taken as they are now")
         self._table.forget_revisions(Source.POD)
+        for watcher in self._watchers:
+            watcher.replaced()
 
     def pause(self) -> None:
         self._flush()

@@ -56,6 +56,8 @@ class Lease(Protocol):
 
     def suspect(self) -> None: ...
 
+    def replace(self) -> None: ...
+
 
 class Addresses(Protocol):
     """What is needed of Ipcache."""
@@ -173,6 +175,12 @@ class Publisher:
         self._lease = lease
         self._wake.set()
         self._granted_anew.set()
+
+    def replaced(self) -> None:
+        """For Ipcache: etcd is another than before, or has been put back. Its revisions say nothing about those known, and
+        the lease may have outlived its keys: all is written anew under another.
+        """
+        self._node_lease.replace()
 
     def seen(self, key: bytes, entry: Entry | None, revision: int) -> None:
         """For Ipcache: what etcd has for an address since `revision`."""

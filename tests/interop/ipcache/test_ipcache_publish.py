@@ -281,6 +281,35 @@ async def test_another_etcd_is_filled_again_by_those_who_know(etcd: EmbeddedEtcd
         await knows(b, A1, 600, "a")
 
 
+async def test_an_etcd_put_back_to_an_earlier_state_is_brought_up_to_date(
+    etcd: EmbeddedEtcd, place: Path, client: EtcdClient
+) -> None:
+    async with member(etcd.endpoint, "a", place) as a:
+        await granted(a)
+        a.publisher.want({A1: Published(100), A2: Published(200)})
+        await until(lambda: len(a.pods()) == 2, "both")
+        await etcd.stop()
+        shutil.copytree(etcd.data_dir, place / "snapshot")
+        await etcd.start()
+        await a.publisher.put(A1, 101)
+        await a.publisher.put(A3, 300)
+        await a.publisher.remove(A2)
+        lease = a.lease.lease
+        await etcd.stop()
+        shutil.rmtree(etcd.data_dir)
+        shutil.copytree(place / "snapshot", etcd.data_dir)
+        await etcd.start()
+
+        async def under_another_lease() -> bool:
+            new = {kv.key for kv in (await client.get_prefix(PREFIX)).kvs if kv.lease != lease}
+            return new == {f"{PREFIX}{A1}", f"{PREFIX}{A3}"}
+
+        await until(under_another_lease, "what is wanted to be written anew")
+        await client.revoke(lease)  # or time passes
+        await until(lambda: a.pods() == {str(A1): (101, "a"), str(A3): (300, "a")}, "order")
+        assert await stored(client) == a.pods()
+
+
 async def test_malformed_keys_are_passed_over(etcd: EmbeddedEtcd, place: Path, client: EtcdClient) -> None:
     async with member(etcd.endpoint, "b", place) as b:
         await client.put(f"{PREFIX}10.0.0.1", stored_address("10.0.0.1", 4, "a"))
