@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 from typing import Final
@@ -20,14 +21,16 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
+from services.common.telemetry import metrics
 from services.identity.nodes.index import NodeIndex
-from services.identity.nodes.model import Node
+from services.identity.nodes.model import Node, NodeState
 from services.identity.nodes.roster import Alive, Roster, decode_block, decode_node
 
 log = logging.getLogger(__name__)
 
 NODES, ALIVE, BLOCKS = "nodes/", "alive/", "blocks/"
 HISTORY: Final = 16384
+RETRY_S: Final = 30.0
 
 
 def root_of(cluster: str) -> str:
@@ -48,15 +51,18 @@ class Directory:
         self._callbacks: list[Callable[[str], None]] = []
         self._unread = {NODES, ALIVE, BLOCKS}
         self._tasks: list[asyncio.Task[None]] = []
+        self._unusable: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
         self.feed: Feed[Node] = Feed(lambda: self._roster.nodes.values(), HISTORY)
         self.synced = asyncio.Event()
-        """Set when all there is has been read once; nobody is told of anything before."""
-        self.problem = ""
+        """Set when all there is has been read once; nobody is told of anything before, and no node is known."""
 
     # -- life
 
     async def start(self) -> None:
         """Begin to follow."""
+        metrics().gauge("fibril.node.count", self._gauge, description="nodes by state")
+        self._tasks.append(asyncio.create_task(self._try_again(), name="nodes.refused"))
         for part in (NODES, ALIVE, BLOCKS):
             self._tasks.append(asyncio.create_task(self._follow(part), name=f"nodes.{part.rstrip('/')}"))
 
@@ -69,6 +75,15 @@ class Directory:
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Endless; one that ends is a failure."""
         return tuple(self._tasks)
+
+    @property
+    def problem(self) -> str:
+        """One sentence, empty when all that etcd says of nodes is understood and taken in."""
+        for name, why in self._refused.items():
+            return f"node {name}{_others(self._refused)} cannot be taken in: {why}"
+        for key, why in self._unusable.items():
+            return f"etcd's key {self.root}{key}{_others(self._unusable)} is not usable: {why}"
+        return ""
 
     # -- reading
 
@@ -126,43 +141,65 @@ class Directory:
         roster = self._roster
         try:
             if part == NODES:
-                return {roster.put_record(decode_node(key, value, revision))}
-            if part == ALIVE:
-                return {roster.put_alive(key, Alive(pb.StoredAlive.FromString(value).token, revision))}
-            return roster.put_block(key, decode_block(value))
+                changed = {roster.put_record(decode_node(key, value, revision))}
+            elif part == ALIVE:
+                changed = {roster.put_alive(key, Alive(pb.StoredAlive.FromString(value).token, revision))}
+            else:
+                changed = roster.put_block(key, decode_block(value))
         except (ValueError, DecodeError) as error:
             log.warning("a key of a node is not usable", extra={"key": part + key, "error": str(error)})
             # What it said before counts no longer.
-            return self._deleted(part, key)
+            changed = self._deleted(part, key)
+            self._unusable[part + key] = str(error)
+        else:
+            self._unusable.pop(part + key, None)
+        return changed
 
     def _deleted(self, part: str, key: str) -> set[str]:
+        self._unusable.pop(part + key, None)
         if part == NODES:
             return {self._roster.delete_record(key)}
         if part == ALIVE:
             return {self._roster.delete_alive(key)}
         return self._roster.delete_block(key)
 
-    def _changed(self, names: set[str]) -> None:
+    def _changed(self, names: Iterable[str]) -> None:
         if not self.synced.is_set():
             return
         for name in names:
-            before = self._roster.nodes.get(name)
+            before, changed = self._roster.nodes.get(name), False
             try:
                 changed = self._roster.refresh(name)
+                self._refused.pop(name, None)
+                if name not in self._roster.nodes:
+                    # For good: a node that only died keeps its record.
+                    self._index.forget(name)
             except errors.FibrilError as error:
-                self.problem = str(error)
-                log.error("a node cannot be taken in", extra={"node": name, "cause": str(error)})
-                continue
-            self.problem = ""
-            node = self._roster.nodes.get(name)
-            if node is None:
-                # For good: a node that only died keeps its record.
-                self._index.forget(name)
-            if not changed:
-                continue
-            if node is not None:
-                self.feed.publish("put", node)
-            elif before is not None:
-                self.feed.publish("delete", before)
-            for callback in self._callbacks:
-                callback(name)
+                if self._refused.get(name) != str(error):
+                    log.error("a node cannot be taken in", extra={"node": name, "error": str(error)})
+                self._refused[name] = str(error)
+            if changed:
+                self._tell(name, before)
+
+    def _tell(self, name: str, before: Node | None) -> None:
+        node = self._roster.nodes.get(name)
+        if node is not None:
+            self.feed.publish("put", node)
+        elif before is not None:
+            self.feed.publish("delete", before)
+        for callback in self._callbacks:
+            callback(name)
+
+    async def _try_again(self) -> None:
+        """Numbers that were forgotten become free, and so does a disk."""
+        while True:
+            await asyncio.sleep(RETRY_S)
+            self._changed(tuple(self._refused))
+
+    def _gauge(self) -> Iterable[tuple[float, dict[str, str]]]:
+        states = Counter(node.state for node in list(self._roster.nodes.values()))
+        return [(states[state], {"state": state.name.lower()}) for state in NodeState]
+
+
+def _others(all_of: Mapping[str, str]) -> str:
+    return f" and {len(all_of) - 1} others" if len(all_of) > 1 else ""

@@ -25,7 +25,7 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, watch_prefix
 from services.common.kernel.netlink import IPAddress
-from services.common.telemetry import metrics
+from services.common.telemetry import Counter, Histogram, metrics
 from services.identity.lease import NodeLease
 from services.identity.nodes.directory import Directory, root_of
 from services.identity.nodes.model import Node, NodeState
@@ -91,13 +91,15 @@ class Health:
         self._unwritten: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._write = asyncio.Event()
+        self._probes, self._rtt = Counter(), Histogram()
 
     # -- life
 
     async def start(self) -> None:
         """Answer probes, and begin to probe when the nodes are known."""
-        meter = metrics()
-        meter.gauge("fibril.node.reachable", self._gauge, description="1: a probed node answers on both ways")
+        metrics().gauge(
+            "fibril.node.reachable", self._gauge, description="1: a probed node answers on both ways"
+        )
         await self._prober.open()
         self._lease.on_grant(self._write_all)
         for name, coro in (("probe", self._run()), ("health", self._follow()), ("report", self._report())):
@@ -147,8 +149,10 @@ class Health:
         while True:
             await self._prober.open()
             chosen = successors(self._own, self._directory.nodes(), PEERS)
-            for gone in self._peers.keys() - set(chosen):
-                del self._peers[gone]
+            # Also what an earlier process has told under the same lease.
+            told = {name for name, views in self._told.items() if self._own in views}
+            for gone in (self._peers.keys() | told) - set(chosen):
+                self._peers.pop(gone, None)
                 self._changed(gone)
             # Spread over the interval, so that not all nodes ask at once.
             await asyncio.gather(
@@ -171,6 +175,11 @@ class Health:
 
     def _heard(self, name: str, direct: list[float | None], inner: list[float | None]) -> None:
         peer = self._peers.setdefault(name, _Peer(_Path(), _Path()))
+        for path, times in (("underlay", direct), ("pod_network", inner)):
+            for seconds in times:
+                self._probes.add(path=path, result="lost" if seconds is None else "answered")
+                if seconds is not None:
+                    self._rtt.record(seconds, path=path)
         peer.underlay.heard(bool(direct) and None not in direct)
         # A node without addresses for pods yet has no other way to be asked.
         peer.pod_network.heard(None not in inner if inner else bool(direct) and None not in direct)
@@ -202,16 +211,19 @@ class Health:
         while True:
             await self._write.wait()
             self._write.clear()
-            try:
-                for name in sorted(self._unwritten):
-                    if not self._lease.lease:
-                        break  # on_grant writes all
-                    await self._write_one(name, self._lease.lease)
-                    self._unwritten.discard(name)
-            except errors.FibrilError as error:
-                log.info("cannot tell of nodes' health", extra={"error": str(error)})
-                await asyncio.sleep(RETRY_S)
-                self._write.set()
+            lease = self._lease.lease
+            while lease and self._unwritten:  # without one: `_write_all` goes on
+                # Before it is written: it may change meanwhile.
+                name = self._unwritten.pop()
+                try:
+                    await self._write_one(name, lease)
+                except errors.FibrilError as error:
+                    self._unwritten.add(name)
+                    self._write.set()
+                    if isinstance(error, errors.NotFound):
+                        self._lease.suspect()
+                    await asyncio.sleep(RETRY_S)
+                    break
 
     async def _write_one(self, name: str, lease: int) -> None:
         key = f"{self._prefix}{name}/{self._own}"
@@ -226,8 +238,9 @@ class Health:
         await self._etcd.put(key, stored.SerializeToString(), lease=lease)
 
     async def _write_all(self, lease: int) -> None:
-        for name in list(self._peers):
-            await self._write_one(name, lease)
+        for name in self._peers:
+            self._changed(name)
+        self._write.set()
 
     async def _follow(self) -> None:
         async with aclosing(watch_prefix(self._etcd, self._prefix)) as events:
@@ -257,7 +270,7 @@ class Health:
     def _gauge(self) -> Iterable[tuple[float, dict[str, str]]]:
         return [
             (float(_well(peer.view)), {"node": name})
-            for name, peer in self._peers.items()
+            for name, peer in list(self._peers.items())
             if peer.view is not None
         ]
 

@@ -9,6 +9,7 @@ another's name.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import secrets
 import socket
@@ -77,7 +78,9 @@ class Prober:
                 continue
             try:
                 raw = socket.socket(family, socket.SOCK_DGRAM)
-            except OSError:  # no IPv6 here
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:  # no IPv6 here
+                    problems.append(f"no socket for IPv{version}: {error.strerror}")
                 continue
             try:
                 raw.setblocking(False)

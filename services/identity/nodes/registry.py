@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -52,18 +53,17 @@ class Registry:
         self._directory = directory
         self._record_key = root_of(cluster) + NODES + name
         self._alive_key = root_of(cluster) + ALIVE + name
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._token = f"{boot}/{instance.state_dir}"
+        self._token = _token(instance)
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._trouble = "not registered yet"
         self._taken = ""
-        self._lives = False  # as the only one of this name
+        self._signed = 0  # revision of the sign of life under the lease in use
 
     async def start(self) -> None:
         """Register, and keep the record as the underlay is."""
         # Whoever else uses the lease goes by the node's name, which must be its own.
-        self._lease.first(self._sign_of_life)
+        self._lease.first(self._granted)
         self._underlay.on_change(self._wake.set)
         self._directory.on_change(self._told_of)
         self._tasks.append(asyncio.create_task(self._run(), name="nodes.registry"))
@@ -80,7 +80,7 @@ class Registry:
 
     @property
     def problem(self) -> str:
-        return self._taken or self._trouble or self._same_address()
+        return self._taken or self._trouble or self._no_address() or self._same_address()
 
     def record(self) -> pb.StoredNode:
         """What the others shall know."""
@@ -102,8 +102,9 @@ class Registry:
             self._wake.clear()
             pause = RESYNC_S
             try:
-                # Before, the record may be another machine's.
-                if self._lives:
+                # Without one, the name may be another machine's; the lease tells what is wrong then.
+                if lease := self._lease.lease:
+                    await self._sign(lease)
                     await self._register()
                     self._trouble = ""
             except errors.FibrilError as error:
@@ -118,37 +119,58 @@ class Registry:
     async def _register(self) -> None:
         wanted = self.record().SerializeToString(deterministic=True)
         present = await self._etcd.get(self._record_key)
-        if present is None or present.value != wanted:
-            await self._etcd.put(self._record_key, wanted)
-            log.info("registered", extra={"node": self._name, "addresses": self._addresses()})
+        if present is not None and present.value == wanted:
+            return
+        # Not if the lease has ended and another has the name since.
+        expect = {self._alive_key: self._signed, self._record_key: present.mod_revision if present else 0}
+        if await self._etcd.transact(expect, put={self._record_key: wanted}) is None:
+            raise errors.Aborted(f"the record of node {self._name} was changed by somebody else meanwhile")
+        log.info("registered", extra={"node": self._name, "addresses": self._addresses()})
 
     def _addresses(self) -> str:
         facts = self._underlay.facts
         return ", ".join(str(address) for address in (facts.ipv4, facts.ipv6) if address)
 
-    async def _sign_of_life(self, lease: int) -> None:
-        """FailedPrecondition when another machine lives under this name."""
+    async def _granted(self, lease: int) -> None:
+        """FailedPrecondition when another machine lives under this name: then nobody uses the lease."""
+        self._signed = 0
+        await self._sign(lease)
+        self._wake.set()
+
+    async def _sign(self, lease: int) -> None:
+        """Make sure that the sign of life is ours."""
         value = pb.StoredAlive(token=self._token).SerializeToString()
         present = await self._etcd.get(self._alive_key)
-        if present is not None and present.lease not in (0, lease):
-            other = pb.StoredAlive.FromString(present.value).token
-            if other != self._token:
-                self._taken = f"another node is registered as {self._name!r} and alive"
-                self._lives = False
-                raise errors.FailedPrecondition(
-                    self._taken, fix="give one of them another name (etcd.node), or wait until it is gone"
-                )
-        if present is None or present.value != value or present.lease != lease:
+        foreign = present is not None and present.value != value and present.lease
+        # Under our lease and not by this process: the machine has booted since, unless it was ours already. Then it is that of
+        # a copy of this machine.
+        if foreign and (foreign != lease or self._signed):
+            self._taken = f"another node is registered as {self._name!r} and alive"
+            if self._signed:
+                self._lease.replace()
+            raise errors.FailedPrecondition(
+                self._taken, fix="give one of them another name (etcd.node), or wait until it is gone"
+            )
+        if present is not None and present.value == value and present.lease == lease:
+            self._signed = present.mod_revision
+        else:
             revision = present.mod_revision if present is not None else 0
-            if await self._etcd.cas(self._alive_key, revision, value, lease=lease) is None:
+            signed = await self._etcd.cas(self._alive_key, revision, value, lease=lease)
+            if signed is None:
                 raise errors.Aborted("the sign of life was written by somebody else meanwhile")
-        self._taken, self._lives = "", True
-        self._wake.set()
+            self._signed = signed
+        self._taken = ""
 
     def _told_of(self, name: str) -> None:
         """Somebody may have changed the record, or lost all that etcd had."""
         if name == self._name:
             self._wake.set()
+
+    def _no_address(self) -> str:
+        facts = self._underlay.facts
+        if facts.ipv4 or facts.ipv6:
+            return ""
+        return f"other nodes know no address of this one: {facts.problem or 'its interface has none'}"
 
     def _same_address(self) -> str:
         facts = self._underlay.facts
@@ -159,3 +181,11 @@ class Registry:
                 if mine is not None and mine == other:
                     return f"node {node.name} is registered with this node's address {mine}; give one of them another"
         return ""
+
+
+def _token(instance: Instance) -> str:
+    """The running machine and the instance on it. The database may be lost and others' state have the same path: machines
+    made of containers share a kernel, but no network namespace.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/thread-self/ns/net').st_ino}/{instance.state_dir}"

@@ -46,9 +46,11 @@ def decode_block(value: bytes) -> Block:
     message = ipam_pb2.Block.FromString(value)
     if not message.node:
         raise ValueError("it names no node")
-    return Block(
-        message.node, ip_network(message.cidr), ip_address(message.gateway) if message.gateway else None
-    )
+    network = ip_network(message.cidr)
+    gateway = ip_address(message.gateway) if message.gateway else None
+    if gateway is not None and gateway not in network:
+        raise ValueError(f"gateway {gateway} is not in {network}")
+    return Block(message.node, network, gateway)
 
 
 def decode_node(name: str, value: bytes, revision: int) -> Node:
@@ -56,12 +58,20 @@ def decode_node(name: str, value: bytes, revision: int) -> Node:
     message = pb.StoredNode.FromString(value)
     if message.name != name:
         raise ValueError(f"it is of a node called {message.name!r}")
+    ipv4 = IPv4Address(message.ipv4) if message.ipv4 else None
+    ipv6 = IPv6Address(message.ipv6) if message.ipv6 else None
+    for address in (ipv4, ipv6):
+        if address is not None and (address.is_unspecified or address.is_multicast):
+            raise ValueError(f"{address} is nobody's address")
+    # Nobody sends packets to another port, and a socket that is told to breaks.
+    if max(message.overlay_port, message.probe_port) > 65535:
+        raise ValueError("a port is above 65535")
     return Node(
         name=name,
         index=0,
         local=False,
-        ipv4=IPv4Address(message.ipv4) if message.ipv4 else None,
-        ipv6=IPv6Address(message.ipv6) if message.ipv6 else None,
+        ipv4=ipv4,
+        ipv6=ipv6,
         configured_mode=MODES.get(message.mode, Mode.OVERLAY),
         overlay_port=message.overlay_port,
         probe_port=message.probe_port,
@@ -110,6 +120,7 @@ class Roster:
         return name
 
     def put_block(self, key: str, block: Block) -> set[str]:
+        """A block may go from one node to another."""
         changed = self.delete_block(key)
         self._blocks[key] = block
         self._of_node.setdefault(block.node, {})[key] = block
