@@ -1,1 +1,1 @@
-"""etcd: calls (client), many of them together (batch), watches (watch), leases kept alive (lease), a server of our own (embedded)."""
+"""etcd: calls (client), many as one (batch), watches (watch), leases kept alive (lease), a server of our own (embedded)."""
