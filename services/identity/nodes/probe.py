@@ -72,27 +72,37 @@ class Prober:
         """Open what is not open; for both families as far as the host has them. Raises nothing: see `problem`."""
         loop = asyncio.get_running_loop()
         problems = []
-        for version, family, address in ((4, socket.AF_INET, "0.0.0.0"), (6, socket.AF_INET6, "::")):
+        for version in (4, 6):
             present = self._ports.get(version)
             if present is not None and present.transport is not None and not present.transport.is_closing():
                 continue
             try:
-                raw = socket.socket(family, socket.SOCK_DGRAM)
+                raw = self._bound(version)
+                if raw is not None:
+                    _, port = await loop.create_datagram_endpoint(lambda: _Port(self._answered), sock=raw)
+                    self._ports[version] = port
             except OSError as error:
-                if error.errno != errno.EAFNOSUPPORT:  # no IPv6 here
-                    problems.append(f"no socket for IPv{version}: {error.strerror}")
-                continue
-            try:
-                raw.setblocking(False)
-                if version == 6:
-                    raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                raw.bind((address, self._port))
-                _, port = await loop.create_datagram_endpoint(lambda: _Port(self._answered), sock=raw)
-                self._ports[version] = port
-            except OSError as error:
-                raw.close()
                 problems.append(f"UDP port {self._port} cannot be opened for IPv{version}: {error.strerror}")
         self.problem = "; ".join(problems)
+
+    def _bound(self, version: int) -> socket.socket | None:
+        """A socket on the port; None if the host lacks the family."""
+        family, address = (socket.AF_INET, "0.0.0.0") if version == 4 else (socket.AF_INET6, "::")
+        try:
+            raw = socket.socket(family, socket.SOCK_DGRAM)
+        except OSError as error:
+            if error.errno == errno.EAFNOSUPPORT:
+                return None
+            raise
+        try:
+            raw.setblocking(False)
+            if version == 6:
+                raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            raw.bind((address, self._port))
+        except OSError:
+            raw.close()
+            raise
+        return raw
 
     def close(self) -> None:
         for port in self._ports.values():

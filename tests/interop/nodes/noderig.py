@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
 from services.common.etcd.client import EtcdClient
@@ -24,8 +24,9 @@ CLUSTER = "test"
 class Underlay:
     """What network.underlay.Underlay tells of an interface."""
 
-    def __init__(self, address: str) -> None:
-        self.facts = Facts("eth0", 2, 1500, IPv4Address(address), None, (ip_network("192.168.0.0/24"),))
+    def __init__(self, ipv4: str, ipv6: str) -> None:
+        address6 = IPv6Address(ipv6) if ipv6 else None
+        self.facts = Facts("eth0", 2, 1500, IPv4Address(ipv4), address6, (ip_network("192.168.0.0/24"),))
         self._callbacks: list[Callable[[], None]] = []
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -40,12 +41,14 @@ class Underlay:
 class Member:
     """One node's part; `place` tells machines apart."""
 
-    def __init__(self, url: str, name: str, root: Path, address: str, ttl_s: int = 20, place: str = "") -> None:
+    def __init__(
+        self, url: str, name: str, root: Path, ipv4: str, ttl_s: int = 20, place: str = "", ipv6: str = ""
+    ) -> None:
         home = root / (place or name)
         self.name = name
         self.etcd = EtcdClient([url], timeout_s=2.0)
         self.db = open_db(home / "identity.db")
-        self.underlay = Underlay(address)
+        self.underlay = Underlay(ipv4, ipv6)
         self.lease = NodeLease(self.etcd, self.db, ttl_s, name)
         self.directory = Directory(self.etcd, CLUSTER, name, NodeIndex(self.db))
         self.registry = Registry(
