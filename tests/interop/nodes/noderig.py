@@ -44,7 +44,7 @@ class Member:
     def __init__(
         self, url: str, name: str, root: Path, ipv4: str, ttl_s: int = 20, place: str = "", ipv6: str = ""
     ) -> None:
-        home = root / (place or name)
+        self.home = home = root / (place or name)
         self.name = name
         self.etcd = EtcdClient([url], timeout_s=2.0)
         self.db = open_db(home / "identity.db")

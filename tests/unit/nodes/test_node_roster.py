@@ -88,14 +88,19 @@ def test_a_record_is_read_as_written() -> None:
 @pytest.mark.parametrize("value", [
     b"\xff\xff", pb.StoredNode(name="other").SerializeToString(), pb.StoredNode(name="a", ipv4="x").SerializeToString(),
     pb.StoredNode(name="a", underlay_networks=["10.0.0.1/8"]).SerializeToString(),
+    pb.StoredNode(name="a", ipv4="0.0.0.0").SerializeToString(), pb.StoredNode(name="a", ipv6="ff02::1").SerializeToString(),
+    pb.StoredNode(name="a", probe_port=65536).SerializeToString(),
 ])  # fmt: skip
 def test_what_is_no_record_is_refused(value: bytes) -> None:
     with pytest.raises((ValueError, DecodeError)):
         decode_node("a", value, 1)
 
 
-@pytest.mark.parametrize("value", [b"\xff\xff", ipam_pb2.Block(cidr="10.0.0.0/24").SerializeToString(),
-                                   ipam_pb2.Block(cidr="10.0.0.1/8", node="a").SerializeToString()])  # fmt: skip
+@pytest.mark.parametrize("value", [
+    b"\xff\xff", ipam_pb2.Block(cidr="10.0.0.0/24").SerializeToString(),
+    ipam_pb2.Block(cidr="10.0.0.1/8", node="a").SerializeToString(),
+    ipam_pb2.Block(cidr="10.0.0.0/24", node="a", gateway="10.0.1.1").SerializeToString(),
+])  # fmt: skip
 def test_what_is_no_block_is_refused(value: bytes) -> None:
     with pytest.raises((ValueError, DecodeError)):
         decode_block(value)
