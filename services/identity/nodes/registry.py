@@ -80,7 +80,7 @@ class Registry:
 
     @property
     def problem(self) -> str:
-        return self._taken or self._trouble or self._no_address() or self._same_address()
+        return self._taken or self._trouble or self._same_address()
 
     def record(self) -> pb.StoredNode:
         """What the others shall know."""
@@ -165,12 +165,6 @@ class Registry:
         """Somebody may have changed the record, or lost all that etcd had."""
         if name == self._name:
             self._wake.set()
-
-    def _no_address(self) -> str:
-        facts = self._underlay.facts
-        if facts.ipv4 or facts.ipv6:
-            return ""
-        return f"other nodes know no address of this one: {facts.problem or 'its interface has none'}"
 
     def _same_address(self) -> str:
         facts = self._underlay.facts
