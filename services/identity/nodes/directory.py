@@ -79,9 +79,11 @@ class Directory:
     @property
     def problem(self) -> str:
         """One sentence, empty when all that etcd says of nodes is understood and taken in."""
-        for name, why in self._refused.items():
+        if self._refused:
+            name, why = min(self._refused.items())
             return f"node {name}{_others(self._refused)} cannot be taken in: {why}"
-        for key, why in self._unusable.items():
+        if self._unusable:
+            key, why = min(self._unusable.items())
             return f"etcd's key {self.root}{key}{_others(self._unusable)} is not usable: {why}"
         return ""
 
@@ -202,4 +204,4 @@ class Directory:
 
 
 def _others(all_of: Mapping[str, str]) -> str:
-    return f" and {len(all_of) - 1} others" if len(all_of) > 1 else ""
+    return f" (and {len(all_of) - 1} more)" if len(all_of) > 1 else ""

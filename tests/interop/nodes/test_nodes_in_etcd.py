@@ -174,7 +174,7 @@ async def test_malformed_keys_do_not_hide_the_others(join: Join, client: EtcdCli
     a = await join("a", "192.168.0.1")
     await until(lambda: a.directory.local)
     assert set(a.directory.nodes()) == {"a"}
-    assert "nodes/x and 2 others is not usable" in a.directory.problem
+    assert "alive/x (and 2 more) is not usable" in a.directory.problem
     for key in ("nodes/x", "alive/x", "blocks/default/10.0.0.0_24"):
         await client.delete(ROOT + key)
     await until(lambda: not a.directory.problem)
