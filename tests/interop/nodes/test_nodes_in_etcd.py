@@ -62,7 +62,7 @@ async def test_nodes_see_each_other_come_and_move(join: Join) -> None:
             )
         )
     assert a.directory.local is not None and a.directory.local.local
-    assert not a.registry.problem
+    await until(lambda: not a.registry.problem)
     before = a.directory.nodes()["b"].index
     changed: list[str] = []
     a.directory.on_change(changed.append)
@@ -82,8 +82,9 @@ async def test_a_node_that_dies_is_lost_and_keeps_its_record(join: Join) -> None
 
 
 async def test_one_name_is_one_machines(join: Join, client: EtcdClient) -> None:
-    first = await join("a", "192.168.0.1", ttl_s=2)
-    await until(lambda: first.directory.local)
+    first = await join("a", "192.168.0.1")
+    await until(lambda: first.directory.local and not first.registry.problem)
+    lease = first.lease.lease
     other = await join("a", "192.168.0.7", place="another machine")
     await until(lambda: "is registered as 'a'" in other.registry.problem)
     assert not first.registry.problem
@@ -100,6 +101,7 @@ async def test_one_name_is_one_machines(join: Join, client: EtcdClient) -> None:
     assert held is not None and pb.StoredNode.FromString(held.value).ipv4 == "192.168.0.1"
     # Once the first is gone, the other takes its place by itself.
     await first.stop()
+    await client.revoke(lease)
     await until(
         lambda: not other.registry.problem and str(other.directory.nodes()["a"].ipv4) == "192.168.0.7", 20
     )
@@ -126,10 +128,11 @@ async def test_a_copy_of_a_machine_is_told_from_it(join: Join, client: EtcdClien
 
 
 async def test_what_is_no_sign_of_life_is_somebody_elses(join: Join, client: EtcdClient) -> None:
-    lease = await client.grant(2)
+    lease = await client.grant(20)
     await client.put(ROOT + "alive/a", b"\xff\xff", lease=lease)
     a = await join("a", "192.168.0.1")
     await until(lambda: "is registered as 'a'" in a.registry.problem)
+    await client.revoke(lease)
     await until(lambda: not a.registry.problem, 15)
     assert all(not task.done() for task in (*a.registry.tasks(), *a.directory.tasks()))
 
