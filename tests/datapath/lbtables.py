@@ -1,0 +1,142 @@
+"""The lb family's maps filled by hand: for tests of programs, without the lb service's own writer."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import mmap
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+from typing import Any
+
+from services.common.kernel import bpf
+from services.common.kernel.maps import BpfMap
+from services.common.pipeline.abi import FibAddr, be32
+from services.lb import abi
+
+TCP, UDP = 6, 17
+SEED = 0x1234567890ABCDEF
+_FIRST_SLOT = 16
+
+
+def beat_shift() -> int:
+    """What makes about a second of the kernel's ticks."""
+    return max(0, round(1 / time.clock_getres(time.CLOCK_MONOTONIC_COARSE)).bit_length() - 1)
+
+
+class LbTables:
+    """Inner maps of small sizes in the outer ones that are pinned below `pin_dir`. `close` unmaps."""
+
+    def __init__(self, pin_dir: Path, lines: int = 256, flows: int = 256, nats: int = 1024) -> None:
+        self._pin_dir = pin_dir
+        self._mapped: dict[int, mmap.mmap] = {}
+        self._fds: list[int] = []
+        for table in abi.Table:
+            if table is abi.Table.FLOWS_BEFORE:
+                continue
+            size = {abi.Table.FLOWS: flows, abi.Table.HINT: abi.HINT_LINES}.get(table, lines)
+            self.put_lines(table, size)
+        self._outer("lb_fronts", 0, bpf.map_create("hash", 24, 8, 4096, abi.NO_PREALLOC, "fronts"))
+        self._outer("lb_nats", 0, bpf.map_create("lru_hash", 40, 48, nats, 0, "nats"))
+        self.config_map = BpfMap.open(pin_dir / abi.MAPS["lb_config"], ct.c_uint32, abi.Config)
+        self.config = abi.Config(
+            seed=SEED, flow_mask=flows - 1, beat_shift=beat_shift(), syn_s=60, close_s=10, tcp_s=21600, any_s=60,
+            snat_ports=(ct.c_uint32 * 2)(1024 << 16 | 29999, 61000 << 16 | 65535),
+        )  # fmt: skip
+        self.write_config()
+        self._services, self._backends, self._slots = 1, 1, _FIRST_SLOT
+
+    def put_lines(self, table: abi.Table, lines: int) -> None:
+        fd = bpf.map_create("array", 4, abi.LINE, lines, abi.INNER | abi.MMAPABLE, "lines")
+        self._mapped[table] = mmap.mmap(fd, lines * abi.LINE)
+        self._outer("lb_lines", int(table), fd)
+
+    def _outer(self, name: str, index: int, fd: int) -> None:
+        with BpfMap.open(self._pin_dir / abi.MAPS[name], ct.c_uint32, ct.c_uint32) as outer:
+            outer.update(index, fd)
+        self._fds.append(fd)
+
+    def write_config(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+        self.config_map.update(0, self.config)
+
+    def snat(self, v4: str = "", v6: str = "") -> None:
+        self.write_config(
+            snat_v4=be32(IPv4Address(v4)) if v4 else 0, snat_v6=FibAddr.of(v6) if v6 else FibAddr()
+        )
+
+    def line(self, table: abi.Table, index: int, kind: type[Any]) -> Any:
+        """The structure in a line, in the kernel's own memory."""
+        return kind.from_buffer(self._mapped[table], index * abi.LINE)
+
+    def hint(self, address: str, bits: int) -> None:
+        self._mapped[abi.Table.HINT][abi.hint_of(ip_address(address))] |= bits
+
+    def fronts(self) -> BpfMap[abi.FrontKey, abi.Front]:
+        return BpfMap(os.dup(self._fds[-2]), abi.FrontKey, abi.Front, "fronts")
+
+    def nats(self) -> BpfMap[abi.Tuple, abi.Nat]:
+        return BpfMap(os.dup(self._fds[-1]), abi.Tuple, abi.Nat, "nats")
+
+    def service(
+        self,
+        fronts: Iterable[tuple[str, int]],
+        backends: Iterable[tuple[str, int]] | Mapping[tuple[str, int], int],
+        proto: int = TCP,
+        flags: int = 0,
+        outside: bool = True,
+        affinity_s: int = 0,
+    ) -> tuple[int, list[int]]:
+        """A service whose backends (or (address, port): flags) all serve both kinds of client; its index and their ids."""
+        index = self._services
+        self._services += 1
+        given = backends if isinstance(backends, Mapping) else dict.fromkeys(backends, 0)
+        ids = [self.backend(index, address, port, bits) for (address, port), bits in given.items()]
+        stretch = abi.Stretch(first=self._slots, count=len(ids))
+        slots = (ct.c_uint32 * len(ids)).from_buffer(self._mapped[abi.Table.SLOTS], self._slots * 4)
+        slots[:] = ids
+        self._slots += len(ids)
+        line = self.line(abi.Table.SERVICES, index, abi.Service)
+        line.name, line.flags, line.affinity_s = index, flags, affinity_s
+        line.inside = line.outside = stretch
+        front = abi.Front(service=index, flags=abi.FrontFlag.OUTSIDE if outside else 0)
+        with self.fronts() as table:
+            for address, port in fronts:
+                front.first = port
+                table.update(abi.FrontKey.of(ip_address(address), port, proto), front)
+                self.hint(address, abi.Hint.VIP)
+        return index, ids
+
+    def backend(self, service: int, address: str, port: int, flags: int = 0) -> int:
+        ident = self._backends
+        self._backends += 1
+        line = self.line(abi.Table.BACKENDS, ident, abi.Backend)
+        line.addr, line.service, line.port = FibAddr.of(address), service, socket.htons(port)
+        line.state, line.flags, line.id = abi.BackendState.ACTIVE, flags, ident
+        self.hint(address, abi.Hint.BACKEND)
+        return ident
+
+    def node_address(self, address: str) -> None:
+        """An address of this node: node ports are served there."""
+        with self.fronts() as table:
+            table.update(abi.FrontKey.of(ip_address(address), 0, 0), abi.Front(flags=abi.FrontFlag.NODE))
+        self.hint(address, abi.Hint.NODE)
+
+    def flows(self) -> list[abi.Flow]:
+        raw = bytes(self._mapped[abi.Table.FLOWS])
+        size = ct.sizeof(abi.Flow)
+        found = [abi.Flow.from_buffer_copy(raw, at) for at in range(0, len(raw), size)]
+        return [flow for flow in found if flow.sig]
+
+    def stats(self) -> dict[abi.Stat, int]:
+        with BpfMap.open(self._pin_dir / abi.MAPS["lb_stats"], ct.c_uint32, ct.c_uint64) as table:
+            return {stat: sum(v.value for v in table.lookup_percpu(int(stat)) or []) for stat in abi.Stat}
+
+    def close(self) -> None:
+        self.config_map.close()
+        for fd in self._fds:
+            os.close(fd)
