@@ -21,6 +21,16 @@ enum drop_reason {
 	REASON_LINK_LOCAL = 15, /* Destination is an IPv6 link-local address. */
 	REASON_MARTIAN = 16, /* An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6). */
 	REASON_SLOT_MISSING = 17, /* The program a packet should go to next is not installed. */
+	REASON_LB_NO_BACKEND = 64, /* The service has no backend now. */
+	REASON_LB_SOURCE = 65, /* The client is outside the service's source ranges. */
+	REASON_LB_NO_PORT = 66, /* All ports of the node towards this backend are in use. */
+	REASON_LB_FRAGMENT = 67, /* A fragment whose first one was not seen. */
+	REASON_LB_DSR_SOURCE = 68, /* An IP-in-IP packet that did not come from a node. */
+	REASON_LB_TOO_BIG = 69, /* The packet does not fit the way to the backend. */
+	REASON_LB_NO_ROUTE = 70, /* The node has no way to the backend. */
+	REASON_LB_NAT_FULL = 71, /* The connection could not be recorded. */
+	REASON_PREFILTER_DENIED = 72, /* The source is in a deny set of the prefilter. */
+	REASON_PREFILTER_RATE = 73, /* The source sends more than its rate limit allows. */
 	REASON_OVERLAY_IDENTITY = 96, /* The identity a packet carries is not that of its source address. */
 	REASON_OVERLAY_SOURCE = 97, /* The packet came from another node than the one its source address belongs to. */
 	REASON_OVERLAY_KEY = 98, /* A packet on the overlay device without tunnel information. */

@@ -92,6 +92,46 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """The program a packet should go to next is not installed.
     Restart the service that owns it; `fibril bpf` shows which slots are filled.
     """
+    DROP_REASON_LB_NO_BACKEND: _DropReason.ValueType  # 64
+    """The service has no backend now.
+    `fibril service get` shows its backends and their states; the client was told, unless the service says drop.
+    """
+    DROP_REASON_LB_SOURCE: _DropReason.ValueType  # 65
+    """The client is outside the service's source ranges.
+    Add the client's prefix to the service's source_ranges.
+    """
+    DROP_REASON_LB_NO_PORT: _DropReason.ValueType  # 66
+    """All ports of the node towards this backend are in use.
+    More backends, more node addresses, or DSR (`fibril lb usage` names the backend).
+    """
+    DROP_REASON_LB_FRAGMENT: _DropReason.ValueType  # 67
+    """A fragment whose first one was not seen.
+    Path MTU discovery avoids fragments; else look for reordering before the node.
+    """
+    DROP_REASON_LB_DSR_SOURCE: _DropReason.ValueType  # 68
+    """An IP-in-IP packet that did not come from a node.
+    Somebody sends tunnel packets to a pod; only nodes' own are taken.
+    """
+    DROP_REASON_LB_TOO_BIG: _DropReason.ValueType  # 69
+    """The packet does not fit the way to the backend.
+    The client has been told the path MTU; look for filtered ICMP if it repeats.
+    """
+    DROP_REASON_LB_NO_ROUTE: _DropReason.ValueType  # 70
+    """The node has no way to the backend.
+    `ip route get BACKEND` on the node; for pods `fibril node ls`.
+    """
+    DROP_REASON_LB_NAT_FULL: _DropReason.ValueType  # 71
+    """The connection could not be recorded.
+    `fibril lb usage` shows the table; it grows by itself up to its limit (lb.nat_max).
+    """
+    DROP_REASON_PREFILTER_DENIED: _DropReason.ValueType  # 72
+    """The source is in a deny set of the prefilter.
+    `fibril prefilter get ADDRESS` names the entry.
+    """
+    DROP_REASON_PREFILTER_RATE: _DropReason.ValueType  # 73
+    """The source sends more than its rate limit allows.
+    `fibril prefilter get ADDRESS` names the limit.
+    """
     DROP_REASON_OVERLAY_IDENTITY: _DropReason.ValueType  # 96
     """The identity a packet carries is not that of its source address.
     Somebody else sends into the overlay, or a table is old: compare `fibril ipcache get ADDRESS` on both nodes.
@@ -197,6 +237,46 @@ Look at the sender.
 DROP_REASON_SLOT_MISSING: DropReason.ValueType  # 17
 """The program a packet should go to next is not installed.
 Restart the service that owns it; `fibril bpf` shows which slots are filled.
+"""
+DROP_REASON_LB_NO_BACKEND: DropReason.ValueType  # 64
+"""The service has no backend now.
+`fibril service get` shows its backends and their states; the client was told, unless the service says drop.
+"""
+DROP_REASON_LB_SOURCE: DropReason.ValueType  # 65
+"""The client is outside the service's source ranges.
+Add the client's prefix to the service's source_ranges.
+"""
+DROP_REASON_LB_NO_PORT: DropReason.ValueType  # 66
+"""All ports of the node towards this backend are in use.
+More backends, more node addresses, or DSR (`fibril lb usage` names the backend).
+"""
+DROP_REASON_LB_FRAGMENT: DropReason.ValueType  # 67
+"""A fragment whose first one was not seen.
+Path MTU discovery avoids fragments; else look for reordering before the node.
+"""
+DROP_REASON_LB_DSR_SOURCE: DropReason.ValueType  # 68
+"""An IP-in-IP packet that did not come from a node.
+Somebody sends tunnel packets to a pod; only nodes' own are taken.
+"""
+DROP_REASON_LB_TOO_BIG: DropReason.ValueType  # 69
+"""The packet does not fit the way to the backend.
+The client has been told the path MTU; look for filtered ICMP if it repeats.
+"""
+DROP_REASON_LB_NO_ROUTE: DropReason.ValueType  # 70
+"""The node has no way to the backend.
+`ip route get BACKEND` on the node; for pods `fibril node ls`.
+"""
+DROP_REASON_LB_NAT_FULL: DropReason.ValueType  # 71
+"""The connection could not be recorded.
+`fibril lb usage` shows the table; it grows by itself up to its limit (lb.nat_max).
+"""
+DROP_REASON_PREFILTER_DENIED: DropReason.ValueType  # 72
+"""The source is in a deny set of the prefilter.
+`fibril prefilter get ADDRESS` names the entry.
+"""
+DROP_REASON_PREFILTER_RATE: DropReason.ValueType  # 73
+"""The source sends more than its rate limit allows.
+`fibril prefilter get ADDRESS` names the limit.
 """
 DROP_REASON_OVERLAY_IDENTITY: DropReason.ValueType  # 96
 """The identity a packet carries is not that of its source address.

@@ -27,6 +27,16 @@ class Reason(enum.IntEnum):
     LINK_LOCAL = 15
     MARTIAN = 16
     SLOT_MISSING = 17
+    LB_NO_BACKEND = 64
+    LB_SOURCE = 65
+    LB_NO_PORT = 66
+    LB_FRAGMENT = 67
+    LB_DSR_SOURCE = 68
+    LB_TOO_BIG = 69
+    LB_NO_ROUTE = 70
+    LB_NAT_FULL = 71
+    PREFILTER_DENIED = 72
+    PREFILTER_RATE = 73
     OVERLAY_IDENTITY = 96
     OVERLAY_SOURCE = 97
     OVERLAY_KEY = 98
@@ -124,6 +134,46 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     17: (
         "The program a packet should go to next is not installed.",
         "Restart the service that owns it; `fibril bpf` shows which slots are filled.",
+    ),
+    64: (
+        "The service has no backend now.",
+        "`fibril service get` shows its backends and their states; the client was told, unless the service says drop.",
+    ),
+    65: (
+        "The client is outside the service's source ranges.",
+        "Add the client's prefix to the service's source_ranges.",
+    ),
+    66: (
+        "All ports of the node towards this backend are in use.",
+        "More backends, more node addresses, or DSR (`fibril lb usage` names the backend).",
+    ),
+    67: (
+        "A fragment whose first one was not seen.",
+        "Path MTU discovery avoids fragments; else look for reordering before the node.",
+    ),
+    68: (
+        "An IP-in-IP packet that did not come from a node.",
+        "Somebody sends tunnel packets to a pod; only nodes' own are taken.",
+    ),
+    69: (
+        "The packet does not fit the way to the backend.",
+        "The client has been told the path MTU; look for filtered ICMP if it repeats.",
+    ),
+    70: (
+        "The node has no way to the backend.",
+        "`ip route get BACKEND` on the node; for pods `fibril node ls`.",
+    ),
+    71: (
+        "The connection could not be recorded.",
+        "`fibril lb usage` shows the table; it grows by itself up to its limit (lb.nat_max).",
+    ),
+    72: (
+        "The source is in a deny set of the prefilter.",
+        "`fibril prefilter get ADDRESS` names the entry.",
+    ),
+    73: (
+        "The source sends more than its rate limit allows.",
+        "`fibril prefilter get ADDRESS` names the limit.",
     ),
     96: (
         "The identity a packet carries is not that of its source address.",
