@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from services.common.kernel import loader
 from services.common.pipeline import abi as pipeline
 from services.lb import abi
+from services.lb.xdp import abi as xdp_abi
 
 if TYPE_CHECKING:
     from services.common.instance import Instance
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "lb"
 LB: Final = "fib_lb"
 UPLINK: Final = "fib_lb_uplink"
+XDP: Final = "fib_lb_xdp"
 SLOTS: Final = {pipeline.Slot.LB: LB}
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
 
@@ -27,6 +29,13 @@ def packets() -> loader.ProgramSpec:
         functions=dict.fromkeys((LB, UPLINK), "sched_cls"),
         maps=MAPS,
         slots={pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}},
+    )
+
+
+def xdp() -> loader.ProgramSpec:
+    """XDP: the fast path of the uplinks. It shares no slots with tc."""
+    return loader.ProgramSpec(
+        source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps={**abi.MAPS, **xdp_abi.MAPS}
     )
 
 

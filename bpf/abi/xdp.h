@@ -1,0 +1,23 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* What the balancer at XDP needs to know of devices. Part of map family `lb`; services/lb/xdp/ writes it. */
+#pragma once
+
+#include "abi/lb.h"
+
+#define LB_XDP_MACS 4
+
+/* One element. MACs of the devices it hangs on, first byte lowest; 0: none. Frames for other machines, which a
+ * device may see as well, are not balanced. */
+struct lb_xdp {
+	__u64 macs[LB_XDP_MACS];
+};
+_Static_assert(sizeof(struct lb_xdp) == 32, "ABI");
+
+/* A device that takes frames redirected to it. */
+struct lb_xdp_port {
+	__u64 mac;
+};
+
+FIB_MAP("array", __u32, struct lb_xdp, lb_xdp, 1, 0);
+/* By interface index. */
+FIB_MAP("hash", __u32, struct lb_xdp_port, lb_xdp_ports, 256, 0);
