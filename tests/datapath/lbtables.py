@@ -20,11 +20,13 @@ from services.lb import abi
 TCP, UDP = 6, 17
 SEED = 0x1234567890ABCDEF
 _FIRST_SLOT = 16
+# CLOCK_MONOTONIC_COARSE: its resolution is the kernel's tick.
+_COARSE = 6
 
 
 def beat_shift() -> int:
     """What makes about a second of the kernel's ticks."""
-    return max(0, round(1 / time.clock_getres(time.CLOCK_MONOTONIC_COARSE)).bit_length() - 1)
+    return max(0, round(1 / time.clock_getres(_COARSE)).bit_length() - 1)
 
 
 class LbTables:
