@@ -114,6 +114,9 @@ class Network:
         self._underlay.on_change(self._own_changed)
         self._nodes.on_change(self._node_changed)
         await self._datapath.install()
+        # Nodes may come to be known from here on: how each is reached depends on what this one is, and by that what
+        # devices are needed.
+        self._own_changed()
         # Devices first: routes and entries name them.
         await self._devices_loop.work()
         for name in tuple(self._nodes.nodes()):
