@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,14 +172,19 @@ class Host(Space):
         setup = NodeSetup(self.instance, self.netlink, self.cfg)
         self.run(setup.apply(NodeNet(networks, gateways, cluster)))
 
-    def start(self, synced: bool = True) -> None:
-        self.run(self._start(synced))
+    def start(self, synced: bool = True, knowing: Mapping[str, Node] | None = None) -> None:
+        """knowing: nodes that come to be known while the network is being started."""
+        self.run(self._start(synced, knowing or {}))
 
-    async def _start(self, synced: bool) -> None:
+    async def _start(self, synced: bool, knowing: Mapping[str, Node]) -> None:
         self.directory = Directory()
         self.underlay = Underlay(self.cfg, self.instance, self.netlink)
         self.network = Network(self.instance, self.netlink, self.cfg, self.underlay, self.directory)
         await self.underlay.start()
+        for name, known in knowing.items():
+            self._loop.call_soon(self.directory.set, name, known)
+        if knowing:
+            self._loop.call_soon(self.directory.synced.set)
         await self.network.start()
         if synced:
             self.directory.synced.set()

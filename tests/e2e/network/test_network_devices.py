@@ -131,6 +131,18 @@ def test_a_restart_touches_nothing(host: Host) -> None:
     wait_until(lambda: not host.routes() and set(host.entries()) == {1}, "gone")
 
 
+def test_a_restart_that_knows_all_nodes_early_keeps_the_overlay(host: Host) -> None:
+    nodes = {"h1": node(1, "10.9.1.0/24", "fd09:0:0:1::/64", local=True), "h2": node(2, *BLOCKS)}
+    for name, known in nodes.items():
+        host.know(name, known)
+    wait_until(lambda: host.devices().overlay_ifindex and len(host.routes()) == 2, "set up")
+    before = host.ifindex(host.vxlan)
+    host.stop()
+    host.start(knowing=nodes)
+    host.settle()
+    assert host.ifindex(host.vxlan) == before
+
+
 def failures(host: Host) -> int:
     return host.on_loop(lambda: host.network._devices_loop.status()["devices"].failures)
 
