@@ -250,7 +250,7 @@ struct lb_config {
 	__u64 seed;        /* of the hash that all nodes of a cluster share */
 	__u64 host_netns;  /* cookie of the node's own network namespace */
 	__u32 flow_mask;   /* lines of LB_FLOWS less one */
-	__u32 before_mask; /* the same of LB_FLOWS_BEFORE */
+	__u32 before_mask; /* the same of LB_FLOWS_BEFORE; 0: there is none */
 	__u32 beat_shift;  /* jiffies >> this: beats, of about a second */
 	__u32 flags;       /* LB_CFG_* */
 	__u16 syn_s;       /* seconds of silence after which a flow is over: TCP, only SYN seen */
@@ -370,12 +370,11 @@ static __always_inline __u64 lb_mix(__u64 hash, __u64 word)
 static __always_inline __u64 lb_hash(const struct lb_config *config, const struct fib_addr *client, __be16 cport,
 				     const struct fib_addr *vip, __be16 vport, __u8 proto)
 {
-	__u64 hash = config->seed;
+	/* The two run side by side in the processor. */
+	__u64 hash = lb_mix(lb_mix(config->seed, client->q[0]), client->q[1]);
+	__u64 other = lb_mix(lb_mix(~config->seed, vip->q[0]), vip->q[1]);
 
-	hash = lb_mix(hash, client->q[0]);
-	hash = lb_mix(hash, client->q[1]);
-	hash = lb_mix(hash, vip->q[0]);
-	hash = lb_mix(hash, vip->q[1]);
+	hash += other;
 	hash = lb_mix(hash, (__u64)cport << 32 | (__u64)vport << 16 | proto);
 	hash ^= hash >> 29;
 	return hash ? hash : 1;

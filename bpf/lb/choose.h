@@ -67,12 +67,15 @@ static __always_inline struct lb_backend *choose_backend(const struct lb_config 
 							 bool outside, const struct fib_addr *client, __u64 hash)
 {
 	struct lb_stretch stretch = choose_stretch(service, outside);
-	struct lb_client who = { .addr = *client, .service = index };
-	struct lb_sticky sticky = {};
+	bool affine = service->flags & LB_SVC_AFFINITY;
 	struct lb_backend *backend;
+	struct lb_client who = {};
+	struct lb_sticky sticky;
 	__u32 bits;
 
-	if (service->flags & LB_SVC_AFFINITY) {
+	if (unlikely(affine)) {
+		who.addr = *client;
+		who.service = index;
 		sticky.beat = lb_beat(config);
 		backend = choose_sticky(service, &who, sticky.beat);
 		if (backend)
@@ -80,7 +83,7 @@ static __always_inline struct lb_backend *choose_backend(const struct lb_config 
 	}
 	bits = service->flags & LB_SVC_MAGLEV ? hash >> 32 : bpf_get_prandom_u32();
 	backend = choose_slot(stretch, bits);
-	if (backend && service->flags & LB_SVC_AFFINITY) {
+	if (unlikely(affine) && backend) {
 		sticky.backend = backend->id;
 		lb_affinity.update(&who, &sticky);
 	}

@@ -34,16 +34,17 @@ static __always_inline __u32 flow_idle(__u32 stamp, __u32 now)
 	return (now - stamp) & LB_STAMP;
 }
 
+/* Which of the config's four limits a flow with these LB_FLOW_* (stamp >> 13) has, two bits each: syn_s for TCP that is
+ * not confirmed, close_s for what is closing, tcp_s for TCP, any_s for the rest. */
+#define FLOW_LIMITS (3 | 0 << 2 | 1 << 4 | 1 << 6 | 3 << 8 | 2 << 10 | 1 << 12 | 1 << 14)
+
 /* After how many units of silence it is over. */
 static __always_inline __u32 flow_limit(const struct lb_config *config, __u32 stamp)
 {
-	__u32 limit = stamp & LB_FLOW_TCP ? config->tcp_s : config->any_s;
+	__u64 limits = *(const __u64 *)&config->syn_s;
+	__u32 which = FLOW_LIMITS >> ((stamp >> 13) * 2) & 3;
 
-	if (stamp & LB_FLOW_CLOSING)
-		limit = config->close_s;
-	else if (stamp & LB_FLOW_TCP && !(stamp & LB_FLOW_CONFIRMED))
-		limit = config->syn_s;
-	return (limit >> 2) + 1;
+	return ((limits >> (which * 16) & 0xffff) >> 2) + 1;
 }
 
 static __always_inline bool flow_alive(const struct lb_config *config, __u32 stamp, __u32 now)
@@ -51,64 +52,121 @@ static __always_inline bool flow_alive(const struct lb_config *config, __u32 sta
 	return flow_idle(stamp, now) <= flow_limit(config, stamp);
 }
 
-static __always_inline struct lb_flow *flow_in(__u32 table, __u32 mask, __u64 sig, union flow_state *state)
-{
-	struct lb_flow *way = lb_line(table, (__u32)sig & mask);
+/* What follows chooses among a line's four flows without branches: which one it is cannot be predicted, and the line is
+ * often not in the cache. Compilers would put the branches back if they saw through the values. */
+#define FLOW_OPAQUE(value) asm volatile("" : "+r"(value))
 
-	if (!way)
-		return 0;
-#pragma unroll
-	for (int at = 0; at < LB_FLOWS_A_LINE; at++, way++)
-		if (FLOW_READ64(&way->sig) == sig) {
-			state->word = FLOW_READ64(&way->backend);
-			return FLOW_READ64(&way->sig) == sig ? way : 0;
-		}
-	return 0;
+/* 1 if not 0. */
+static __always_inline __u64 flow_some(__u64 value)
+{
+	value |= -value;
+	FLOW_OPAQUE(value);
+	return value >> 63;
 }
+
+/* The larger one, of less than 2^63. */
+static __always_inline __u64 flow_max(__u64 a, __u64 b)
+{
+	__u64 less = b - a;
+
+	FLOW_OPAQUE(less);
+	return b - (less & -(less >> 63));
+}
+
+/* The line that a flow is in, if it is anywhere; null: there is no table. */
+static __always_inline struct lb_flow *flow_line(__u32 table, __u32 mask, __u64 sig)
+{
+	return lb_line(table, (__u32)sig & mask);
+}
+
+/* The flow in its line; null: it is not there. */
+static __always_inline struct lb_flow *flow_in(struct lb_flow *line, __u64 sig, union flow_state *state)
+{
+	__u64 not0, not1, not2, not3, at;
+	struct lb_flow *way = line;
+
+	not0 = flow_some(FLOW_READ64(&way[0].sig) ^ sig);
+	not1 = flow_some(FLOW_READ64(&way[1].sig) ^ sig);
+	not2 = flow_some(FLOW_READ64(&way[2].sig) ^ sig);
+	not3 = FLOW_READ64(&way[3].sig) ^ sig;
+	at = not0 + (not0 & not1) + (not0 & not1 & not2);
+	/* What the last one is matters only where it is that one: then both bits are set. */
+	not3 &= -(at >> 1 & at & 1);
+	way += at & (LB_FLOWS_A_LINE - 1);
+	state->word = FLOW_READ64(&way->backend);
+	return !(not3 | (FLOW_READ64(&way->sig) ^ sig)) ? way : 0;
+}
+
+/* How little a flow is missed: an older one of the same connection least, then free ones, those that are over, those
+ * never confirmed, the one longest idle. The lowest bits are which one it is. */
+static __always_inline __u64 flow_score(const struct lb_config *config, struct lb_flow *way, __u32 at, __u64 sig, __u32 now)
+{
+	__u64 other = FLOW_READ64(&way[at].sig);
+	__u32 stamp = *(volatile __u16 *)&way[at].stamp, idle = flow_idle(stamp, now);
+	/* Bit 63 of the difference: idle for longer than it may be. */
+	__u64 same = flow_some(other ^ sig) ^ 1, free = flow_some(other) ^ 1, unconfirmed = (stamp >> 15 & 1) ^ 1;
+	/* The sign of the difference: idle for longer than it may be. */
+	__u64 over = ((__u64)flow_limit(config, stamp) - idle) >> 63;
+
+	return same << 33 | free << 32 | over << 31 | unconfirmed << 30 | idle << 2 | at;
+}
+#define FLOW_SCORE_OVER (1ull << 31)
 
 /* Writes a flow over the one of its line that is missed least. */
-static __always_inline void flow_put(const struct lb_config *config, __u64 sig, union flow_state state, __u32 now)
+static __always_inline void flow_put_in(const struct lb_config *config, struct lb_flow *line, __u64 sig, union flow_state state,
+					__u32 now)
 {
-	struct lb_flow *way = lb_line(LB_FLOWS, (__u32)sig & config->flow_mask), *victim = way;
-	__u32 best = 0;
+	struct lb_flow *way = line;
+	__u64 best;
 
-	if (!way)
-		return;
-#pragma unroll
-	for (int at = 0; at < LB_FLOWS_A_LINE; at++, way++) {
-		__u64 other = FLOW_READ64(&way->sig);
-		__u32 stamp = *(volatile __u16 *)&way->stamp, score;
-
-		if (!other || other == sig)
-			score = 0x80000000;
-		else
-			score = 1 + flow_idle(stamp, now) + (stamp & LB_FLOW_CONFIRMED ? 0 : 0x10000) +
-				(flow_alive(config, stamp, now) ? 0 : 0x20000);
-		if (score > best) {
-			best = score;
-			victim = way;
-		}
-	}
-	if (best < 0x20000)
+	best = flow_max(flow_max(flow_score(config, way, 0, sig, now), flow_score(config, way, 1, sig, now)),
+			flow_max(flow_score(config, way, 2, sig, now), flow_score(config, way, 3, sig, now)));
+	way += best & (LB_FLOWS_A_LINE - 1);
+	if (best < FLOW_SCORE_OVER)
 		lb_count(LB_STAT_EVICTED);
-	FLOW_READ64(&victim->sig) = 0;
-	FLOW_READ64(&victim->backend) = state.word;
-	FLOW_READ64(&victim->sig) = sig;
+	FLOW_READ64(&way->sig) = 0;
+	FLOW_READ64(&way->backend) = state.word;
+	FLOW_READ64(&way->sig) = sig;
 }
 
-/* The flow with that hash, unless it is over; null: a new one. `*state` is what it is. */
-static __always_inline struct lb_flow *flow_find(const struct lb_config *config, __u64 sig, __u32 now,
-						 union flow_state *state)
+static __always_inline void flow_put(const struct lb_config *config, __u64 sig, union flow_state state, __u32 now)
 {
-	struct lb_flow *way = flow_in(LB_FLOWS, config->flow_mask, sig, state);
+	struct lb_flow *line = flow_line(LB_FLOWS, config->flow_mask, sig);
+
+	if (line)
+		flow_put_in(config, line, sig, state, now);
+}
+
+/* The flow with that hash, unless it is over; null: a new one. `*state` is what it is. `line` is where it should be. */
+static __always_inline struct lb_flow *flow_find_in(const struct lb_config *config, struct lb_flow *line, __u64 sig, __u32 now,
+						    union flow_state *state)
+{
+	struct lb_flow *way = flow_in(line, sig, state);
 
 	if (likely(way))
 		return flow_alive(config, state->stamp, now) ? way : 0;
-	way = flow_in(LB_FLOWS_BEFORE, config->before_mask, sig, state);
-	if (likely(!way) || !flow_alive(config, state->stamp, now))
+	if (likely(!config->before_mask))
 		return 0;
-	flow_put(config, sig, *state, now);
+	way = flow_line(LB_FLOWS_BEFORE, config->before_mask, sig);
+	way = way ? flow_in(way, sig, state) : 0;
+	if (!way || !flow_alive(config, state->stamp, now))
+		return 0;
+	flow_put_in(config, line, sig, *state, now);
 	return way;
+}
+
+static __always_inline struct lb_flow *flow_find(const struct lb_config *config, __u64 sig, __u32 now,
+						 union flow_state *state)
+{
+	struct lb_flow *line = flow_line(LB_FLOWS, config->flow_mask, sig);
+
+	return line ? flow_find_in(config, line, sig, now, state) : 0;
+}
+
+/* Whether a packet of a flow that was found begins another connection between the same ports. */
+static __always_inline bool flow_begins(__u32 stamp, __u8 proto, __u8 tcp_flags)
+{
+	return proto == IPPROTO_TCP && (tcp_flags & 0x12) == 0x02 && stamp & LB_FLOW_CLOSING; /* SYN without ACK */
 }
 
 /* What a packet of the flow makes of its stamp. */

@@ -19,11 +19,10 @@ static __always_inline struct lb_front *lb_front_range(const struct fib_addr *ad
 	return lb_ranges.lookup(&key);
 }
 
-/* The frontend at an address and port, or null. What is none costs one lookup in an array, unless its address
- * has the hint of a frontend's. */
-static __always_inline struct lb_front *lb_front_find(const struct fib_addr *addr, __be16 port, __u8 proto)
+/* The frontend at an address, whose hint is given, and port, or null. */
+static __always_inline struct lb_front *lb_front_hinted(__u32 hint, const struct fib_addr *addr, __be16 port, __u8 proto)
 {
-	__u32 hint = lb_hint(addr), zero = 0;
+	__u32 zero = 0;
 	struct lb_front_key key = { .port = port, .proto = proto };
 	struct lb_front *front, *mark;
 	void *inner;
@@ -55,6 +54,13 @@ static __always_inline struct lb_front *lb_front_find(const struct fib_addr *add
 	key.proto = proto;
 	front = bpf_map_lookup_elem_((uintptr_t)inner, &key);
 	return front ? front : lb_front_range(&key.addr, port, proto);
+}
+
+/* The same where the hint is not known yet. What is no frontend costs one lookup in an array, unless its address has the
+ * hint of one. */
+static __always_inline struct lb_front *lb_front_find(const struct fib_addr *addr, __be16 port, __u8 proto)
+{
+	return lb_front_hinted(lb_hint(addr), addr, port, proto);
 }
 
 /* The port a backend gets a packet for `vport` at: as far above the backend's as vport is above the range's first. */

@@ -34,75 +34,118 @@ static __always_inline __u64 xdp_own_mac(struct xdp_md *ctx)
 	return 0;
 }
 
-/* The backend of a new connection; `*state` begins with it. */
-static __always_inline struct lb_backend *xdp_choose(const struct lb_config *config, struct lb_service *service,
-						     const struct lb_front *front, const struct xdp_packet *packet,
-						     __u64 sig, union flow_state *state)
+/* A packet on its way through. */
+struct xdp_way {
+	struct xdp_packet packet;
+	struct lb_service *service;
+	struct lb_backend *backend;
+	struct lb_flow *line; /* where its connection is, or will be */
+	struct lb_flow *flow; /* its connection; null: it begins with this packet */
+	union flow_state state;
+	__u64 sig;
+	__u64 own; /* MAC of the device it came by */
+	__u32 now;
+	__be16 port; /* the backend's */
+};
+
+/* An established TCP connection needs no frontend: it goes on for as long as its backend is there. */
+static __always_inline bool xdp_goes_on(struct xdp_way *way, __u32 hint)
 {
-	bool outside = front->flags & LB_FRONT_OUTSIDE;
+	if (!way->backend || way->packet.proto != IPPROTO_TCP || way->packet.tcp_flags & XDP_SYN || hint & LB_HINT_RANGE)
+		return false;
+	way->service = lb_service(way->backend->service);
+	way->port = way->backend->port;
+	return way->service && !(way->service->flags & LB_SVC_SOURCES);
+}
+
+/* All other packets: which service, and unless they have one of its backends, which. */
+static __always_inline bool xdp_serve(struct xdp_way *way, const struct lb_config *config, __u32 hint)
+{
+	const struct xdp_packet *packet = &way->packet;
+	struct lb_front *front = lb_front_hinted(hint, &packet->dst, packet->dport, packet->proto);
+	__u64 hash = way->sig;
+
+	if (!front)
+		return false;
+	way->service = lb_service(front->service);
+	if (!way->service)
+		return false;
+	if (front->flags & LB_FRONT_OUTSIDE && !choose_admits(way->service, front->service, &packet->src))
+		return false;
+	if (!way->backend || way->backend->service != front->service) {
+		/* A client with affinity is one, whatever port it speaks from. */
+		if (unlikely(way->service->flags & LB_SVC_AFFINITY))
+			hash = lb_hash(config, &packet->src, 0, &packet->dst, packet->dport, packet->proto);
+		way->backend = choose_backend(config, way->service, front->service, front->flags & LB_FRONT_OUTSIDE,
+					      &packet->src, hash);
+		if (!way->backend)
+			return false;
+		way->flow = 0;
+		way->state.word = way->backend->id;
+	}
+	way->port = lb_front_port(front, way->backend, packet->dport);
+	return true;
+}
+
+/* The connection that the packet belongs to, if there is one and its backend is still there. */
+static __always_inline bool xdp_recall(struct xdp_way *way, const struct lb_config *config)
+{
+	const struct xdp_packet *packet = &way->packet;
 	struct lb_backend *backend;
 
-	/* A client with affinity is one, whatever port it speaks from. */
-	if (unlikely(service->flags & LB_SVC_AFFINITY))
-		sig = lb_hash(config, &packet->src, 0, &packet->dst, packet->dport, packet->proto);
-	backend = choose_backend(config, service, front->service, outside, &packet->src, sig);
-	state->word = 0;
-	if (backend)
-		state->backend = backend->id;
-	return backend;
+	way->now = flow_now(config);
+	way->sig = lb_hash(config, &packet->src, packet->sport, &packet->dst, packet->dport, packet->proto);
+	way->line = flow_line(LB_FLOWS, config->flow_mask, way->sig);
+	if (!way->line)
+		return false;
+	way->flow = flow_find_in(config, way->line, way->sig, way->now, &way->state);
+	way->backend = 0;
+	if (!way->flow || flow_begins(way->state.stamp, packet->proto, packet->tcp_flags))
+		return true;
+	backend = lb_backend(way->state.backend);
+	/* One null check, not two that the verifier cannot connect. */
+	FLOW_OPAQUE(backend);
+	/* What is going away takes nothing new. */
+	if (backend && !(packet->tcp_flags & XDP_SYN && backend->state != LB_BE_ACTIVE))
+		way->backend = backend;
+	return true;
 }
 
 static __always_inline int xdp_balance(struct xdp_md *ctx, bool v4)
 {
 	struct lb_config *config = lb_configuration();
-	union flow_state state = {};
-	struct lb_backend *backend = 0;
-	struct lb_service *service;
-	struct xdp_packet packet;
+	struct xdp_way way = {};
 	struct xdp_hop hop;
-	struct lb_front *front;
-	struct lb_flow *way;
-	__u32 now, stamp;
-	__u64 sig, own;
-	__be16 port;
+	__u32 hint, stamp;
 
-	if (!config || !xdp_parse(ctx, v4, &packet))
+	if (!config || !xdp_parse(ctx, v4, &way.packet))
 		return XDP_PASS;
-	front = lb_front_find(&packet.dst, packet.dport, packet.proto);
-	if (!front)
+	hint = lb_hint(&way.packet.dst);
+	if (likely(!(hint & (LB_HINT_VIP | LB_HINT_NODE))))
 		return XDP_PASS;
-	service = lb_service(front->service);
-	own = xdp_own_mac(ctx);
-	if (!service || !own || xdp_unsummed(ctx, v4, &packet))
+	/* First of all: what it reads may be far away. */
+	if (!xdp_recall(&way, config))
 		return XDP_PASS;
-	if (front->flags & LB_FRONT_OUTSIDE && !choose_admits(service, front->service, &packet.src))
+	way.own = xdp_own_mac(ctx);
+	if (!way.own || xdp_unsummed(ctx, v4, &way.packet))
 		return XDP_PASS;
-	now = flow_now(config);
-	sig = lb_hash(config, &packet.src, packet.sport, &packet.dst, packet.dport, packet.proto);
-	way = flow_find(config, sig, now, &state);
-	if (likely(way))
-		backend = lb_backend(state.backend);
-	if (unlikely(!backend)) {
-		way = 0;
-		backend = xdp_choose(config, service, front, &packet, sig, &state);
-		if (!backend)
-			return XDP_PASS;
-	}
-	port = lb_front_port(front, backend, packet.dport);
-	if (backend->flags & LB_BE_LOCAL || !dsr_hop(ctx, v4, config, backend, packet.len + xdp_ip_len(v4), own, &hop)) {
-		if (!way)
-			__sync_fetch_and_add(&service->connections, -1);
+	if (!likely(xdp_goes_on(&way, hint)) && !xdp_serve(&way, config, hint))
+		return XDP_PASS;
+	if (way.backend->flags & LB_BE_LOCAL ||
+	    !dsr_hop(ctx, v4, config, way.backend, way.packet.len + xdp_ip_len(v4), way.own, &hop)) {
+		if (!way.flow)
+			__sync_fetch_and_add(&way.service->connections, -1);
 		return XDP_PASS;
 	}
-	stamp = flow_stamp(state.stamp, now, packet.proto, packet.tcp_flags);
-	if (likely(way)) {
-		flow_touch(way, stamp, state.stamp);
+	stamp = flow_stamp(way.state.stamp, way.now, way.packet.proto, way.packet.tcp_flags);
+	if (likely(way.flow)) {
+		flow_touch(way.flow, stamp, way.state.stamp);
 	} else {
-		state.stamp = stamp;
-		flow_put(config, sig, state, now);
+		way.state.stamp = stamp;
+		flow_put_in(config, way.line, way.sig, way.state, way.now);
 		lb_count(LB_STAT_NEW);
 	}
-	return dsr_send(ctx, v4, config, backend, port, &packet, &hop);
+	return dsr_send(ctx, v4, config, way.backend, way.port, &way.packet, &hop);
 }
 
 int fib_lb_xdp(struct xdp_md *ctx)

@@ -12,6 +12,7 @@
 #define XDP_V6_LEN 40
 #define XDP_TCP_LEN 20
 #define XDP_UDP_LEN 8
+#define XDP_SYN 0x02
 #define XDP_MAC 0xffffffffffffull
 
 struct xdp_packet {

@@ -327,11 +327,12 @@ def _mix(value: int, word: int) -> int:
 
 def flow_hash(seed: int, client: IPAddress, cport: int, vip: IPAddress, vport: int, proto: int) -> int:
     """lb_hash() of a connection; ports in host order, `cport` 0 with affinity."""
-    value = seed
-    for address in (client, vip):
+    value = 0
+    for start, address in ((seed, client), (~seed & _MASK, vip)):
         raw = bytes(FibAddr.of(address))
-        for at in (0, 8):
-            value = _mix(value, int.from_bytes(raw[at : at + 8], "little"))
+        part = _mix(start, int.from_bytes(raw[:8], "little"))
+        value += _mix(part, int.from_bytes(raw[8:], "little"))
+    value &= _MASK
     value = _mix(value, socket.htons(cport) << 32 | socket.htons(vport) << 16 | proto)
     value ^= value >> 29
     return value or 1
