@@ -114,13 +114,12 @@ class Network:
         self._underlay.on_change(self._own_changed)
         self._nodes.on_change(self._node_changed)
         await self._datapath.install()
-        # Nodes may come to be known from here on: how each is reached depends on what this one is, and by that what
-        # devices are needed.
+        # All nodes may be known already: which devices they need has to be as well before any is looked at.
         self._own_changed()
-        # Devices first: routes and entries name them.
-        await self._devices_loop.work()
         for name in tuple(self._nodes.nodes()):
             self._node_changed(name)
+        # Devices before routes and entries, which name them.
+        await self._devices_loop.work()
         self._own_changed()
         coros = {
             "network.events": self._follow(self._events),

@@ -173,7 +173,7 @@ class Host(Space):
         self.run(setup.apply(NodeNet(networks, gateways, cluster)))
 
     def start(self, synced: bool = True, knowing: Mapping[str, Node] | None = None) -> None:
-        """knowing: nodes that come to be known while the network is being started."""
+        """knowing: nodes that are known, and all there are, before the network is started."""
         self.run(self._start(synced, knowing or {}))
 
     async def _start(self, synced: bool, knowing: Mapping[str, Node]) -> None:
@@ -182,9 +182,9 @@ class Host(Space):
         self.network = Network(self.instance, self.netlink, self.cfg, self.underlay, self.directory)
         await self.underlay.start()
         for name, known in knowing.items():
-            self._loop.call_soon(self.directory.set, name, known)
+            self.directory.set(name, known)
         if knowing:
-            self._loop.call_soon(self.directory.synced.set)
+            self.directory.synced.set()
         await self.network.start()
         if synced:
             self.directory.synced.set()
