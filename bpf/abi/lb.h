@@ -376,7 +376,8 @@ static __always_inline __u64 lb_hash(const struct lb_config *config, const struc
 
 	hash += other;
 	hash = lb_mix(hash, (__u64)cport << 32 | (__u64)vport << 16 | proto);
-	hash ^= hash >> 29;
+	/* Ports are in the upper half, which a product carries upwards only. */
+	hash = lb_mix(hash, hash >> 32);
 	return hash ? hash : 1;
 }
 

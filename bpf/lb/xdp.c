@@ -15,6 +15,7 @@
 #include "lb/xdp_packet.h"
 #include "lb/xdp_route.h"
 #include "lb/xdp_dsr.h"
+#include "lb/xdp_snat.h"
 
 /* The frame's receiver if that is this machine; 0: another one's, or many. */
 static __always_inline __u64 xdp_own_mac(struct xdp_md *ctx)
@@ -111,41 +112,135 @@ static __always_inline bool xdp_recall(struct xdp_way *way, const struct lb_conf
 	return true;
 }
 
+/* Has the connection remembered. */
+static __always_inline void xdp_note(struct xdp_way *way, const struct lb_config *config, __u32 stamp)
+{
+	if (likely(way->flow)) {
+		flow_touch(way->flow, stamp, way->state.stamp);
+		return;
+	}
+	way->state.stamp = stamp;
+	flow_put_in(config, way->line, way->sig, way->state, way->now);
+	lb_count(LB_STAT_NEW);
+}
+
+/* The backend gets the packet as it is, in another. */
+static __always_inline int xdp_direct(struct xdp_md *ctx, bool v4, const struct lb_config *config, struct xdp_way *way,
+				      __u32 stamp)
+{
+	struct xdp_hop hop;
+
+	if (!dsr_hop(ctx, v4, config, way->backend, way->packet.len + xdp_ip_len(v4), way->own, &hop))
+		return XDP_PASS;
+	xdp_note(way, config, stamp);
+	return dsr_send(ctx, v4, config, way->backend, way->port, &way->packet, &hop);
+}
+
+/* The backend sees the node. */
+static __always_inline int xdp_translate(struct xdp_md *ctx, bool v4, const struct lb_config *config, struct xdp_way *way,
+					 __u32 stamp)
+{
+	struct xdp_packet *packet = &way->packet;
+	struct lb_tuple key = { .remote = way->backend->addr, .rport = way->port, .proto = packet->proto };
+	struct xdp_hop hop;
+
+	xdp_node(config, v4, &key.local);
+	if (packet->ttl <= 1 || !xdp_route(ctx, v4, &key.local, &key.remote, packet->proto, packet->len, &hop))
+		return XDP_PASS;
+	if (unlikely(!way->state.port || stamp != way->state.stamp)) {
+		struct lb_nat nat = { .client = packet->src, .vip = packet->dst, .cport = packet->sport, .vport = packet->dport,
+				      .backend = way->backend->id, .stamp = stamp, .flags = LB_NAT_SNAT };
+
+		key.lport = way->state.port;
+		if (key.lport ? !nat_record(&key, &nat) : !nat_take(config, way->sig, &key, &nat))
+			return XDP_PASS;
+		way->state.port = key.lport;
+	}
+	xdp_note(way, config, stamp);
+	return snat_send(ctx, v4, packet, &key.local, &key.remote, way->state.port, way->port, &hop);
+}
+
+/* A backend's answer to the node, to the client it is for. */
+static __always_inline int xdp_answer(struct xdp_md *ctx, bool v4, const struct lb_config *config, struct xdp_packet *packet)
+{
+	struct lb_tuple key = { .remote = packet->src, .local = packet->dst, .rport = packet->sport, .lport = packet->dport,
+				.proto = packet->proto };
+	struct lb_nat *nat = nat_find(&key);
+	union flow_state state = {};
+	struct lb_flow *flow;
+	struct xdp_hop hop;
+	__u32 stamp;
+	__u64 sig;
+
+	if (!nat || !(nat->flags & LB_NAT_SNAT) || packet->ttl <= 1 || !xdp_own_mac(ctx) || xdp_unsummed(ctx, v4, packet))
+		return XDP_PASS;
+	if (!xdp_route(ctx, v4, &nat->vip, &nat->client, packet->proto, packet->len, &hop))
+		return XDP_PASS;
+	stamp = (nat->stamp & LB_FLOW_CLOSING) | flow_now(config);
+	if (packet->proto == IPPROTO_TCP && packet->tcp_flags & XDP_ENDS)
+		stamp |= LB_FLOW_CLOSING;
+	if (unlikely((nat->stamp ^ stamp) & (LB_STAMP | LB_FLOW_CLOSING))) {
+		*(volatile __u16 *)&nat->stamp = stamp;
+		sig = lb_hash(config, &nat->client, nat->cport, &nat->vip, nat->vport, packet->proto);
+		flow = flow_find(config, sig, stamp & LB_STAMP, &state);
+		/* What the backend says keeps the connection alive as well. */
+		if (flow && state.port == packet->dport)
+			flow_touch(flow, (state.stamp & ~LB_STAMP) | stamp, state.stamp);
+	}
+	lb_count(LB_STAT_REVERSED);
+	return snat_send(ctx, v4, packet, &nat->vip, &nat->client, nat->vport, nat->cport, &hop);
+}
+
+/* Whether a packet may be an answer to a port of ours. */
+static __always_inline bool xdp_answers(const struct lb_config *config, bool v4, const struct xdp_packet *packet)
+{
+	__u32 port = bpf_ntohs(packet->dport);
+	struct fib_addr node;
+
+	xdp_node(config, v4, &node);
+	return fib_addr_same(&packet->dst, &node) &&
+	       (port - (config->snat_ports[0] >> 16) < nat_range_size(config->snat_ports[0]) ||
+		port - (config->snat_ports[1] >> 16) < nat_range_size(config->snat_ports[1])) &&
+	       lb_hint(&packet->src) & LB_HINT_BACKEND;
+}
+
 static __always_inline int xdp_balance(struct xdp_md *ctx, bool v4)
 {
 	struct lb_config *config = lb_configuration();
 	struct xdp_way way = {};
-	struct xdp_hop hop;
 	__u32 hint, stamp;
+	bool direct;
+	int action;
 
 	if (!config || !xdp_parse(ctx, v4, &way.packet))
 		return XDP_PASS;
+	if (unlikely(xdp_answers(config, v4, &way.packet)))
+		return xdp_answer(ctx, v4, config, &way.packet);
 	hint = lb_hint(&way.packet.dst);
-	if (likely(!(hint & (LB_HINT_VIP | LB_HINT_NODE))))
+	if (!(hint & (LB_HINT_VIP | LB_HINT_NODE)))
 		return XDP_PASS;
 	/* First of all: what it reads may be far away. */
 	if (!xdp_recall(&way, config))
 		return XDP_PASS;
 	way.own = xdp_own_mac(ctx);
-	if (!way.own || xdp_unsummed(ctx, v4, &way.packet))
+	if (!way.own || xdp_unsummed(ctx, v4, &way.packet) || !xdp_has_node(config, v4))
 		return XDP_PASS;
 	if (!likely(xdp_goes_on(&way, hint)) && !xdp_serve(&way, config, hint))
 		return XDP_PASS;
-	if (way.backend->flags & LB_BE_LOCAL ||
-	    !dsr_hop(ctx, v4, config, way.backend, way.packet.len + xdp_ip_len(v4), way.own, &hop)) {
-		if (!way.flow)
-			__sync_fetch_and_add(&way.service->connections, -1);
-		return XDP_PASS;
-	}
 	stamp = flow_stamp(way.state.stamp, way.now, way.packet.proto, way.packet.tcp_flags);
-	if (likely(way.flow)) {
-		flow_touch(way.flow, stamp, way.state.stamp);
-	} else {
-		way.state.stamp = stamp;
-		flow_put_in(config, way.line, way.sig, way.state, way.now);
-		lb_count(LB_STAT_NEW);
+	action = XDP_PASS;
+	direct = way.service->flags & (way.packet.proto == IPPROTO_TCP ? LB_SVC_DSR : LB_SVC_DSR_UDP);
+	if (likely(!(way.backend->flags & LB_BE_LOCAL))) {
+		/* A connection goes on as it began. */
+		if (direct && !way.state.port)
+			action = xdp_direct(ctx, v4, config, &way, stamp);
+		else if (way.state.port || !way.flow)
+			action = xdp_translate(ctx, v4, config, &way, stamp);
 	}
-	return dsr_send(ctx, v4, config, way.backend, way.port, &way.packet, &hop);
+	/* tc begins it. */
+	if (action == XDP_PASS && !way.flow)
+		__sync_fetch_and_add(&way.service->connections, -1);
+	return action;
 }
 
 int fib_lb_xdp(struct xdp_md *ctx)

@@ -51,10 +51,7 @@ static __always_inline bool dsr_hop(struct xdp_md *ctx, bool v4, const struct lb
 		hop->ifindex = 0;
 		return likely(backend->ifindex == ctx->ingress_ifindex) || xdp_port(backend->ifindex, hop);
 	}
-	if (v4)
-		fib_addr_set_v4(&from, config->snat_v4);
-	else
-		from = config->snat_v6;
+	xdp_node(config, v4, &from);
 	return xdp_route(ctx, v4, &from, &backend->addr, v4 ? IPPROTO_IPIP : IPPROTO_IPV6, len, hop);
 }
 

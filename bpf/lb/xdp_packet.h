@@ -13,6 +13,7 @@
 #define XDP_TCP_LEN 20
 #define XDP_UDP_LEN 8
 #define XDP_SYN 0x02
+#define XDP_ENDS 0x05 /* FIN, RST */
 #define XDP_MAC 0xffffffffffffull
 
 struct xdp_packet {

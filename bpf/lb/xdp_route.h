@@ -17,6 +17,20 @@ struct xdp_hop {
 	__u32 ifindex; /* 0: the device the frame came by */
 };
 
+/* The node's address towards backends. */
+static __always_inline void xdp_node(const struct lb_config *config, bool v4, struct fib_addr *node)
+{
+	if (v4)
+		fib_addr_set_v4(node, config->snat_v4);
+	else
+		*node = config->snat_v6;
+}
+
+static __always_inline bool xdp_has_node(const struct lb_config *config, bool v4)
+{
+	return v4 ? config->snat_v4 : config->snat_v6.q[0] | config->snat_v6.q[1];
+}
+
 /* A device other than the one the frame came by: whether it takes frames from XDP, and its MAC. */
 static __always_inline bool xdp_port(__u32 ifindex, struct xdp_hop *hop)
 {

@@ -334,5 +334,5 @@ def flow_hash(seed: int, client: IPAddress, cport: int, vip: IPAddress, vport: i
         value += _mix(part, int.from_bytes(raw[8:], "little"))
     value &= _MASK
     value = _mix(value, socket.htons(cport) << 32 | socket.htons(vport) << 16 | proto)
-    value ^= value >> 29
+    value = _mix(value, value >> 32)
     return value or 1

@@ -41,8 +41,10 @@ class LbTables:
                 continue
             size = {abi.Table.FLOWS: flows, abi.Table.HINT: abi.HINT_LINES}.get(table, lines)
             self.put_lines(table, size)
-        self._outer("lb_fronts", 0, bpf.map_create("hash", 24, 8, 4096, abi.NO_PREALLOC, "fronts"))
-        self._outer("lb_nats", 0, bpf.map_create("lru_hash", 40, 48, nats, 0, "nats"))
+        self._fronts_fd = bpf.map_create("hash", 24, 8, 4096, abi.NO_PREALLOC, "fronts")
+        self._outer("lb_fronts", 0, self._fronts_fd)
+        self._nats_fd = bpf.map_create("lru_hash", 40, 48, nats, 0, "nats")
+        self._outer("lb_nats", 0, self._nats_fd)
         self.config_map = BpfMap.open(pin_dir / abi.MAPS["lb_config"], ct.c_uint32, abi.Config)
         self.config = abi.Config(
             seed=SEED, flow_mask=flows - 1, beat_shift=beat_shift(), syn_s=60, close_s=10, tcp_s=21600, any_s=60,
@@ -54,6 +56,8 @@ class LbTables:
     def put_lines(self, table: abi.Table, lines: int) -> None:
         fd = bpf.map_create("array", 4, abi.LINE, lines, abi.INNER | abi.MMAPABLE, "lines")
         self._mapped[table] = mmap.mmap(fd, lines * abi.LINE)
+        if table is abi.Table.FLOWS:
+            self._flows_fd = fd
         self._outer("lb_lines", int(table), fd)
 
     def _outer(self, name: str, index: int, fd: int) -> None:
@@ -79,10 +83,21 @@ class LbTables:
         self._mapped[abi.Table.HINT][abi.hint_of(ip_address(address))] |= bits
 
     def fronts(self) -> BpfMap[abi.FrontKey, abi.Front]:
-        return BpfMap(os.dup(self._fds[-2]), abi.FrontKey, abi.Front, "fronts")
+        return BpfMap(os.dup(self._fronts_fd), abi.FrontKey, abi.Front, "fronts")
 
     def nats(self) -> BpfMap[abi.Tuple, abi.Nat]:
-        return BpfMap(os.dup(self._fds[-1]), abi.Tuple, abi.Nat, "nats")
+        return BpfMap(os.dup(self._nats_fd), abi.Tuple, abi.Nat, "nats")
+
+    def ranges(self) -> BpfMap[abi.RangeKey, abi.Front]:
+        return BpfMap.open(self._pin_dir / abi.MAPS["lb_ranges"], abi.RangeKey, abi.Front)
+
+    def grow_flows(self, lines: int) -> None:
+        """A larger table takes the place of the one there is, which is asked after a miss from then on."""
+        self._mapped[abi.Table.FLOWS_BEFORE] = self._mapped[abi.Table.FLOWS]
+        self._outer("lb_lines", int(abi.Table.FLOWS_BEFORE), os.dup(self._flows_fd))
+        before = self.config.flow_mask
+        self.put_lines(abi.Table.FLOWS, lines)
+        self.write_config(flow_mask=lines - 1, before_mask=before)
 
     def service(
         self,

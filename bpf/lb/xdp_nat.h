@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Ports of the node that stand for clients towards a backend: as XDP takes them. A connection begins its search where its
+ * hash says, so that what is lost of it is found again. XDP tries a few; tc searches all there are. */
+#pragma once
+
+#include "abi/lb.h"
+
+#define XDP_NAT_TRIES 4
+
+static __always_inline __u32 nat_range_size(__u32 range)
+{
+	return range ? (range & 0xffff) - (range >> 16) + 1 : 0;
+}
+
+/* Port number n of all there are, host order. */
+static __always_inline __u32 nat_port(const struct lb_config *config, __u32 n)
+{
+	__u32 first = nat_range_size(config->snat_ports[0]);
+
+	return n < first ? (config->snat_ports[0] >> 16) + n : (config->snat_ports[1] >> 16) + n - first;
+}
+
+static __always_inline struct lb_nat *nat_find(struct lb_tuple *key)
+{
+	__u32 index = 0;
+	void *inner = lb_nats.lookup(&index);
+	struct lb_nat *nat = inner ? bpf_map_lookup_elem_((uintptr_t)inner, key) : 0;
+
+	if (likely(nat))
+		return nat;
+	index = 1;
+	inner = lb_nats.lookup(&index);
+	return inner ? bpf_map_lookup_elem_((uintptr_t)inner, key) : 0;
+}
+
+static __always_inline bool nat_is_of(const struct lb_nat *nat, const struct lb_nat *wanted)
+{
+	return fib_addr_same(&nat->client, &wanted->client) && fib_addr_same(&nat->vip, &wanted->vip) &&
+	       nat->cport == wanted->cport && nat->vport == wanted->vport;
+}
+
+/* Has the translation recorded under key->lport; false: another connection has that port. */
+static __always_inline bool nat_record(struct lb_tuple *key, struct lb_nat *nat)
+{
+	struct lb_nat *other = nat_find(key);
+	__u32 zero = 0;
+	void *inner;
+
+	if (other) {
+		if (!nat_is_of(other, nat))
+			return false;
+		other->stamp = nat->stamp;
+		return true;
+	}
+	inner = lb_nats.lookup(&zero);
+	return inner && !bpf_map_update_elem_((uintptr_t)inner, key, nat, BPF_NOEXIST);
+}
+
+/* Takes a port for a new connection; it is key->lport then. */
+static __always_inline bool nat_take(const struct lb_config *config, __u64 sig, struct lb_tuple *key, struct lb_nat *nat)
+{
+	__u32 count = nat_range_size(config->snat_ports[0]) + nat_range_size(config->snat_ports[1]);
+	__u32 n = (sig >> 32) * count >> 32;
+
+	for (int attempt = 0; attempt < XDP_NAT_TRIES && count; attempt++) {
+		key->lport = bpf_htons(nat_port(config, n));
+		if (nat_record(key, nat))
+			return true;
+		n = n + 1 < count ? n + 1 : 0;
+	}
+	return false;
+}
