@@ -211,6 +211,12 @@ class SourceKey(ct.Structure):
         return cls(bits=bits, service=socket.htonl(service), addr=(ct.c_uint8 * 16)(*raw))
 
 
+class Admitted(ct.Structure):
+    """The value of lb_sources: 1."""
+
+    _fields_ = (("yes", ct.c_uint8),)
+
+
 class Flow(ct.Structure):
     """struct lb_flow: four a line of Table.FLOWS."""
 

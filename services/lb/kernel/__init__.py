@@ -1,0 +1,1 @@
+"""From what services are declared to what the kernel holds."""

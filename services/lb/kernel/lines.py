@@ -1,0 +1,88 @@
+"""Tables of 64-byte lines, an inner array of lb_lines each, in this process's memory.
+
+A table grows by building a larger one, copying and flipping the outer pointer: programs that have the old one in hand
+read what was there a moment ago. Used by one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import mmap
+import os
+from typing import Any, Final, TypeVar
+
+from services.common import errors
+from services.common.kernel import bpf
+from services.common.kernel.maps import BpfMap
+from services.lb import abi
+
+S = TypeVar("S", bound=ct.Structure)
+Outer = BpfMap[Any, ct.c_uint32]
+_FLAGS: Final = abi.INNER | abi.MMAPABLE
+
+
+class Lines:
+    """One table. Adopts the array that is there, else makes one of `smallest` lines.
+
+    limit: lines it may grow to.
+    """
+
+    def __init__(self, outer: Outer, table: abi.Table, smallest: int, limit: int) -> None:
+        self._outer, self._table, self.limit = outer, table, limit
+        self._fd = -1
+        self.mem: mmap.mmap
+        self.size = 0
+        """Lines."""
+        ident = outer.lookup(int(table))
+        if ident is not None and ident.value:
+            self._take(bpf.map_fd_by_id(ident.value))
+        else:
+            self._take(self._make(smallest))
+            outer.update(int(table), self._fd)
+
+    def _make(self, lines: int) -> int:
+        try:
+            return bpf.map_create("array", 4, abi.LINE, lines, _FLAGS, f"lb_{self._table.name.lower()}"[:15])
+        except OSError as error:
+            raise errors.ResourceExhausted(
+                f"no memory for {lines} lines of {self._table.name.lower()}: {os.strerror(error.errno or 0)}"
+            ) from None
+
+    def _take(self, fd: int) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        self.size = bpf.map_info(fd).max_entries
+        # The mapping before lives on as long as a structure in it is in use.
+        self.mem = mmap.mmap(fd, self.size * abi.LINE)
+
+    def ensure(self, lines: int) -> bool:
+        """Have at least so many lines; whether it grew. ResourceExhausted beyond the limit: nothing has changed."""
+        if lines <= self.size:
+            return False
+        if lines > self.limit:
+            raise errors.ResourceExhausted(
+                f"{lines} lines of {self._table.name.lower()} are wanted, the limit is {self.limit}",
+                fix="declare less, or spread it over more clusters",
+            )
+        size = self.size
+        while size < lines:
+            size = min(size * 2, self.limit)
+        before, length = self.mem, self.size * abi.LINE
+        self._take(self._make(size))
+        self.mem[:length] = before[:length]
+        self._outer.update(int(self._table), self._fd)
+        return True
+
+    def at(self, index: int, kind: type[S]) -> S:
+        """The structure in a line, in the kernel's memory; until the table grows."""
+        return kind.from_buffer(self.mem, index * abi.LINE)
+
+    def clear(self, index: int) -> None:
+        start = index * abi.LINE
+        self.mem[start : start + abi.LINE] = bytes(abi.LINE)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
