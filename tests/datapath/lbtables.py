@@ -149,6 +149,19 @@ class LbTables:
         found = [abi.Flow.from_buffer_copy(raw, at) for at in range(0, len(raw), size)]
         return [flow for flow in found if flow.sig]
 
+    def forget_flows(self) -> None:
+        """As if all had been displaced."""
+        table = self._mapped[abi.Table.FLOWS]
+        table[:] = bytes(len(table))
+
+    def age_flows(self, units: int = 1) -> None:
+        """As if all had been silent for units of four beats more."""
+        table = self._mapped[abi.Table.FLOWS]
+        for at in range(0, len(table), ct.sizeof(abi.Flow)):
+            flow = abi.Flow.from_buffer(table, at)
+            if flow.sig:
+                flow.stamp = (flow.stamp & ~abi.STAMP) | ((flow.stamp - units) & abi.STAMP)
+
     def stats(self) -> dict[abi.Stat, int]:
         with BpfMap.open(self._pin_dir / abi.MAPS["lb_stats"], ct.c_uint32, ct.c_uint64) as table:
             return {stat: sum(v.value for v in table.lookup_percpu(int(stat)) or []) for stat in abi.Stat}
