@@ -39,6 +39,11 @@ def xdp() -> loader.ProgramSpec:
     )
 
 
+async def install_xdp(instance: Instance) -> None:
+    """Load the fast path anew, adopting what maps there are. Raises what loader.load raises."""
+    await loader.load([xdp()], instance.pin_dir)
+
+
 def program_path(instance: Instance, name: str) -> Path:
     """Where a program is pinned."""
     return instance.pin_dir / "prog" / SERVICE / name

@@ -115,6 +115,8 @@ class Link:
     peer_ifindex: int
     peer_nsid: int | None
     noarp: bool = False
+    xdp_mode: int = 0
+    """XDP_ATTACHED_*: services.common.kernel.xdp.Mode."""
 
 
 @dataclass(frozen=True)
@@ -323,6 +325,7 @@ def parse_link(answer: rtnl.Answer) -> Link:
         peer_ifindex=struct.unpack("I", attrs[5])[0] if 5 in attrs else 0,
         peer_nsid=struct.unpack("i", nsid)[0] if nsid else None,
         noarp=bool(flags & IFF_NOARP),
+        xdp_mode=xdp[2][0] if 2 in xdp else 0,
     )
 
 

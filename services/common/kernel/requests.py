@@ -228,12 +228,21 @@ def link_del(ifindex: int) -> Message:
     return Message(rtnl.DELLINK, {"index": ifindex}, [], what=f"delete interface {ifindex}", tolerate=_GONE)
 
 
-def xdp_set(ifindex: int, prog_fd: int, what: str = "") -> Message:
-    """Set the XDP program of an interface, in place of any; prog_fd -1 removes it."""
+def xdp_set(
+    ifindex: int, prog_fd: int, what: str = "", flags: int = 0, expected_fd: int | None = None
+) -> Message:
+    """Set the XDP program of an interface, in place of any; prog_fd -1 removes it. `flags` are XDP_FLAGS_*;
+    with XDP_FLAGS_REPLACE, only in place of `expected_fd`.
+    """
+    attrs: list[tuple[str, Any]] = [("IFLA_XDP_FD", prog_fd)]
+    if flags:
+        attrs.append(("IFLA_XDP_FLAGS", flags))
+    if expected_fd is not None and expected_fd >= 0:
+        attrs.append(("IFLA_XDP_EXPECTED_FD", expected_fd))
     return Message(
         rtnl.SETLINK,
         {"index": ifindex},
-        [("IFLA_XDP", {"attrs": [("IFLA_XDP_FD", prog_fd)]})],
+        [("IFLA_XDP", {"attrs": attrs})],
         what=what or f"set XDP program of interface {ifindex}",
     )
 

@@ -1,0 +1,171 @@
+"""Keeps the fast path where it is wanted: on the uplinks, while somebody needs it.
+
+    xdp = Xdp(instance, netlink, cfg.lb.xdp, cfg.lb.devices, ("services", "prefilter"))
+    await xdp.start()                  # raises nothing for what the host lacks: see `status`
+    xdp.need("services", True)         # there are frontends that clients outside reach
+
+Without XDP packets are balanced all the same, by tc: so what is missing here is named and never stops anything. The program
+stays when the process goes, and is adopted by the next; it is taken off when all who could need it have said no.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from services.common import errors
+from services.common.instance import Instance
+from services.common.kernel import events as ev
+from services.common.kernel.netlink import Netlink
+from services.common.kernel.xdp import Mode
+from services.common.pipeline.datapath import Datapath
+from services.common.service import ComponentStatus
+from services.lb.xdp import hooks
+from services.lb.xdp.hooks import Hook, Hooks
+
+log = logging.getLogger(__name__)
+
+RESYNC_S: Final = 10.0
+_SETTLE_S: Final = 0.05
+_GROUPS: Final = (ev.GROUP_LINK, ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE)
+
+
+class Xdp:
+    """Used from one event loop, in the node's network namespace."""
+
+    def __init__(
+        self, instance: Instance, netlink: Netlink, mode: str, devices: Sequence[str], sources: Iterable[str]
+    ) -> None:
+        """mode: off, auto, native or generic. devices: none: those of the default routes. sources: who will say
+        whether it is needed.
+        """
+        self._instance = instance
+        self._netlink = netlink
+        self._mode = mode
+        self._devices = tuple(devices)
+        self._needs: dict[str, bool | None] = dict.fromkeys(sources)
+        self._hooks = Hooks(instance)
+        self._datapath = Datapath(instance, hooks.parts(), self._use, self._lost)
+        self._found: list[Hook] = []
+        self._problem = ""
+        self._events: ev.Events | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._dirty = asyncio.Event()
+
+    def need(self, source: str, wanted: bool) -> None:
+        """Whether `source` has use for the program from now on."""
+        if self._needs.get(source) is not wanted:
+            self._needs[source] = wanted
+            self._dirty.set()
+
+    @property
+    def wanted(self) -> bool | None:
+        """None: not known yet, and what is there stays."""
+        if self._mode == "off":
+            return False
+        if self._mode != "auto" or any(self._needs.values()):
+            return True
+        return None if None in self._needs.values() else False
+
+    async def start(self) -> None:
+        """Look once, and follow what changes."""
+        self._events = ev.Events(_GROUPS)
+        await self._work()
+        self._tasks = [
+            asyncio.create_task(self._follow(self._events), name="xdp.events"),
+            asyncio.create_task(self._run(), name="xdp.devices"),
+        ]
+
+    async def stop(self) -> None:
+        """The program stays."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        await self._netlink.run(self._hooks.close)
+
+    def tasks(self) -> Iterable[asyncio.Task[None]]:
+        """Tasks that run until `stop`; the end of one is a failure."""
+        return tuple(self._tasks)
+
+    def attached(self) -> list[Hook]:
+        """Devices the program hangs on."""
+        return [hook for hook in self._found if hook.mode is not Mode.NONE]
+
+    def status(self) -> list[ComponentStatus]:
+        if self._mode == "off":
+            return [ComponentStatus("xdp", "ok", "off (lb.xdp)")]
+        if self._problem:
+            return [ComponentStatus("xdp", "degraded", f"{self._problem}; packets are balanced by tc")]
+        if not self.wanted:
+            return [ComponentStatus("xdp", "ok", "not attached: nothing is reached from outside")]
+        wrong = [hook for hook in self._found if hook.problem]
+        if wrong:
+            text = "; ".join(f"{hook.device}: {hook.problem}" for hook in wrong)
+            return [ComponentStatus("xdp", "degraded", f"{text}; packets there are balanced by tc")]
+        if not self._found:
+            return [
+                ComponentStatus(
+                    "xdp", "degraded", "there is no default route; name the devices in lb.devices"
+                )
+            ]
+        return [ComponentStatus("xdp", "ok", ", ".join(map(_text, self._found)))]
+
+    async def _follow(self, events: ev.Events) -> None:
+        prefix = f"fb{self._instance.tag}"
+        async for event in events:
+            if event.link is not None:
+                if not event.link.name.startswith(prefix):
+                    self._dirty.set()
+            elif event.kind == "lost" or (event.route is not None and event.route.destination.prefixlen == 0):
+                self._dirty.set()
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESYNC_S):
+                    await self._dirty.wait()
+                # Changes come in bunches.
+                await asyncio.sleep(_SETTLE_S)
+            self._dirty.clear()
+            await self._work()
+
+    async def _work(self) -> None:
+        try:
+            await self._agree()
+            problem = ""
+        except (errors.FibrilError, OSError) as error:
+            problem = str(error)
+        if problem != self._problem and problem:
+            log.warning("no XDP", extra={"cause": problem})
+        self._problem = problem
+
+    async def _agree(self) -> None:
+        wanted = self.wanted
+        there = self._hooks.ready and hooks.complete(self._instance)
+        if wanted and not there and not await self._datapath.install():
+            raise self._datapath.problem or errors.Unavailable("the XDP program is not there")
+        if wanted is None:
+            return
+        if wanted:
+            self._found = await self._netlink.call(self._hooks.apply, self._devices, self._mode)
+        else:
+            await self._netlink.call(hooks.remove, self._instance)
+            self._found = []
+
+    async def _use(self) -> None:
+        await self._netlink.run(self._hooks.open)
+
+    def _lost(self, reason: errors.FibrilError) -> None:
+        """What is attached goes on; `status` names the reason."""
+
+
+def _text(hook: Hook) -> str:
+    note = f" ({hook.note})" if hook.note else ""
+    return f"{hook.mode.name.lower()} on {hook.device}{note}"
