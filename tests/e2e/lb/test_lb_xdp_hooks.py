@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -68,11 +68,23 @@ async def running(instance: Instance, mode: str, *devices: str, needed: bool | N
             await made.stop()
 
 
+async def wait(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise TimeoutError
+
+
 async def until(node: Rtnl, name: str, mode: Mode) -> Link:
-    async with asyncio.timeout(10):
-        while (link := node.link(name)) is None or link.xdp_mode != mode:
-            await asyncio.sleep(0.02)
-    return link
+    def so() -> bool:
+        link = node.link(name)
+        return link is not None and link.xdp_mode == mode
+
+    await wait(so)
+    found = node.link(name)
+    assert found is not None
+    return found
 
 
 def take_frames(name: str) -> None:
@@ -121,9 +133,7 @@ async def test_a_device_made_anew_gets_the_program_again(space: Rtnl, instance: 
     async with running(instance, "generic", "fbx0") as made:
         await until(space, "fbx0", Mode.GENERIC)
         space.delete_link("fbx0")
-        async with asyncio.timeout(10):
-            while "does not exist" not in state(made)[1]:
-                await asyncio.sleep(0.02)
+        await wait(lambda: "does not exist" in state(made)[1])
         space.create_veth("fbx0", "02:00:00:00:00:09", "fbx1", "02:00:00:00:01:09", 1500)
         await until(space, "fbx0", Mode.GENERIC)
 
