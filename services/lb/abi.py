@@ -95,6 +95,7 @@ class FrontFlag(enum.IntFlag):
 
     OUTSIDE = 0x1
     NODE = 0x2
+    EVERY = 0x4
 
 
 class FlowFlag(enum.IntFlag):
@@ -112,10 +113,19 @@ class NatFlag(enum.IntFlag):
     HAIRPIN = 0x2
 
 
+class SockKind(enum.IntEnum):
+    """LB_SOCK_*: kinds of keys."""
+
+    OWN = 0
+    TO = 1
+    FROM = 2
+
+
 class SockFlag(enum.IntFlag):
     """LB_SOCK_*."""
 
     CONNECTED = 0x1
+    DIRECT = 0x2
 
 
 class ConfigFlag(enum.IntFlag):
@@ -246,7 +256,7 @@ class SockKey(ct.Structure):
 
     _fields_ = (
         ("cookie", ct.c_uint64), ("addr", FibAddr), ("port", ct.c_uint16), ("proto", ct.c_uint8),
-        ("pad", ct.c_uint8 * 5),
+        ("kind", ct.c_uint8), ("pad", ct.c_uint8 * 4),
     )  # fmt: skip
 
 
@@ -254,8 +264,9 @@ class Sock(ct.Structure):
     """struct lb_sock."""
 
     _fields_ = (
-        ("vip", FibAddr), ("netns", ct.c_uint64), ("backend", ct.c_uint32), ("service", ct.c_uint32),
-        ("vport", ct.c_uint16), ("flags", ct.c_uint8), ("pad", ct.c_uint8 * 5),
+        ("vip", FibAddr), ("addr", FibAddr), ("next", FibAddr), ("netns", ct.c_uint64), ("backend", ct.c_uint32),
+        ("service", ct.c_uint32), ("vport", ct.c_uint16), ("port", ct.c_uint16), ("nport", ct.c_uint16),
+        ("flags", ct.c_uint8), ("pad", ct.c_uint8), ("further", ct.c_uint32), ("reserved", ct.c_uint32),
     )  # fmt: skip
 
 

@@ -21,12 +21,12 @@ from typing import Final, Protocol
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.feed import Feed
+from services.common.hostaddrs import HostAddresses
 from services.common.instance import Instance
 from services.common.kernel.netlink import IPAddress, Netlink
 from services.common.service import ComponentStatus
 from services.common.telemetry import metrics
 from services.identity.ipcache.follow import AddressFollower
-from services.identity.ipcache.hostaddrs import HostAddresses
 from services.identity.ipcache.local import LocalEntries
 from services.identity.ipcache.maps import IpcacheMaps
 from services.identity.ipcache.model import SINGLE_BYTES, Entry, Source, address_key

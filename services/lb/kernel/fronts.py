@@ -26,12 +26,23 @@ K = TypeVar("K", bound=ct.Structure)
 V = TypeVar("V", bound=ct.Structure)
 
 
+def _all(table: BpfMap[K, V]) -> dict[bytes, bytes]:
+    """Everything that is in a map."""
+    found: dict[bytes, bytes] = {}
+    key_size, value_size = table.info.key_size, table.info.value_size
+    for keys, values in table.items_packed():
+        for at in range(len(keys) // key_size):
+            key = keys[at * key_size : (at + 1) * key_size]
+            found[key] = values[at * value_size : (at + 1) * value_size]
+    return found
+
+
 class Known(Generic[K, V]):
     """A map and what is in it, as bytes. `writes` counts changes."""
 
     def __init__(self, table: BpfMap[K, V], key: type[K], value: type[V]) -> None:
         self.table, self._key, self._value = table, key, value
-        self.held: dict[bytes, bytes] = dict(table.items_packed())
+        self.held = _all(table)
         self.writes = 0
 
     def put(self, key: bytes, value: bytes) -> None:
@@ -59,7 +70,7 @@ class Known(Generic[K, V]):
 
     def compare(self) -> int:
         """Mend what somebody else has changed; how many elements."""
-        there = dict(self.table.items_packed())
+        there = _all(self.table)
         if there == self.held:
             return 0
         wrong = 0

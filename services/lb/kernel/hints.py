@@ -36,9 +36,10 @@ class Hints:
         wanted = bytearray(abi.HINTS)
         for at, bit in self._wanted:
             wanted[at] |= bit
-        if self._lines.mem[: abi.HINTS] == wanted:
+        there = self._lines.mem[: abi.HINTS]
+        if there == wanted:
             return 0
-        wrong = [at for at, (is_, due) in enumerate(zip(self._lines.mem, wanted, strict=False)) if is_ != due]
+        wrong = [at for at, (is_, due) in enumerate(zip(there, wanted, strict=True)) if is_ != due]
         for at in wrong:
             self._lines.mem[at] = wanted[at]
         return len(wrong)

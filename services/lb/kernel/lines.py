@@ -74,6 +74,11 @@ class Lines:
         self._outer.update(int(self._table), self._fd)
         return True
 
+    def replace(self, lines: int) -> None:
+        """An empty table of that size instead: for tables that programs fill."""
+        self._take(self._make(lines))
+        self._outer.update(int(self._table), self._fd)
+
     def at(self, index: int, kind: type[S]) -> S:
         """The structure in a line, in the kernel's memory; until the table grows."""
         return kind.from_buffer(self.mem, index * abi.LINE)

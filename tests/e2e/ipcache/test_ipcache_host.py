@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from services.common.hostaddrs import HostAddresses
 from services.common.kernel import netns
 from services.common.kernel.netlink import Netlink
 from services.common.kernel.netns import NetNs
-from services.identity.ipcache.hostaddrs import HostAddresses
 from tests.interop.etcd.etcdrig import until
 
 

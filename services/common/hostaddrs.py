@@ -44,7 +44,7 @@ class HostAddresses:
         """Until cancelled; after `start`."""
         assert self._events is not None
         dirty = asyncio.Event()
-        listening = asyncio.create_task(self._listen(self._events, dirty), name="ipcache.addresses.events")
+        listening = asyncio.create_task(self._listen(self._events, dirty), name="hostaddrs.events")
         try:
             while True:
                 with contextlib.suppress(TimeoutError):

@@ -1,0 +1,411 @@
+"""Puts plans into the kernel: the only writer of frontends, services, backends, slots and hints.
+
+In such an order that no program ever finds half of something: a backend before the slot that names it, slots before
+the count that reaches them, a service before its frontends; and away in the opposite order. Everything is compared with
+what is there and only differences are written. Functions do not block: nearly all of it is memory.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from services.common.pipeline.abi import FibAddr, IPAddress
+from services.lb import abi
+from services.lb.kernel.fronts import range_keys
+from services.lb.kernel.hints import Hints
+from services.lb.kernel.numbers import Indexes, next_id
+from services.lb.kernel.slots import Room, Stretch
+from services.lb.kernel.tables import Tables
+from services.lb.model import BackendKey, IPNetwork
+from services.lb.plan import FamilyPlan
+from services.lb.plan import Stretch as Wanted
+
+BACKEND_HINT_REST_S: Final = 600.0
+"""How long what a removed backend still sends is taken for an answer."""
+
+Name = tuple[str, int]
+"""A service's name and a family."""
+
+_BACKEND: Final = struct.Struct("=16sIIHBBI6sHQ16x")
+_LAST_ID: Final = 40
+"""Where a backend's line keeps the id of whom it was last."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedBackend:
+    """A backend that is no more: nothing may go on with it."""
+
+    service: str
+    address: IPAddress
+    port: int
+    protos: frozenset[int]
+    id: int
+
+
+@dataclass(slots=True)
+class Held:
+    """What the kernel has of one service and family."""
+
+    index: int
+    inside: Stretch
+    outside: Stretch
+    """The same object as `inside` while both are alike."""
+    backends: dict[BackendKey, int] = field(default_factory=dict)
+    fronts: dict[bytes, bytes] = field(default_factory=dict)
+    ranges: dict[bytes, bytes] = field(default_factory=dict)
+    sources: frozenset[bytes] = frozenset()
+    vips: tuple[tuple[IPAddress, abi.Hint], ...] = ()
+    """Hints it has set."""
+    protos: frozenset[int] = frozenset()
+
+
+def line_name(name: Name) -> int:
+    """What a service's line is known by."""
+    return abi.name_hash(f"{name[0]}/{name[1]}")
+
+
+def _by_service(held: Mapping[bytes, bytes]) -> dict[int, dict[bytes, bytes]]:
+    """Frontends by the index of their service."""
+    found: dict[int, dict[bytes, bytes]] = {}
+    for key, value in held.items():
+        found.setdefault(struct.unpack_from("=I", value)[0], {})[key] = value
+    return found
+
+
+class Program:
+    """Over open tables. `held` is by name and family."""
+
+    def __init__(self, tables: Tables, removed: Callable[[RemovedBackend], None]) -> None:
+        self.tables = tables
+        self._removed = removed
+        self.hints = Hints(tables.hints)
+        self.held: dict[Name, Held] = {}
+        self.writes = 0
+        """Lines and words stored, slots and elements of maps not counted."""
+        self._addresses: frozenset[IPAddress] = frozenset()
+        self._resting: deque[tuple[float, IPAddress]] = deque()
+        self._adopt()
+
+    # ---- what an earlier process left ---------------------------------------------------------------------
+    def _adopt(self) -> None:
+        tables = self.tables
+        self._left = {
+            line.name: index
+            for index in range(1, tables.services.size)
+            if (line := tables.services.at(index, abi.Service)).name
+        }
+        self._left_backends: dict[int, dict[BackendKey, int]] = {}
+        used = []
+        for index in range(1, tables.backends.size):
+            backend = tables.backends.at(index, abi.Backend)
+            if backend.id and (address := backend.addr.ip()) is not None:
+                used.append(index)
+                key = BackendKey(address, socket.ntohs(backend.port))
+                self._left_backends.setdefault(backend.service, {})[key] = backend.id
+        self._backend_indexes = Indexes(tables.backends.limit, "backends", used)
+        self._service_indexes = Indexes(tables.services.limit, "services", self._left.values())
+        self.room = Room(tables.slots)
+        words = []
+        for index in self._left.values():
+            line = tables.services.at(index, abi.Service)
+            words += [(w.first, w.count) for w in (line.inside, line.outside) if w.count]
+        self.room.adopt(words)
+        self._left_fronts = _by_service(tables.fronts.held)
+        self._left_ranges = _by_service(tables.ranges.held)
+        self._left_sources: dict[int, list[bytes]] = {}
+        for source in tables.sources.held:
+            self._left_sources.setdefault(struct.unpack_from("!I", source, 4)[0], []).append(source)
+
+    def _begin(self, name: Name) -> Held:
+        """What there is of a service, or a line for it. ResourceExhausted."""
+        index = self._left.pop(line_name(name), 0)
+        if index:
+            return self._found(index)
+        index = self._service_indexes.take()
+        try:
+            self.tables.services.ensure(index + 1)
+        except BaseException:
+            self._service_indexes.give(index)
+            raise
+        self.tables.services.clear(index)
+        empty = Stretch(self.room)
+        return Held(index, empty, empty)
+
+    def _found(self, index: int) -> Held:
+        """What an earlier process left in a line."""
+        line = self.tables.services.at(index, abi.Service)
+        inside = Stretch.read(self.room, line.inside)
+        same = bytes(line.inside) == bytes(line.outside)
+        held = Held(index, inside, inside if same else Stretch.read(self.room, line.outside))
+        held.backends = self._left_backends.pop(index, {})
+        for key in held.backends:
+            self.hints.add(key.address, abi.Hint.BACKEND)
+        held.fronts = self._left_fronts.pop(index, {})
+        held.ranges = self._left_ranges.pop(index, {})
+        held.sources = frozenset(self._left_sources.pop(index, ()))
+        return held
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Services and backends that have a line."""
+        return self._service_indexes.used, self._backend_indexes.used
+
+    # ---- one service ----------------------------------------------------------------------------------------
+    def apply(self, name: Name, plan: FamilyPlan, sources: tuple[IPNetwork, ...]) -> None:
+        """Have the kernel do as planned. ResourceExhausted: part of it may be done, and is gone on with next time."""
+        held = self.held.get(name)
+        if held is None:
+            held = self.held[name] = self._begin(name)
+        held.protos = frozenset(front.proto for front in plan.fronts)
+        for key, state in plan.states.items():
+            flags = abi.BackendFlag.LOCAL if key in plan.local else abi.BackendFlag(0)
+            self._backend(held, key, state, flags)
+        self._stretches(held, plan)
+        line = self.tables.services.at(held.index, abi.Service)
+        wanted = (int(plan.flags), plan.affinity_s, line_name(name))
+        if (line.flags, line.affinity_s, line.name) != wanted:
+            line.flags, line.affinity_s, line.name = wanted
+            self.writes += 1
+        self._sources(held, sources)
+        self._fronts(held, plan)
+        self._forget_backends(name, held, held.backends.keys() - plan.states.keys())
+
+    def remove(self, name: Name) -> bool:
+        """Take a service away; whether it was there."""
+        held = self.held.pop(name, None)
+        if held is None:
+            return False
+        self._take_away(name, held)
+        return True
+
+    def prune(self) -> int:
+        """Take away what an earlier process left and nobody has wanted since; how many services."""
+        count = len(self._left)
+        while self._left:
+            _, index = self._left.popitem()
+            self._take_away(("", 0), self._found(index))
+        # Of services whose line is gone.
+        for backends in self._left_backends.values():
+            for ident in backends.values():
+                self._free(ident)
+        self._left_backends.clear()
+        return count
+
+    def _take_away(self, name: Name, held: Held) -> None:
+        self._drop_fronts(held, held.fronts, held.ranges)
+        for address, bit in held.vips:
+            self.hints.remove(address, bit)
+        for key in held.sources:
+            self.tables.sources.drop(key)
+        line = self.tables.services.at(held.index, abi.Service)
+        line.inside = line.outside = abi.Stretch()
+        self._release(held.inside)
+        if held.outside is not held.inside:
+            self._release(held.outside)
+        self._forget_backends(name, held, set(held.backends))
+        self.tables.services.clear(held.index)
+        self._service_indexes.give(held.index)
+        self.writes += 1
+
+    @staticmethod
+    def _release(stretch: Stretch) -> None:
+        stretch.set((), False, lambda _: None)
+
+    # ---- backends -------------------------------------------------------------------------------------------
+    def _backend(self, held: Held, key: BackendKey, state: abi.BackendState, flags: abi.BackendFlag) -> None:
+        ident = held.backends.get(key)
+        if ident is None:
+            self._new_backend(held, key, state, flags)
+            return
+        line = self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend)
+        wanted = (line.flags & abi.BackendFlag.TX) | flags
+        if line.state != state or line.flags != wanted:
+            line.state, line.flags = state, wanted
+            self.writes += 1
+
+    def _new_backend(
+        self, held: Held, key: BackendKey, state: abi.BackendState, flags: abi.BackendFlag
+    ) -> None:
+        index = self._backend_indexes.take()
+        lines = self.tables.backends
+        try:
+            lines.ensure(index + 1)
+        except BaseException:
+            self._backend_indexes.give(index)
+            raise
+        at = index * abi.LINE
+        ident = next_id(index, struct.unpack_from("=Q", lines.mem, at + _LAST_ID)[0])
+        self.hints.add(key.address, abi.Hint.BACKEND)
+        address, port = bytes(FibAddr.of(key.address)), socket.htons(key.port)
+        _BACKEND.pack_into(
+            lines.mem, at, address, ident, held.index, port, state, flags, 0, bytes(6), 0, ident
+        )
+        held.backends[key] = ident
+        self.writes += 1
+
+    def _forget_backends(self, name: Name, held: Held, gone: Iterable[BackendKey]) -> None:
+        for key in list(gone):
+            ident = held.backends.pop(key)
+            self._free(ident)
+            self._resting.append((time.monotonic() + BACKEND_HINT_REST_S, key.address))
+            self._removed(RemovedBackend(name[0], key.address, key.port, held.protos, ident))
+
+    def _free(self, ident: int) -> None:
+        index = ident & abi.BACKEND_INDEX
+        line = self.tables.backends.at(index, abi.Backend)
+        line.id = 0
+        line.state = abi.BackendState.FREE
+        self._backend_indexes.give(index)
+        self.writes += 1
+
+    def set_next_hop(self, ident: int, ifindex: int, mac: bytes, mtu: int) -> None:
+        """Where packets to a backend go next; ifindex 0: programs must look themselves. An id that is gone is fine."""
+        line = self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend)
+        if line.id != ident:
+            return
+        flags = line.flags & ~abi.BackendFlag.TX
+        if (line.ifindex, bytes(line.mac), line.mtu, bool(line.flags & abi.BackendFlag.TX)) == (
+            ifindex, mac, mtu, bool(ifindex)
+        ):  # fmt: skip
+            return
+        line.flags = flags
+        line.ifindex, line.mac, line.mtu = ifindex, (type(line.mac))(*mac), mtu
+        if ifindex:
+            line.flags = flags | abi.BackendFlag.TX
+        self.writes += 1
+
+    # ---- stretches ------------------------------------------------------------------------------------------
+    def _stretches(self, held: Held, plan: FamilyPlan) -> None:
+        shared = plan.inside == plan.outside or not any(front.outside for front in plan.fronts)
+        if shared:
+            self._set(held, held.inside, plan.inside, ("inside", "outside"))
+            if held.outside is not held.inside:
+                before, held.outside = held.outside, held.inside
+                self._word(held, ("outside",), held.inside.word)
+                self._release(before)
+            return
+        if held.outside is held.inside:
+            held.outside = Stretch(self.room)
+            self._set(held, held.outside, plan.outside, ("outside",))
+            if not held.outside.ids:
+                self._word(held, ("outside",), abi.Stretch())
+        else:
+            self._set(held, held.outside, plan.outside, ("outside",))
+        self._set(held, held.inside, plan.inside, ("inside",))
+
+    def _set(self, held: Held, stretch: Stretch, wanted: Wanted, words: tuple[str, ...]) -> None:
+        ids = [held.backends[key] for key in wanted.slots]
+        stretch.set(ids, wanted.ordered, lambda word: self._word(held, words, word))
+
+    def _word(self, held: Held, words: tuple[str, ...], word: abi.Stretch) -> None:
+        line = self.tables.services.at(held.index, abi.Service)
+        for name in words:
+            # Eight aligned bytes: one store.
+            setattr(line, name, word)
+        self.writes += 1
+
+    # ---- frontends ------------------------------------------------------------------------------------------
+    def _fronts(self, held: Held, plan: FamilyPlan) -> None:
+        exact: dict[bytes, bytes] = {}
+        ranges: dict[bytes, bytes] = {}
+        vips: dict[tuple[IPAddress, abi.Hint], None] = {}
+        for front in plan.fronts:
+            flags = abi.FrontFlag.OUTSIDE if front.outside else 0
+            value = bytes(abi.Front(service=held.index, first=front.port, flags=flags))
+            vips[front.address, abi.Hint.VIP] = None
+            if front.port == front.port_last:
+                exact[bytes(abi.FrontKey.of(front.address, front.port, front.proto))] = value
+            else:
+                vips[front.address, abi.Hint.RANGE] = None
+                ranges.update(
+                    dict.fromkeys(range_keys(front.address, front.proto, front.port, front.port_last), value)
+                )
+        if (exact, ranges, tuple(vips)) == (held.fronts, held.ranges, held.vips):
+            return
+        before, held.vips = held.vips, tuple(vips)
+        for address, bit in held.vips:
+            self.hints.add(address, bit)
+        self.tables.fronts.put_many(exact)
+        self.tables.ranges.put_many(ranges)
+        gone = {key: value for key, value in held.fronts.items() if key not in exact}
+        gone_ranges = {key: value for key, value in held.ranges.items() if key not in ranges}
+        self._drop_fronts(held, gone, gone_ranges)
+        held.fronts, held.ranges = exact, ranges
+        for address, bit in before:
+            self.hints.remove(address, bit)
+
+    def _drop_fronts(self, held: Held, exact: Mapping[bytes, bytes], ranges: Mapping[bytes, bytes]) -> None:
+        """Unless they are another service's by now."""
+        mine = struct.pack("=I", held.index)
+        for known, keys in ((self.tables.fronts, exact), (self.tables.ranges, ranges)):
+            for key in list(keys):
+                if known.held.get(key, b"")[:4] == mine:
+                    known.drop(key)
+
+    def _sources(self, held: Held, prefixes: tuple[IPNetwork, ...]) -> None:
+        wanted = frozenset(bytes(abi.SourceKey.of(held.index, prefix)) for prefix in prefixes)
+        if wanted == held.sources:
+            return
+        self.tables.sources.put_many(dict.fromkeys(wanted, b"\1"))
+        for key in held.sources - wanted:
+            self.tables.sources.drop(key)
+        held.sources = wanted
+
+    # ---- the node -------------------------------------------------------------------------------------------
+    def set_addresses(self, addresses: frozenset[IPAddress]) -> None:
+        """Those of this node, where its node ports are."""
+        mark = bytes(abi.Front(flags=abi.FrontFlag.NODE))
+        wanted = {bytes(abi.FrontKey.of(address, 0, 0)): mark for address in addresses}
+        for address in addresses - self._addresses:
+            self.hints.add(address, abi.Hint.NODE)
+        self.tables.fronts.put_many(wanted)
+        for key, value in list(self.tables.fronts.held.items()):
+            if value == mark and key not in wanted:
+                self.tables.fronts.drop(key)
+        for address in self._addresses - addresses:
+            self.hints.remove(address, abi.Hint.NODE)
+        self._addresses = addresses
+
+    def rest(self) -> None:
+        """What is done once in a while: hints of backends that left long ago."""
+        now = time.monotonic()
+        while self._resting and self._resting[0][0] <= now:
+            self.hints.remove(self._resting.popleft()[1], abi.Hint.BACKEND)
+
+    def damaged(self, name: Name, held: Held) -> bool:
+        """Whether somebody else has written into a service's lines."""
+        line = self.tables.services.at(held.index, abi.Service)
+        if line.name != line_name(name) or bytes(line.inside) != bytes(held.inside.word):
+            return True
+        if bytes(line.outside) != bytes(held.outside.word):
+            return True
+        for stretch in (held.inside, held.outside):
+            count = len(stretch.ids)
+            there = struct.unpack_from(f"={count}I", self.tables.slots.mem, stretch.first * 4)
+            if list(there) != stretch.ids:
+                return True
+        lines = self.tables.backends
+        for key, ident in held.backends.items():
+            backend = lines.at(ident & abi.BACKEND_INDEX, abi.Backend)
+            if backend.id != ident or backend.service != held.index or backend.port != socket.htons(key.port):
+                return True
+            if bytes(backend.addr) != bytes(FibAddr.of(key.address)):
+                return True
+        return False
+
+    def mend(self, name: Name, held: Held) -> None:
+        """Write a service's lines anew, as they are held to be."""
+        line = self.tables.services.at(held.index, abi.Service)
+        for key, ident in held.backends.items():
+            backend = self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend)
+            backend.addr, backend.service = FibAddr.of(key.address), held.index
+            backend.port, backend.id = socket.htons(key.port), ident
+        for stretch in (held.inside, held.outside):
+            struct.pack_into(f"={len(stretch.ids)}I", self.tables.slots.mem, stretch.first * 4, *stretch.ids)
+        line.inside, line.outside, line.name = held.inside.word, held.outside.word, line_name(name)

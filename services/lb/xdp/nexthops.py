@@ -1,0 +1,243 @@
+"""Where packets go next on their way to backends that answer clients directly: kept in the backends' own lines, so that
+XDP looks nothing up.
+
+For backends of services with direct server return that are reached by a device XDP hangs on. The kernel's routes and
+neighbours say; what changes in them is followed. What only XDP uses would go stale unnoticed, so the kernel is asked from
+time to time to see whether a neighbour is still there. A backend without an entry, and all beyond ADDRESSES_MAX, costs XDP
+a lookup in the routes and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from itertools import islice
+from typing import Final, Protocol
+
+from services.common import errors
+from services.common.kernel import events as ev
+from services.common.kernel import netlink as nl
+from services.common.kernel import rtnl
+from services.common.kernel.netlink import IPAddress, Netlink, Rtnl
+from services.common.kernel.rtnl import Message
+from services.lb.abi import ServiceFlag
+from services.lb.kernel.program import Held
+from services.lb.plan import FamilyPlan
+
+log = logging.getLogger(__name__)
+
+ADDRESSES_MAX: Final = 4096
+RESYNC_S: Final = 30.0
+_SETTLE_S: Final = 0.1
+_DIRECT: Final = ServiceFlag.DSR | ServiceFlag.DSR_UDP
+_GROUPS: Final = (
+    ev.GROUP_LINK, ev.GROUP_NEIGHBOUR, ev.GROUP_IPV4_ADDRESS, ev.GROUP_IPV6_ADDRESS,
+    ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE,
+)  # fmt: skip
+# NUD_* in which a neighbour's MAC holds: reachable, stale, delay, probe, permanent, no ARP.
+_HOLDS: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x80 | 0x40
+_NTF_USE: Final = 0x01
+_MTU_MAX: Final = 0xFFFF
+
+
+class Plane(Protocol):
+    """The part of the writer that is needed here (services.lb.kernel.writer)."""
+
+    @property
+    def plans(self) -> Mapping[str, Mapping[int, FamilyPlan]]: ...
+
+    def held(self, name: str, family: int) -> Held | None: ...
+
+    def on_planned(self, callback: Callable[[str], None]) -> None: ...
+
+    def set_next_hop(self, ident: int, ifindex: int, mac: bytes, mtu: int) -> None: ...
+
+    def clear_next_hop(self, ident: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A route: whom a packet goes to next, by which device, and how long it may be."""
+
+    ifindex: int
+    hop: IPAddress
+    mtu: int
+
+
+class NextHops:
+    """Used from one event loop, in the node's network namespace."""
+
+    def __init__(self, netlink: Netlink, plane: Plane, devices: Callable[[], Collection[int]]) -> None:
+        """devices: interface indexes that XDP hangs on; `wake` says that they have changed."""
+        self._netlink, self._plane, self._devices = netlink, plane, devices
+        self._targets: dict[str, dict[int, IPAddress]] = {}
+        self._ways: dict[IPAddress, Way | None] = {}
+        self._set: dict[int, tuple[int, bytes, int]] = {}
+        self._events: ev.Events | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._dirty = asyncio.Event()
+        self._routes_changed = False
+
+    def wake(self) -> None:
+        """Look again soon."""
+        self._dirty.set()
+
+    async def start(self) -> None:
+        self._plane.on_planned(self._planned)
+        for name in self._plane.plans:
+            self._planned(name)
+        self._events = ev.Events(_GROUPS)
+        self._tasks = [
+            asyncio.create_task(self._follow(self._events), name="lb.nexthops.events"),
+            asyncio.create_task(self._run(), name="lb.nexthops"),
+        ]
+
+    async def stop(self) -> None:
+        """What is written stays."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+    def tasks(self) -> Iterable[asyncio.Task[None]]:
+        """Tasks that run until `stop`; the end of one is a failure."""
+        return tuple(self._tasks)
+
+    def _planned(self, name: str) -> None:
+        """A service was put into the kernel, or is gone."""
+        found: dict[int, IPAddress] = {}
+        for family, plan in self._plane.plans.get(name, {}).items():
+            held = self._plane.held(name, family) if plan.flags & _DIRECT else None
+            for key, ident in held.backends.items() if held is not None else ():
+                if key not in plan.local:
+                    found[ident] = key.address
+        if found != self._targets.get(name, {}):
+            self._targets[name] = found
+            if not found:
+                del self._targets[name]
+            self._dirty.set()
+
+    async def _follow(self, events: ev.Events) -> None:
+        async for event in events:
+            if event.kind == "neighbour":
+                if event.ifindex not in self._devices():
+                    continue
+            else:
+                self._routes_changed = True
+            self._dirty.set()
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESYNC_S):
+                    await self._dirty.wait()
+                # Changes come in bunches.
+                await asyncio.sleep(_SETTLE_S)
+            if not self._dirty.is_set():
+                self._routes_changed = True
+            self._dirty.clear()
+            try:
+                await self._agree()
+            except (errors.FibrilError, OSError) as error:
+                log.warning("next hops cannot be read", extra={"cause": str(error)})
+
+    async def _agree(self) -> None:
+        devices = set(self._devices())
+        targets = {ident: address for found in self._targets.values() for ident, address in found.items()}
+        addresses = set(islice(dict.fromkeys(targets.values()), ADDRESSES_MAX)) if devices else set()
+        refresh = self._routes_changed
+        if refresh:
+            self._routes_changed = False
+            self._ways.clear()
+        unknown = [address for address in addresses if address not in self._ways]
+        if unknown:
+            self._ways.update(await self._netlink.call(ways, unknown))
+        found = {
+            address: way for address in addresses if (way := self._ways[address]) and way.ifindex in devices
+        }
+        macs = await self._netlink.call(neighbours, devices) if found else {}
+        hops = {(way.ifindex, way.hop) for way in found.values()}
+        if refresh or any(hop not in macs for hop in hops):
+            await self._netlink.call(use, hops)
+        for ident, address in targets.items():
+            way = found.get(address)
+            mac = macs.get((way.ifindex, way.hop)) if way is not None else None
+            if way is not None and mac is not None:
+                self._put(ident, (way.ifindex, mac, way.mtu))
+            else:
+                self._clear(ident)
+        for ident in self._set.keys() - targets.keys():
+            del self._set[ident]
+
+    def _put(self, ident: int, hop: tuple[int, bytes, int]) -> None:
+        if self._set.get(ident) != hop:
+            self._plane.set_next_hop(ident, *hop)
+            self._set[ident] = hop
+
+    def _clear(self, ident: int) -> None:
+        """Also what an earlier process may have written."""
+        self._plane.clear_next_hop(ident)
+        self._set.pop(ident, None)
+
+
+def ways(node: Rtnl, addresses: Iterable[IPAddress]) -> dict[IPAddress, Way | None]:
+    """How packets to each address leave; None: not by a neighbour."""
+    mtus = {link.ifindex: link.mtu for link in node.links()}
+    found: dict[IPAddress, Way | None] = {}
+    for address in addresses:
+        request = Message(
+            rtnl.GETROUTE,
+            {"family": nl.family_of(address), "dst_len": address.max_prefixlen},
+            [("RTA_DST", str(address))],
+            what=f"look the route to {address} up",
+        )
+        try:
+            route = nl.parse_route(node.get(request))
+        except errors.FibrilError:
+            route = None
+        if route is None or route.type != nl.UNICAST or route.ifindex not in mtus:
+            found[address] = None
+            continue
+        mtu = min(route.mtu or _MTU_MAX, mtus[route.ifindex], _MTU_MAX)
+        found[address] = Way(route.ifindex, route.gateway or address, mtu)
+    return found
+
+
+def neighbours(node: Rtnl, devices: Collection[int]) -> dict[tuple[int, IPAddress], bytes]:
+    """MACs, by interface and address, of all that hold."""
+    found: dict[tuple[int, IPAddress], bytes] = {}
+    for ifindex in devices:
+        request = Message(rtnl.GETNEIGH, {}, [("NDA_IFINDEX", ifindex)], what="list neighbours")
+        for answer in node.dump(request):
+            index, state = struct.unpack_from("4xiH", answer.fixed)
+            mac = answer.attrs.get(2, b"")
+            if index == ifindex and state & _HOLDS and len(mac) == 6 and 1 in answer.attrs:
+                with contextlib.suppress(ValueError):
+                    found[index, ip_address(answer.attrs[1])] = mac
+    return found
+
+
+def use(node: Rtnl, hops: Iterable[tuple[int, IPAddress]]) -> None:
+    """Have the kernel resolve neighbours, and see whether those it knows are still there."""
+    for failure in node.try_apply([_use(ifindex, address) for ifindex, address in hops]):
+        log.debug("a neighbour cannot be asked for", extra={"cause": str(failure)})
+
+
+def _use(ifindex: int, address: IPAddress) -> Message:
+    return Message(
+        rtnl.NEWNEIGH,
+        {"family": nl.family_of(address), "ifindex": ifindex, "flags": _NTF_USE},
+        [("NDA_DST", str(address))],
+        rtnl.CREATE,
+        f"ask for neighbour {address} of interface {ifindex}",
+        frozenset({errno.EEXIST}),
+    )
