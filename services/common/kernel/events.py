@@ -19,7 +19,7 @@ from typing import Final, Literal, Self
 from services.common.kernel import netlink, rtnl
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-GROUP_LINK, GROUP_TC = 1, 4
+GROUP_LINK, GROUP_NEIGHBOUR, GROUP_TC = 1, 3, 4
 GROUP_IPV4_ADDRESS, GROUP_IPV4_ROUTE, GROUP_IPV6_ADDRESS, GROUP_IPV6_ROUTE = 5, 7, 9, 11
 _RECEIVE_BUFFER: Final = 4 << 20
 Kind = Literal[
@@ -32,6 +32,7 @@ Kind = Literal[
     "address-gone",
     "route",
     "route-gone",
+    "neighbour",
     "lost",
 ]
 _KINDS: Final[dict[int, Kind]] = {
@@ -44,6 +45,8 @@ _KINDS: Final[dict[int, Kind]] = {
     rtnl.DELADDR: "address-gone",
     rtnl.NEWROUTE: "route",
     rtnl.DELROUTE: "route-gone",
+    rtnl.NEWNEIGH: "neighbour",
+    rtnl.DELNEIGH: "neighbour",
 }
 
 
@@ -52,7 +55,7 @@ class Event:
     """One change. "lost": the kernel dropped events because nobody read; list everything again.
 
     IPv4 routes that go with their interface, or because it goes down, are not announced.
-    ifindex: of the interface that lost a tc filter.
+    ifindex: of the interface that lost a tc filter, or of a neighbour that came, changed or went.
     """
 
     kind: Kind
@@ -127,7 +130,7 @@ def decode(data: bytes) -> list[Event]:
                 found.append(Event(kind, link=netlink.parse_link(answer)))
         elif kind.startswith("qdisc"):
             found.append(Event(kind, qdisc=netlink.parse_qdisc(answer)))
-        elif kind == "filter-gone":
+        elif kind in ("filter-gone", "neighbour"):
             found.append(Event(kind, ifindex=struct.unpack_from("4xi", answer.fixed)[0]))
         elif kind.startswith("address"):
             found.append(Event(kind, address=netlink.parse_address(answer)))

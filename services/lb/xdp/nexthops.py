@@ -3,7 +3,7 @@ XDP looks nothing up.
 
 For backends of services with direct server return that are reached by a device XDP hangs on. The kernel's routes and
 neighbours say; what changes in them is followed. What only XDP uses would go stale unnoticed, so the kernel is asked from
-time to time to see whether a neighbour is still there. A backend without an entry, and all beyond ADDRESSES_MAX, costs XDP
+time to time to see whether a neighbour is still there. A backend without an entry, and all beyond BACKENDS_MAX, costs XDP
 a lookup in the routes and nothing else.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from services.common import errors
 from services.common.kernel import events as ev
@@ -32,7 +32,7 @@ from services.lb.plan import FamilyPlan
 
 log = logging.getLogger(__name__)
 
-ADDRESSES_MAX: Final = 4096
+BACKENDS_MAX: Final = 16384
 RESYNC_S: Final = 30.0
 _SETTLE_S: Final = 0.1
 _DIRECT: Final = ServiceFlag.DSR | ServiceFlag.DSR_UDP
@@ -41,7 +41,8 @@ _GROUPS: Final = (
     ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE,
 )  # fmt: skip
 # NUD_* in which a neighbour's MAC holds: reachable, stale, delay, probe, permanent, no ARP.
-_HOLDS: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x80 | 0x40
+_FIXED: Final = 0x80 | 0x40
+_HOLDS: Final = 0x02 | 0x04 | 0x08 | 0x10 | _FIXED
 _NTF_USE: Final = 0x01
 _MTU_MAX: Final = 0xFFFF
 
@@ -70,6 +71,13 @@ class Way:
     mtu: int
 
 
+class Known(NamedTuple):
+    """A neighbour's MAC. fixed: somebody has set it, and the kernel asks nobody."""
+
+    mac: bytes
+    fixed: bool
+
+
 class NextHops:
     """Used from one event loop, in the node's network namespace."""
 
@@ -78,7 +86,8 @@ class NextHops:
         self._netlink, self._plane, self._devices = netlink, plane, devices
         self._targets: dict[str, dict[int, IPAddress]] = {}
         self._ways: dict[IPAddress, Way | None] = {}
-        self._set: dict[int, tuple[int, bytes, int]] = {}
+        self._set: dict[int, tuple[int, bytes, int] | None] = {}
+        self._asked: set[tuple[int, IPAddress]] = set()
         self._events: ev.Events | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._dirty = asyncio.Event()
@@ -152,12 +161,14 @@ class NextHops:
 
     async def _agree(self) -> None:
         devices = set(self._devices())
-        targets = {ident: address for found in self._targets.values() for ident, address in found.items()}
-        addresses = set(islice(dict.fromkeys(targets.values()), ADDRESSES_MAX)) if devices else set()
+        every = ((ident, address) for found in self._targets.values() for ident, address in found.items())
+        targets = dict(islice(every, BACKENDS_MAX))
+        addresses = set(targets.values()) if devices else set()
         refresh = self._routes_changed
         if refresh:
             self._routes_changed = False
             self._ways.clear()
+            self._asked.clear()
         unknown = [address for address in addresses if address not in self._ways]
         if unknown:
             self._ways.update(await self._netlink.call(ways, unknown))
@@ -165,28 +176,29 @@ class NextHops:
             address: way for address in addresses if (way := self._ways[address]) and way.ifindex in devices
         }
         macs = await self._netlink.call(neighbours, devices) if found else {}
-        hops = {(way.ifindex, way.hop) for way in found.values()}
-        if refresh or any(hop not in macs for hop in hops):
+        hops = {(way.ifindex, way.hop) for way in found.values()} - self._asked
+        hops = {hop for hop in hops if hop not in macs or not macs[hop].fixed}
+        if hops:
+            self._asked |= hops
             await self._netlink.call(use, hops)
         for ident, address in targets.items():
             way = found.get(address)
-            mac = macs.get((way.ifindex, way.hop)) if way is not None else None
-            if way is not None and mac is not None:
-                self._put(ident, (way.ifindex, mac, way.mtu))
-            else:
-                self._clear(ident)
+            known = macs.get((way.ifindex, way.hop)) if way is not None else None
+            self._put(
+                ident, (way.ifindex, known.mac, way.mtu) if way is not None and known is not None else None
+            )
         for ident in self._set.keys() - targets.keys():
             del self._set[ident]
 
-    def _put(self, ident: int, hop: tuple[int, bytes, int]) -> None:
-        if self._set.get(ident) != hop:
+    def _put(self, ident: int, hop: tuple[int, bytes, int] | None) -> None:
+        # Also once where there is none: an earlier process may have written one.
+        if ident in self._set and self._set[ident] == hop:
+            return
+        self._set[ident] = hop
+        if hop is None:
+            self._plane.clear_next_hop(ident)
+        else:
             self._plane.set_next_hop(ident, *hop)
-            self._set[ident] = hop
-
-    def _clear(self, ident: int) -> None:
-        """Also what an earlier process may have written."""
-        self._plane.clear_next_hop(ident)
-        self._set.pop(ident, None)
 
 
 def ways(node: Rtnl, addresses: Iterable[IPAddress]) -> dict[IPAddress, Way | None]:
@@ -212,9 +224,9 @@ def ways(node: Rtnl, addresses: Iterable[IPAddress]) -> dict[IPAddress, Way | No
     return found
 
 
-def neighbours(node: Rtnl, devices: Collection[int]) -> dict[tuple[int, IPAddress], bytes]:
-    """MACs, by interface and address, of all that hold."""
-    found: dict[tuple[int, IPAddress], bytes] = {}
+def neighbours(node: Rtnl, devices: Collection[int]) -> dict[tuple[int, IPAddress], Known]:
+    """By interface and address, those whose MAC holds."""
+    found: dict[tuple[int, IPAddress], Known] = {}
     for ifindex in devices:
         request = Message(rtnl.GETNEIGH, {}, [("NDA_IFINDEX", ifindex)], what="list neighbours")
         for answer in node.dump(request):
@@ -222,12 +234,14 @@ def neighbours(node: Rtnl, devices: Collection[int]) -> dict[tuple[int, IPAddres
             mac = answer.attrs.get(2, b"")
             if index == ifindex and state & _HOLDS and len(mac) == 6 and 1 in answer.attrs:
                 with contextlib.suppress(ValueError):
-                    found[index, ip_address(answer.attrs[1])] = mac
+                    found[index, ip_address(answer.attrs[1])] = Known(mac, bool(state & _FIXED))
     return found
 
 
 def use(node: Rtnl, hops: Iterable[tuple[int, IPAddress]]) -> None:
-    """Have the kernel resolve neighbours, and see whether those it knows are still there."""
+    """Have the kernel resolve neighbours, and see whether those it knows are still there. None that is fixed: it
+    would be so no longer.
+    """
     for failure in node.try_apply([_use(ifindex, address) for ifindex, address in hops]):
         log.debug("a neighbour cannot be asked for", extra={"cause": str(failure)})
 
