@@ -99,6 +99,7 @@ _Static_assert(sizeof(struct lb_backend) == 64, "ABI");
 /* lb_front.flags */
 #define LB_FRONT_OUTSIDE 0x1 /* node port, external, load balancer or host port: the outside stretch for clients elsewhere */
 #define LB_FRONT_NODE 0x2    /* no frontend, but a mark: the address is this node's own */
+#define LB_FRONT_EVERY 0x4   /* node port: the same at every node's addresses */
 
 /* Port and protocol 0 with LB_FRONT_NODE. A node port has the unspecified address of its family
  * (::ffff:0.0.0.0 or ::). */
@@ -176,28 +177,42 @@ struct lb_nat {
 };
 _Static_assert(sizeof(struct lb_nat) == 48, "ABI");
 
-/* A socket whose destination was translated. Removed when the socket is closed. */
+/* lb_sock_key.kind */
+#define LB_SOCK_OWN 0  /* a socket's first translation, a connected one's only one; address and port 0 */
+#define LB_SOCK_TO 1   /* what an unconnected UDP socket sends to further frontends: by frontend */
+#define LB_SOCK_FROM 2 /* and whom answers come from: by backend */
+
+/* A socket whose destination was translated. Its entries are removed when it is closed. */
 struct lb_sock_key {
 	__u64 cookie;
-	struct fib_addr addr; /* backend */
+	struct fib_addr addr;
 	__be16 port;
 	__u8 proto;
-	__u8 pad[5];
+	__u8 kind; /* LB_SOCK_OWN, ... */
+	__u8 pad[4];
 };
 _Static_assert(sizeof(struct lb_sock_key) == 32, "ABI");
 
+/* lb_sock.flags */
 #define LB_SOCK_CONNECTED 0x1 /* by connect(): bound to its backend; else each datagram is translated anew */
+#define LB_SOCK_DIRECT 0x2    /* has spoken to the backend itself since: answers come from there */
 
 struct lb_sock {
 	struct fib_addr vip;
-	__u64 netns;   /* cookie */
-	__u32 backend; /* id */
-	__u32 service; /* index */
+	struct fib_addr addr; /* backend */
+	struct fib_addr next; /* with nport: key of the next LB_SOCK_TO of this socket, newest first */
+	__u64 netns;          /* cookie */
+	__u32 backend;        /* id */
+	__u32 service;        /* index */
 	__be16 vport;
-	__u8 flags; /* LB_SOCK_* */
-	__u8 pad[5];
+	__be16 port;  /* backend's */
+	__be16 nport; /* 0: no further one */
+	__u8 flags;   /* LB_SOCK_*, in LB_SOCK_OWN */
+	__u8 pad;
+	__u32 further; /* LB_SOCK_TO of this socket, in LB_SOCK_OWN */
+	__u32 reserved;
 };
-_Static_assert(sizeof(struct lb_sock) == 40, "ABI");
+_Static_assert(sizeof(struct lb_sock) == 80, "ABI");
 
 /* A client of a service with affinity: its address, or for sockets its namespace's cookie in q[0] and 0 in q[1]. */
 struct lb_client {

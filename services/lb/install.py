@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from services.common.kernel import loader
+from services.common.kernel import features, loader
 from services.common.pipeline import abi as pipeline
 from services.lb import abi
 from services.lb.xdp import abi as xdp_abi
@@ -17,8 +17,23 @@ SERVICE: Final = "lb"
 LB: Final = "fib_lb"
 UPLINK: Final = "fib_lb_uplink"
 XDP: Final = "fib_lb_xdp"
+SOCKETS: Final = {
+    "fib_connect4": "cgroup_inet4_connect",
+    "fib_connect6": "cgroup_inet6_connect",
+    "fib_sendmsg4": "cgroup_udp4_sendmsg",
+    "fib_sendmsg6": "cgroup_udp6_sendmsg",
+    "fib_recvmsg4": "cgroup_udp4_recvmsg",
+    "fib_recvmsg6": "cgroup_udp6_recvmsg",
+    "fib_peername4": "cgroup_inet4_getpeername",
+    "fib_peername6": "cgroup_inet6_getpeername",
+    "fib_release": "cgroup_inet_sock_release",
+}
+"""Program -> where it hangs."""
+SOCK_RELEASE: Final = "fib_release"
 SLOTS: Final = {pipeline.Slot.LB: LB}
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
+# Sockets have no packets.
+_PACKET_FAMILIES: Final = (pipeline.PIPELINE_FAMILY, pipeline.NODE_FAMILY)
 
 
 def packets() -> loader.ProgramSpec:
@@ -42,6 +57,18 @@ def xdp() -> loader.ProgramSpec:
 async def install_xdp(instance: Instance) -> None:
     """Load the fast path anew, adopting what maps there are. Raises what loader.load raises."""
     await loader.load([xdp()], instance.pin_dir)
+
+
+def sockets() -> loader.ProgramSpec:
+    """Hooks of control groups: where processes name their destinations."""
+    kinds = dict.fromkeys(SOCKETS, "cgroup_sock_addr") | {SOCK_RELEASE: "cgroup_sock"}
+    return loader.ProgramSpec(
+        source=Path("lb/sock.c"),
+        service=SERVICE,
+        functions={name: f"{kinds[name]}/{hook}" for name, hook in SOCKETS.items()},
+        maps={name: path for name, path in MAPS.items() if not path.startswith(_PACKET_FAMILIES)},
+        defines={"SOCK_RETVAL": int(features.has_set_retval())},
+    )
 
 
 def program_path(instance: Instance, name: str) -> Path:

@@ -29,6 +29,12 @@ def beat_shift() -> int:
     return max(0, round(1 / time.clock_getres(_COARSE)).bit_length() - 1)
 
 
+def _front_flags(address: str, outside: bool) -> int:
+    """The unspecified address is a node port's."""
+    every = abi.FrontFlag.EVERY if ip_address(address).is_unspecified else 0
+    return every | (abi.FrontFlag.OUTSIDE if outside else 0)
+
+
 class LbTables:
     """Inner maps of small sizes in the outer ones that are pinned below `pin_dir`. `close` unmaps."""
 
@@ -120,10 +126,11 @@ class LbTables:
         line = self.line(abi.Table.SERVICES, index, abi.Service)
         line.name, line.flags, line.affinity_s = index, flags, affinity_s
         line.inside = line.outside = stretch
-        front = abi.Front(service=index, flags=abi.FrontFlag.OUTSIDE if outside else 0)
+        front = abi.Front(service=index)
         with self.fronts() as table:
             for address, port in fronts:
                 front.first = port
+                front.flags = _front_flags(address, outside)
                 table.update(abi.FrontKey.of(ip_address(address), port, proto), front)
                 self.hint(address, abi.Hint.VIP)
         return index, ids

@@ -22,6 +22,7 @@ from services.common.kernel import attach, bpf, cgroup
 
 CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _REDIRECT_PEER: Final = 155
+_SET_RETVAL: Final = 187
 
 _libc = ct.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ct.c_char_p, ct.c_char_p, ct.c_char_p, ct.c_ulong, ct.c_char_p]
@@ -176,15 +177,27 @@ def _ring_buffer() -> Feature:
     return Feature("ringbuf", True, "BPF ring buffers work")
 
 
-def _redirect_peer() -> Feature:
-    """Load `return bpf_redirect_peer(1, 0)` as a tc program."""
-    code = struct.pack(
-        "=" + "BBhi" * 4, 0xB7, 1, 0, 1, 0xB7, 2, 0, 0, 0x85, 0, 0, _REDIRECT_PEER, 0x95, 0, 0, 0
+def has_set_retval() -> bool:
+    """Whether programs at a control group's connect hook may say which error a call ends with (5.18)."""
+    try:
+        # bpf_set_retval(0), then "allowed".
+        _try_helper("cgroup_sock_addr", _SET_RETVAL, (0,), bpf.ATTACH_TYPES["cgroup_inet4_connect"])
+    except OSError:
+        return False
+    return True
+
+
+def _try_helper(kind: str, helper: int, arguments: tuple[int, ...], attach_type: int = 0) -> None:
+    """Load a program that calls a helper and returns 1. OSError as the kernel's."""
+    moves = [(0xB7, register, 0, value) for register, value in enumerate(arguments, 1)]
+    code = b"".join(
+        struct.pack("=BBhi", *each)
+        for each in [*moves, (0x85, 0, 0, helper), (0xB7, 0, 0, 1), (0x95, 0, 0, 0)]
     )
     instructions, licence = ct.create_string_buffer(code, len(code)), ct.create_string_buffer(b"GPL")
     attr = struct.pack(
-        "IIQQIIQII16s",
-        bpf.PROG_TYPES.index("sched_cls"),
+        "IIQQIIQII16sII",
+        bpf.PROG_TYPES.index(kind),
         len(code) // 8,
         ct.addressof(instructions),
         ct.addressof(licence),
@@ -194,9 +207,15 @@ def _redirect_peer() -> Feature:
         0,
         0,
         b"probe",
+        0,
+        attach_type,
     )
+    os.close(bpf.call(bpf.PROG_LOAD, attr)[0])
+
+
+def _redirect_peer() -> Feature:
     try:
-        os.close(bpf.call(bpf.PROG_LOAD, attr)[0])
+        _try_helper("sched_cls", _REDIRECT_PEER, (1, 0))
     except OSError as error:
         if _denied(error):
             return Feature(

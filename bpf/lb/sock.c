@@ -1,0 +1,497 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* What a process sends to a frontend goes to a backend from the start: the destination is changed where the process
+ * names it, and changed back where it asks. Packets then cost nothing: they are addressed to the backend.
+ *
+ * fib_connect4, 6      connect(): TCP and UDP
+ * fib_sendmsg4, 6      a datagram with a destination of its own
+ * fib_recvmsg4, 6      whom a datagram came from
+ * fib_peername4, 6  whom a socket is connected to
+ * fib_release          the socket is closed
+ *
+ * The programs for IPv6 also see IPv4 in IPv6 sockets (::ffff:a.b.c.d). A client in the cluster gets the inside
+ * stretch; ranges of sources concern clients elsewhere. Where the client's port is not known yet, Maglev has nothing to
+ * hash: such a service, too, spreads sockets at random.
+ *
+ * A process may be preempted here and others run on the same CPU, so all state is on the stack. Entries of one socket are
+ * written by threads that share it without a lock: what they lose to each other is the answer to a datagram under way,
+ * or a link of the chain of entries, whose rest services/lb/sockets/sweep.py finds.
+ */
+#include <uapi/linux/in.h>
+
+#include "abi/endpoint.h"
+#include "abi/ipcache.h"
+#include "abi/lb.h"
+#include "lb/choose.h"
+#include "lb/front.h"
+
+#define IDENTITY_HOST 1
+#define FURTHER_MAX 1024 /* frontends that one unconnected socket gets answers from by their own names */
+#define REFUSED (-111)   /* ECONNREFUSED */
+
+/* Where a socket wants to go to; and then, where it goes to. */
+struct destination {
+	struct fib_addr addr;
+	__be16 port;
+	__u8 proto;
+};
+
+enum outcome {
+	ASIDE, /* no frontend: as it is */
+	MOVED,
+	REFUSE,
+};
+
+static __always_inline bool is_loopback(const struct fib_addr *addr)
+{
+	if (fib_addr_is_v4(addr))
+		return (addr->w[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !addr->q[0] && !addr->w[2] && addr->w[3] == bpf_htonl(1);
+}
+
+/* A node port at an address that lb_front_find does not know for the node's: its loopback, and other nodes'. A pod's
+ * loopback is its own. */
+static __always_inline struct lb_front *front_of_nodes(const struct destination *to, bool loopback, bool host)
+{
+	struct lb_front_key key = { .port = to->port, .proto = to->proto };
+	struct ipcache_entry *entry;
+	struct lb_front *front;
+	struct fib_addr addr;
+	__u32 zero = 0, hint;
+	void *inner;
+
+	if (loopback && !host)
+		return 0;
+	lb_front_any(&key.addr, fib_addr_is_v4(&to->addr));
+	hint = lb_hint(&key.addr);
+	if (!(hint & LB_HINT_VIP) || !to->port)
+		return 0;
+	inner = lb_fronts.lookup(&zero);
+	if (!inner)
+		return 0;
+	front = bpf_map_lookup_elem_((uintptr_t)inner, &key);
+	if (!front && hint & LB_HINT_RANGE)
+		front = lb_front_range(&key.addr, to->port, to->proto);
+	if (!front || loopback)
+		return front;
+	if (!(front->flags & LB_FRONT_EVERY))
+		return 0;
+	addr = to->addr;
+	entry = ipcache_ask(&addr);
+	return entry && (entry->identity == IDENTITY_REMOTE_NODE || entry->identity == IDENTITY_HOST) ? front : 0;
+}
+
+/* Whether a socket is of this node: programs at the root of all control groups see others' as well. */
+static __always_inline bool is_ours(const struct lb_config *config, __u64 netns)
+{
+	if (!(config->flags & LB_CFG_NETNS) || netns == config->host_netns)
+		return true;
+	return ep_netns.lookup(&netns);
+}
+
+/* The backend of an entry, as long as it serves what it has. */
+static __always_inline struct lb_backend *still_there(const struct lb_sock *entry, const struct lb_front *front)
+{
+	struct lb_backend *backend = lb_backend(entry->backend);
+
+	if (!backend || backend->service != front->service)
+		return 0;
+	return backend->state == LB_BE_ACTIVE || backend->state == LB_BE_TERMINATING ? backend : 0;
+}
+
+static __always_inline bool leads_to(const struct lb_sock *entry, const struct fib_addr *addr, __be16 port)
+{
+	return entry->port == port && fib_addr_same(&entry->addr, addr);
+}
+
+static __always_inline bool is_for(const struct lb_sock *entry, const struct fib_addr *vip, __be16 vport)
+{
+	return entry->vport == vport && fib_addr_same(&entry->vip, vip);
+}
+
+static __always_inline void key_of(struct lb_sock_key *key, __u8 kind, const struct fib_addr *addr, __be16 port)
+{
+	key->kind = kind;
+	key->addr = *addr;
+	key->port = port;
+}
+
+static __always_inline void key_own(struct lb_sock_key *key)
+{
+	struct fib_addr none = {};
+
+	key_of(key, LB_SOCK_OWN, &none, 0);
+}
+
+/* Over an entry that is there. Whoever reads it meanwhile sees no backend rather than another's address. */
+static __always_inline void put_over(struct lb_sock *there, struct lb_sock *entry)
+{
+	__u32 backend = entry->backend;
+
+	entry->next = there->next;
+	entry->nport = there->nport;
+	entry->further = there->further;
+	*(volatile __u32 *)&there->backend = 0;
+	entry->backend = 0;
+	*there = *entry;
+	entry->backend = backend;
+	*(volatile __u32 *)&there->backend = backend;
+}
+
+/* Answers of that backend are from the frontend last spoken to. */
+static __always_inline void answers_from(struct lb_sock_key *key, struct lb_sock *entry, bool make)
+{
+	struct lb_sock *from;
+
+	key_of(key, LB_SOCK_FROM, &entry->addr, entry->port);
+	from = lb_socks.lookup(key);
+	if (from) {
+		if (!is_for(from, &entry->vip, entry->vport)) {
+			from->vip = entry->vip;
+			from->vport = entry->vport;
+		}
+	} else if (make && lb_socks.update(key, entry)) {
+		lb_count(LB_STAT_SOCK_FULL);
+	}
+}
+
+/* An unconnected socket speaks to one more frontend, or to the same one, whose backend has changed. */
+static __always_inline void note_further(struct lb_sock_key *key, struct lb_sock *own, struct lb_sock *entry)
+{
+	struct lb_sock *to, *from;
+
+	key_of(key, LB_SOCK_TO, &entry->vip, entry->vport);
+	to = lb_socks.lookup(key);
+	if (to) {
+		key_of(key, LB_SOCK_FROM, &to->addr, to->port);
+		from = lb_socks.lookup(key);
+		if (from && is_for(from, &entry->vip, entry->vport))
+			lb_socks.delete(key);
+		put_over(to, entry);
+	} else {
+		entry->next = own->next;
+		entry->nport = own->nport;
+		if (own->further >= FURTHER_MAX || lb_socks.update(key, entry)) {
+			lb_count(LB_STAT_SOCK_FULL);
+			return;
+		}
+		own->next = entry->vip;
+		own->nport = entry->vport;
+		own->further++;
+	}
+	answers_from(key, entry, true);
+}
+
+/* What has been chosen, for recvmsg and getpeername. Without room the connection works all the same, under the
+ * backend's name. */
+static __always_inline void note(struct lb_sock_key *key, struct lb_sock *entry)
+{
+	struct lb_sock *own;
+
+	key_own(key);
+	own = lb_socks.lookup(key);
+	if (!own) {
+		if (!lb_socks.insert(key, entry))
+			return;
+		/* Another thread's, or there is no room. */
+		own = lb_socks.lookup(key);
+		if (!own) {
+			lb_count(LB_STAT_SOCK_FULL);
+			return;
+		}
+	}
+	if (entry->flags & LB_SOCK_CONNECTED || (!(own->flags & LB_SOCK_CONNECTED) && is_for(own, &entry->vip, entry->vport)))
+		put_over(own, entry);
+	else
+		note_further(key, own, entry);
+}
+
+/* The backend that an unconnected socket has for a frontend, if it has one. */
+static __always_inline bool known(struct lb_sock_key *key, const struct lb_front *front, struct destination *to)
+{
+	struct lb_sock *own, *entry;
+
+	key_own(key);
+	own = lb_socks.lookup(key);
+	if (!own)
+		return false;
+	if (is_for(own, &to->addr, to->port) && still_there(own, front)) {
+		if (unlikely(own->flags & LB_SOCK_DIRECT))
+			own->flags &= ~LB_SOCK_DIRECT;
+		if (unlikely(own->nport))
+			answers_from(key, own, false);
+		entry = own;
+	} else {
+		if (!own->nport)
+			return false;
+		key_of(key, LB_SOCK_TO, &to->addr, to->port);
+		entry = lb_socks.lookup(key);
+		if (!entry || !still_there(entry, front))
+			return false;
+		answers_from(key, entry, true);
+	}
+	to->addr = entry->addr;
+	to->port = entry->port;
+	return true;
+}
+
+/* A socket that goes to a backend by its own name gets answers from there. */
+static __always_inline void go_direct(struct lb_sock_key *key, const struct destination *to)
+{
+	struct lb_sock *own;
+
+	key_own(key);
+	own = lb_socks.lookup(key);
+	if (!own)
+		return;
+	if (leads_to(own, &to->addr, to->port))
+		own->flags |= LB_SOCK_DIRECT;
+	if (own->nport) {
+		key_of(key, LB_SOCK_FROM, &to->addr, to->port);
+		lb_socks.delete(key);
+	}
+}
+
+static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct destination *to, bool connects)
+{
+	bool loopback = is_loopback(&to->addr), v4 = fib_addr_is_v4(&to->addr);
+	struct lb_config *config = lb_configuration();
+	struct lb_sock_key key = { .proto = to->proto };
+	__u32 hint = lb_hint(&to->addr);
+	struct lb_front *front = 0;
+	struct lb_backend *backend;
+	struct lb_service *service;
+	struct lb_sock entry = {};
+	struct fib_addr client;
+	__u64 netns, hash = 0;
+
+	if (!config)
+		return ASIDE;
+	netns = bpf_get_netns_cookie(ctx);
+	if (!loopback)
+		front = lb_front_hinted(hint, &to->addr, to->port, to->proto);
+	if (!front)
+		front = front_of_nodes(to, loopback, netns == config->host_netns);
+	if (likely(!front)) {
+		if (unlikely(hint & LB_HINT_BACKEND) && is_ours(config, netns)) {
+			key.cookie = bpf_get_socket_cookie(ctx);
+			go_direct(&key, to);
+		}
+		return ASIDE;
+	}
+	service = lb_service(front->service);
+	if (!service || !is_ours(config, netns))
+		return ASIDE;
+	key.cookie = bpf_get_socket_cookie(ctx);
+	if (!connects && known(&key, front, to))
+		return MOVED;
+	client.q[0] = netns;
+	client.q[1] = 0;
+	if (service->flags & LB_SVC_MAGLEV)
+		hash = (__u64)bpf_get_prandom_u32() << 32;
+	backend = choose_backend(config, service, front->service, false, &client, hash);
+	/* A socket of one family does not reach the other. */
+	if (!backend || fib_addr_is_v4(&backend->addr) != v4)
+		return service->flags & LB_SVC_DROP ? ASIDE : REFUSE;
+	entry.vip = to->addr;
+	entry.vport = to->port;
+	entry.addr = backend->addr;
+	entry.port = lb_front_port(front, backend, to->port);
+	entry.netns = netns;
+	entry.backend = backend->id;
+	entry.service = front->service;
+	entry.flags = connects ? LB_SOCK_CONNECTED : 0;
+	to->addr = entry.addr;
+	to->port = entry.port;
+	note(&key, &entry);
+	lb_count(LB_STAT_SOCK);
+	return MOVED;
+}
+
+/* The frontend's name for what comes from a backend; whether there is one. */
+static __always_inline bool translate_back(struct bpf_sock_addr *ctx, struct destination *from, bool peer)
+{
+	struct lb_sock_key key = { .proto = from->proto };
+	struct lb_sock *own, *entry;
+
+	/* Who is connected may be so to a backend that has left. */
+	if (!peer && likely(!(lb_hint(&from->addr) & LB_HINT_BACKEND)))
+		return false;
+	key.cookie = bpf_get_socket_cookie(ctx);
+	key_own(&key);
+	own = lb_socks.lookup(&key);
+	if (!own)
+		return false;
+	if (unlikely(own->nport) && !peer) {
+		key_of(&key, LB_SOCK_FROM, &from->addr, from->port);
+		entry = lb_socks.lookup(&key);
+		if (entry) {
+			from->addr = entry->vip;
+			from->port = entry->vport;
+			return true;
+		}
+	}
+	if (!leads_to(own, &from->addr, from->port) || own->flags & LB_SOCK_DIRECT)
+		return false;
+	if (peer && !(own->flags & LB_SOCK_CONNECTED))
+		return false;
+	from->addr = own->vip;
+	from->port = own->vport;
+	return true;
+}
+
+static __always_inline void read_v4(const struct bpf_sock_addr *ctx, struct destination *to)
+{
+	fib_addr_set_v4(&to->addr, ctx->user_ip4);
+	to->port = ctx->user_port;
+	to->proto = ctx->protocol;
+}
+
+static __always_inline void write_v4(struct bpf_sock_addr *ctx, const struct destination *to)
+{
+	ctx->user_ip4 = to->addr.w[3];
+	ctx->user_port = to->port;
+}
+
+static __always_inline void read_v6(const struct bpf_sock_addr *ctx, struct destination *to)
+{
+	to->addr.w[0] = ctx->user_ip6[0];
+	to->addr.w[1] = ctx->user_ip6[1];
+	to->addr.w[2] = ctx->user_ip6[2];
+	to->addr.w[3] = ctx->user_ip6[3];
+	to->port = ctx->user_port;
+	to->proto = ctx->protocol;
+}
+
+static __always_inline void write_v6(struct bpf_sock_addr *ctx, const struct destination *to)
+{
+	ctx->user_ip6[0] = to->addr.w[0];
+	ctx->user_ip6[1] = to->addr.w[1];
+	ctx->user_ip6[2] = to->addr.w[2];
+	ctx->user_ip6[3] = to->addr.w[3];
+	ctx->user_port = to->port;
+}
+
+/* What a program returns: whether the call goes on. Before Linux 5.18 it fails with EPERM else. */
+static __always_inline int goes_on(enum outcome outcome)
+{
+	if (likely(outcome != REFUSE))
+		return 1;
+#if SOCK_RETVAL
+	bpf_set_retval(REFUSED);
+#endif
+	return 0;
+}
+
+static __always_inline int outward_v4(struct bpf_sock_addr *ctx, bool connects)
+{
+	struct destination to;
+	enum outcome outcome;
+
+	read_v4(ctx, &to);
+	outcome = translate(ctx, &to, connects);
+	if (outcome == MOVED)
+		write_v4(ctx, &to);
+	return goes_on(outcome);
+}
+
+static __always_inline int outward_v6(struct bpf_sock_addr *ctx, bool connects)
+{
+	struct destination to;
+	enum outcome outcome;
+
+	read_v6(ctx, &to);
+	outcome = translate(ctx, &to, connects);
+	if (outcome == MOVED)
+		write_v6(ctx, &to);
+	return goes_on(outcome);
+}
+
+static __always_inline int inward_v4(struct bpf_sock_addr *ctx, bool peer)
+{
+	struct destination from;
+
+	read_v4(ctx, &from);
+	if (translate_back(ctx, &from, peer))
+		write_v4(ctx, &from);
+	return 1;
+}
+
+static __always_inline int inward_v6(struct bpf_sock_addr *ctx, bool peer)
+{
+	struct destination from;
+
+	read_v6(ctx, &from);
+	if (translate_back(ctx, &from, peer))
+		write_v6(ctx, &from);
+	return 1;
+}
+
+int fib_connect4(struct bpf_sock_addr *ctx)
+{
+	return outward_v4(ctx, true);
+}
+
+int fib_connect6(struct bpf_sock_addr *ctx)
+{
+	return outward_v6(ctx, true);
+}
+
+int fib_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return outward_v4(ctx, false);
+}
+
+int fib_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return outward_v6(ctx, false);
+}
+
+int fib_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return inward_v4(ctx, false);
+}
+
+int fib_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return inward_v6(ctx, false);
+}
+
+int fib_peername4(struct bpf_sock_addr *ctx)
+{
+	return inward_v4(ctx, true);
+}
+
+int fib_peername6(struct bpf_sock_addr *ctx)
+{
+	return inward_v6(ctx, true);
+}
+
+int fib_release(struct bpf_sock *ctx)
+{
+	struct lb_sock_key key = { .proto = ctx->protocol };
+	struct fib_addr next, backend;
+	__be16 nport, port;
+	struct lb_sock *entry;
+
+	key.cookie = bpf_get_socket_cookie(ctx);
+	entry = lb_socks.lookup(&key);
+	if (likely(!entry))
+		return 1;
+	next = entry->next;
+	nport = entry->nport;
+	lb_socks.delete(&key);
+	for (int i = 0; i < FURTHER_MAX && nport; i++) {
+		key_of(&key, LB_SOCK_TO, &next, nport);
+		entry = lb_socks.lookup(&key);
+		if (!entry)
+			break;
+		backend = entry->addr;
+		port = entry->port;
+		next = entry->next;
+		nport = entry->nport;
+		lb_socks.delete(&key);
+		key_of(&key, LB_SOCK_FROM, &backend, port);
+		lb_socks.delete(&key);
+	}
+	return 1;
+}
