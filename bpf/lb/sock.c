@@ -5,7 +5,7 @@
  * fib_connect4, 6      connect(): TCP and UDP
  * fib_sendmsg4, 6      a datagram with a destination of its own
  * fib_recvmsg4, 6      whom a datagram came from
- * fib_peername4, 6  whom a socket is connected to
+ * fib_peername4, 6     whom a socket is connected to
  * fib_release          the socket is closed
  *
  * The programs for IPv6 also see IPv4 in IPv6 sockets (::ffff:a.b.c.d). A client in the cluster gets the inside

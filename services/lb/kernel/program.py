@@ -22,7 +22,7 @@ from services.lb.kernel.hints import Hints
 from services.lb.kernel.numbers import Indexes, next_id
 from services.lb.kernel.slots import Room, Stretch
 from services.lb.kernel.tables import Tables
-from services.lb.model import BackendKey, IPNetwork
+from services.lb.model import BackendKey, Frontend, FrontendType, IPNetwork
 from services.lb.plan import FamilyPlan
 from services.lb.plan import Stretch as Wanted
 
@@ -68,6 +68,12 @@ class Held:
 def line_name(name: Name) -> int:
     """What a service's line is known by."""
     return abi.name_hash(f"{name[0]}/{name[1]}")
+
+
+def _front_flags(front: Frontend) -> int:
+    """LB_FRONT_* of a frontend."""
+    flags = abi.FrontFlag.OUTSIDE if front.outside else abi.FrontFlag(0)
+    return flags | abi.FrontFlag.EVERY if front.type is FrontendType.NODE_PORT else flags
 
 
 def _by_service(held: Mapping[bytes, bytes]) -> dict[int, dict[bytes, bytes]]:
@@ -316,8 +322,7 @@ class Program:
         ranges: dict[bytes, bytes] = {}
         vips: dict[tuple[IPAddress, abi.Hint], None] = {}
         for front in plan.fronts:
-            flags = abi.FrontFlag.OUTSIDE if front.outside else 0
-            value = bytes(abi.Front(service=held.index, first=front.port, flags=flags))
+            value = bytes(abi.Front(service=held.index, first=front.port, flags=_front_flags(front)))
             vips[front.address, abi.Hint.VIP] = None
             if front.port == front.port_last:
                 exact[bytes(abi.FrontKey.of(front.address, front.port, front.proto))] = value
