@@ -1348,3 +1348,65 @@ class GetUsageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class StoredClaims(_message.Message):
+    """StoredClaims says to whom the ports of an address belong: the value of a key in etcd that is changed by
+    compare-and-swap, so that no two services get the same frontend.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Claim(_message.Message):
+        """A range of ports."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PROTOCOL_FIELD_NUMBER: _builtins.int
+        PORT_FIELD_NUMBER: _builtins.int
+        PORT_LAST_FIELD_NUMBER: _builtins.int
+        SERVICE_FIELD_NUMBER: _builtins.int
+        NODE_FIELD_NUMBER: _builtins.int
+        protocol: _builtins.int
+        """IP protocol number."""
+        port: _builtins.int
+        """First port."""
+        port_last: _builtins.int
+        """Last port."""
+        service: _builtins.str
+        """Service that has it."""
+        node: _builtins.str
+        """HOST_PORT: the only node it is had on; empty: all."""
+        def __init__(
+            self,
+            *,
+            protocol: _builtins.int = ...,
+            port: _builtins.int = ...,
+            port_last: _builtins.int = ...,
+            service: _builtins.str = ...,
+            node: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "port", b"port", "port_last", b"port_last", "protocol", b"protocol", "service", b"service"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CLAIMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def claims(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredClaims.Claim]:
+        """Sorted by protocol and port."""
+
+    def __init__(
+        self,
+        *,
+        claims: _abc.Iterable[Global___StoredClaims.Claim] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredClaims: _TypeAlias = StoredClaims  # noqa: Y015
