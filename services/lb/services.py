@@ -1,0 +1,172 @@
+"""The services of the cluster as etcd has them, followed. What every node serves.
+
+One watch covers services, backends and claims, so changes come in the order they were made. Backends of a service that is
+not there (one being made or removed) are kept aside and count for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from typing import Final
+
+from google.protobuf.message import DecodeError
+
+from services.common.errors import FibrilError
+from services.common.etcd.client import EtcdClient
+from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
+from services.common.feed import Feed
+from services.common.pipeline.abi import IPAddress
+from services.lb import keys
+from services.lb.model import BackendKey, Backends, Spec
+
+log = logging.getLogger(__name__)
+
+HISTORY: Final = 4096
+Callback = Callable[[str, frozenset[BackendKey] | None], None]
+
+
+class Services:
+    """Used from one event loop."""
+
+    def __init__(self, etcd: EtcdClient, cluster: str) -> None:
+        self._etcd = etcd
+        self._root = keys.root(cluster)
+        self.specs: dict[str, Spec] = {}
+        self.backends: dict[str, Backends] = {}
+        """By service; also of some that are not in `specs`."""
+        self.revisions: dict[str, int] = {}
+        """etcd's revision of a service's last change, backends included."""
+        self.own_revisions: dict[str, int] = {}
+        """The same without backends."""
+        self.claims: dict[str, tuple[int, keys.Claims]] = {}
+        """Revision and claims of each address (its key's text)."""
+        self.synced = asyncio.Event()
+        """Set when all there is has been read once; nobody is told of anything before."""
+        self.feed: Feed[str] = Feed(lambda: list(self.specs), HISTORY)
+        """Names. `tell` says that the way a service is served here has changed."""
+        self._callbacks: list[Callback] = []
+        self._unusable: dict[str, str] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to follow."""
+        self._tasks.append(asyncio.create_task(self._follow(), name="lb.services"))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    def tasks(self) -> Iterable[asyncio.Task[None]]:
+        """Tasks that run until `stop`; the end of one is a failure."""
+        return tuple(self._tasks)
+
+    def on_change(self, callback: Callback) -> None:
+        """Call back with the name of a service and which of its backends have changed; None: the service itself."""
+        self._callbacks.append(callback)
+
+    def tell(self, name: str) -> None:
+        """Tell watchers that a service is served otherwise than before."""
+        if name in self.specs:
+            self.feed.publish("put", name)
+
+    def claimed(self, address: IPAddress) -> tuple[int, keys.Claims]:
+        """Revision of an address's claims, 0 if it has none, and the claims."""
+        return self.claims.get(str(address), (0, ()))
+
+    def note_claims(self, address: IPAddress, revision: int, claims: keys.Claims) -> None:
+        """What this process has just written; the watch will tell the same a moment later."""
+        if revision > self.claims.get(str(address), (0, ()))[0]:
+            self.claims[str(address)] = revision, claims
+
+    @property
+    def problem(self) -> str:
+        """One sentence, empty when all that etcd says is understood."""
+        if not self._unusable:
+            return ""
+        key, why = min(self._unusable.items())
+        more = f" and {len(self._unusable) - 1} more" if len(self._unusable) > 1 else ""
+        return f"etcd's key {self._root}{key}{more} is not usable: {why}"
+
+    async def _follow(self) -> None:
+        async with aclosing(watch_prefix(self._etcd, self._root)) as events:
+            async for event in events:
+                match event:
+                    case Snapshot(kvs):
+                        # A hundred thousand keys take a second: others must have their turns.
+                        for count, kv in enumerate(kvs):
+                            self._put(kv.key.removeprefix(self._root), kv.value, kv.mod_revision)
+                            if count % 256 == 255:
+                                await asyncio.sleep(0)
+                    case Put(key, value, revision):
+                        self._changed(*self._put(key.removeprefix(self._root), value, revision))
+                    case Delete(key, revision):
+                        self._changed(*self._delete(key.removeprefix(self._root), revision))
+                    case Synced() if not self.synced.is_set():
+                        self.synced.set()
+                        for name in list(self.specs):
+                            self._changed(name, None)
+
+    def _put(self, key: str, value: bytes, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
+        """Which service has changed, "" for none, and which backends of it."""
+        self._unusable.pop(key, None)
+        try:
+            if key.startswith(keys.SERVICES):
+                spec = keys.decode_spec(value)
+                if keys.service_key(spec.name) != key:
+                    raise ValueError(f"it holds the service {spec.name!r}")
+                self.specs[spec.name] = spec
+                self.own_revisions[spec.name] = self.revisions[spec.name] = revision
+                return spec.name, None
+            if key.startswith(keys.BACKENDS):
+                name, which = keys.backend_of(key)
+                backend = keys.decode_backend(value)
+                if backend.key != which:
+                    raise ValueError(f"it holds the backend {backend.key}")
+                self.backends.setdefault(name, {})[which] = backend
+                self.revisions[name] = revision
+                return name, frozenset({which})
+            if key.startswith(keys.VIPS):
+                self.note_claims(
+                    ipaddress.ip_address(key.removeprefix(keys.VIPS)), revision, keys.decode_claims(value)
+                )
+        except (FibrilError, ValueError, DecodeError) as error:
+            # Written by another version, or by hand: what was known before goes on.
+            self._unusable[key] = str(error)
+            log.error("not usable", extra={"key": self._root + key, "cause": str(error)})
+        return "", None
+
+    def _delete(self, key: str, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
+        self._unusable.pop(key, None)
+        if key.startswith(keys.VIPS):
+            self.claims.pop(key.removeprefix(keys.VIPS), None)
+        elif key.startswith(keys.SERVICES):
+            name = keys.service_of(key)
+            self.specs.pop(name, None)
+            self.own_revisions.pop(name, None)
+            self.revisions.pop(name, None)
+            return name, None
+        elif key.startswith(keys.BACKENDS):
+            try:
+                name, which = keys.backend_of(key)
+            except ValueError:
+                return "", None
+            known = self.backends.get(name)
+            if known is not None and known.pop(which, None) is not None:
+                if not known:
+                    del self.backends[name]
+                self.revisions[name] = revision
+                return name, frozenset({which})
+        return "", None
+
+    def _changed(self, name: str, which: frozenset[BackendKey] | None) -> None:
+        if not name or not self.synced.is_set() or (which is not None and name not in self.specs):
+            return
+        for callback in self._callbacks:
+            callback(name, which)
+        self.feed.publish("put" if name in self.specs else "delete", name)
