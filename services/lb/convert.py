@@ -1,16 +1,14 @@
-"""fibril.lb.v1 messages to values and back. Everything that a message may say wrong is found here, by its field."""
+"""fibril.lb.v1 to the model and back. What is not as the contract says is refused by its path, with what to write instead."""
 
 from __future__ import annotations
 
-import ipaddress
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from fibril.lb.v1 import lb_pb2 as pb
-from services.common.errors import InvalidArgument
+from services.common import errors
 from services.common.pipeline.abi import IPAddress
-from services.lb import maglev
+from services.lb import checks, claims, fields
 from services.lb.abi import BackendState
 from services.lb.model import (
     ANY_V4,
@@ -25,397 +23,347 @@ from services.lb.model import (
     Forwarding,
     Frontend,
     FrontendType,
-    GrpcProbe,
-    HealthCheck,
-    HttpProbe,
     IPNetwork,
     NoBackend,
     Spec,
-    TcpProbe,
     Topology,
     TrafficPolicy,
-)  # fmt: skip
+)
 
-BACKENDS_MAX: Final = 100_000
-"""Of one service."""
-FRONTENDS_MAX: Final = 256
-SOURCES_MAX: Final = 4096
+PROTOCOLS: Final = {pb.PROTOCOL_TCP: TCP, pb.PROTOCOL_UDP: UDP, pb.PROTOCOL_SCTP: SCTP}
+NUMBERS: Final = {number: protocol for protocol, number in PROTOCOLS.items()}
+_NAMES: Final = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP"}
+_ANYWHERE: Final = (FrontendType.NODE_PORT, FrontendType.HOST_PORT)
+FRONTENDS_MAX: Final = 1000
+ADDRESSES_MAX: Final = 60
+"""Different addresses of a service: it is given and taken all of them in one transaction."""
+BACKENDS_MAX: Final = 65_536
+CALL_MAX: Final = 10_000
+"""Backends in one call that changes some of a service."""
+SOURCES_MAX: Final = 1000
 ANNOTATIONS_MAX: Final = 64
-TEXT_MAX: Final = 253
 AFFINITY_MAX_S: Final = 86_400
-_NAME: Final = re.compile(r"[A-Za-z0-9][-._/:A-Za-z0-9]{0,252}")
-_PROTOS: Final = {pb.PROTOCOL_TCP: TCP, pb.PROTOCOL_UDP: UDP, pb.PROTOCOL_SCTP: SCTP}
-_PROTOCOLS: Final = {proto: number for number, proto in _PROTOS.items()}
-_STATUS: Final = re.compile(r"([1-5]\d\d)(?:-([1-5]\d\d))?")
+MAGLEV: Final = (251, 131_071)
 
 
-def service_name(name: str, field: str = "name") -> str:
-    """The name, if it is one. InvalidArgument."""
-    if not _NAME.fullmatch(name):
-        raise InvalidArgument(
-            f"{name[:80]!r} is not a service's name",
-            field=field,
-            fix='use 1 to 253 letters, digits and "-._/:", beginning with a letter or digit',
-        )
-    return name
+# -- from messages
 
 
-def spec_from(message: pb.Service, field: str = "service") -> tuple[Spec, Backends]:
-    """A service and its backends. InvalidArgument names the part that is wrong."""
-    name = service_name(message.name, f"{field}.name")
-    fronts = _frontends(message.frontends, f"{field}.frontends")
-    backends = backends_from(message.backends, f"{field}.backends", BACKENDS_MAX)
+def spec(message: pb.Service, at: str = "service") -> Spec:
+    """A service without its backends."""
+    fronts = _frontends(message.frontends, f"{at}.frontends")
     outside = any(front.outside for front in fronts)
-    algorithm = _enum(pb.Algorithm, message.algorithm, f"{field}.algorithm")
-    spec = Spec(
-        name,
-        fronts,
-        Algorithm(algorithm) if algorithm else Algorithm.MAGLEV if outside else Algorithm.RANDOM,
-        _maglev_size(message.maglev_size, f"{field}.maglev_size"),
-        _within(message.affinity_timeout_s, 0, AFFINITY_MAX_S, f"{field}.affinity_timeout_s"),
-        _policy(message.internal_traffic_policy, f"{field}.internal_traffic_policy"),
-        _policy(message.external_traffic_policy, f"{field}.external_traffic_policy"),
-        Topology(_enum(pb.Topology, message.topology, f"{field}.topology") or Topology.ANY),
-        _sources(message.source_ranges, f"{field}.source_ranges"),
-        Forwarding(_enum(pb.Forwarding, message.forwarding, f"{field}.forwarding")),
-        NoBackend(_enum(pb.NoBackend, message.no_backend, f"{field}.no_backend") or NoBackend.REJECT),
-        _health_check(message.health_check, f"{field}.health_check")
+    size = fields.number(message.maglev_size, *MAGLEV, 0, f"{at}.maglev_size")
+    if size and not _prime(size):
+        raise errors.InvalidArgument(
+            f"{size} is no prime number",
+            field=f"{at}.maglev_size",
+            fix=f"give {_prime_above(size)}, or 0 to have it chosen",
+        )
+    found = Spec(
+        name=fields.name(message.name, f"{at}.name"),
+        frontends=fronts,
+        algorithm=fields.choice(
+            Algorithm, message.algorithm, Algorithm.MAGLEV if outside else Algorithm.RANDOM, f"{at}.algorithm"
+        ),
+        maglev_size=size,
+        affinity_s=fields.number(
+            message.affinity_timeout_s, 1, AFFINITY_MAX_S, 0, f"{at}.affinity_timeout_s"
+        ),
+        internal=fields.choice(
+            TrafficPolicy,
+            message.internal_traffic_policy,
+            TrafficPolicy.CLUSTER,
+            f"{at}.internal_traffic_policy",
+        ),
+        external=fields.choice(
+            TrafficPolicy,
+            message.external_traffic_policy,
+            TrafficPolicy.CLUSTER,
+            f"{at}.external_traffic_policy",
+        ),
+        topology=fields.choice(Topology, message.topology, Topology.ANY, f"{at}.topology"),
+        sources=_sources(message.source_ranges, f"{at}.source_ranges"),
+        forwarding=fields.choice(Forwarding, message.forwarding, Forwarding.DEFAULT, f"{at}.forwarding"),
+        no_backend=fields.choice(NoBackend, message.no_backend, NoBackend.REJECT, f"{at}.no_backend"),
+        health_check=checks.health_check(message.health_check, f"{at}.health_check")
         if message.HasField("health_check")
         else None,
-        _within(message.health_check_node_port, 0, 65535, f"{field}.health_check_node_port"),
-        _annotations(message.annotations, f"{field}.annotations"),
+        health_check_node_port=fields.number(
+            message.health_check_node_port, 1, 65535, 0, f"{at}.health_check_node_port"
+        ),
+        annotations=_annotations(message.annotations, f"{at}.annotations"),
     )
-    check_sctp(spec, backends.values(), f"{field}.backends")
-    return spec, backends
-
-
-def backends_from(messages: Iterable[pb.Backend], field: str, most: int) -> Backends:
-    """Backends by key. InvalidArgument."""
-    given = list(messages)
-    if len(given) > most:
-        raise InvalidArgument(
-            f"{len(given)} backends, at most {most} are possible", field=field, fix="use several calls"
-        )
-    found: Backends = {}
-    for at, message in enumerate(given):
-        backend = _backend(message, f"{field}[{at}]")
-        if backend.key in found:
-            raise InvalidArgument(f"{_shown(backend.key)} is there twice", field=f"{field}[{at}]")
-        found[backend.key] = backend
+    _check_collisions(found, at)
     return found
 
 
-def keys_from(messages: Iterable[pb.BackendKey], field: str, most: int) -> list[BackendKey]:
-    """Keys without repetition, 1 to `most`. InvalidArgument."""
-    given = list(messages)
-    if not 1 <= len(given) <= most:
-        raise InvalidArgument(f"{len(given)} backends are named", field=field, fix=f"name 1 to {most}")
-    keys = {
-        BackendKey(_address(m.address, f"{field}[{at}].address"), _port(m.port, f"{field}[{at}].port")): None
-        for at, m in enumerate(given)
-    }
-    return list(keys)
+def service(message: pb.Service, at: str = "service") -> tuple[Spec, Backends]:
+    """A service with its backends, each right for the other."""
+    found = spec(message, at)
+    members = backends(message.backends, f"{at}.backends", BACKENDS_MAX)
+    check_backends(found, members.values(), f"{at}.backends")
+    return found, members
 
 
-def state_from(number: int, field: str = "state") -> BackendState:
-    """A state; unspecified is ACTIVE. InvalidArgument."""
-    return BackendState(_enum(pb.BackendState, number, field) or BackendState.ACTIVE)
+def backends(messages: Iterable[pb.Backend], at: str, limit: int = CALL_MAX) -> Backends:
+    """Different ones, in the order given."""
+    found: Backends = {}
+    for number, message in enumerate(messages):
+        fields.at_most(number + 1, limit, "backends or more", at)
+        one = backend(message, f"{at}[{number}]")
+        if one.key in found:
+            raise errors.InvalidArgument(
+                f"{key_text(one.key)} is given twice", field=f"{at}[{number}]", fix="give each backend once"
+            )
+        found[one.key] = one
+    return found
 
 
-def proto_from(number: int, field: str = "protocol") -> int:
-    """An IP protocol's number; unspecified is TCP. InvalidArgument."""
-    return _PROTOS[pb.Protocol.ValueType(_enum(pb.Protocol, number, field) or pb.PROTOCOL_TCP)]
-
-
-def protocol_of(proto: int) -> pb.Protocol.ValueType:
-    """The message's word for an IP protocol."""
-    return _PROTOCOLS.get(proto, pb.PROTOCOL_UNSPECIFIED)
-
-
-def address_from(text: str, field: str = "address") -> IPAddress:
-    """An address that can be sent to. InvalidArgument."""
-    return _address(text, field)
-
-
-def check_sctp(spec: Spec, backends: Iterable[Backend], field: str) -> None:
-    """SCTP's checksum covers the ports, and no program can compute it: they stay as they are."""
-    fronts = [front for front in spec.frontends if front.proto == SCTP]
-    for front in fronts:
-        for at, backend in enumerate(backends):
-            if backend.key.port != front.port:
-                raise InvalidArgument(
-                    f"port {backend.key.port} is not the SCTP frontend's {front.port}",
-                    field=f"{field}[{at}].port",
-                    fix="SCTP ports cannot be translated: use the same on both",
-                )
-
-
-def spec_to(spec: Spec, backends: Iterable[Backend] = ()) -> pb.Service:
-    """The message of a service as declared."""
-    message = pb.Service(
-        name=spec.name,
-        frontends=[front_to(front) for front in spec.frontends],
-        backends=[backend_to(backend) for backend in backends],
-        algorithm=pb.Algorithm.ValueType(spec.algorithm),
-        maglev_size=spec.maglev_size,
-        affinity_timeout_s=spec.affinity_s,
-        internal_traffic_policy=pb.TrafficPolicy.ValueType(spec.internal),
-        external_traffic_policy=pb.TrafficPolicy.ValueType(spec.external),
-        topology=pb.Topology.ValueType(spec.topology),
-        source_ranges=[str(prefix) for prefix in spec.sources],
-        forwarding=pb.Forwarding.ValueType(spec.forwarding),
-        no_backend=pb.NoBackend.ValueType(spec.no_backend),
-        health_check_node_port=spec.health_check_node_port,
-        annotations=spec.annotations,
+def backend(message: pb.Backend, at: str) -> Backend:
+    """effective_state and health, which are output, are not looked at."""
+    return Backend(
+        key=_key(message.address, message.port, at),
+        weight=fields.number(message.weight, 1, 65535, 1, f"{at}.weight"),
+        zone=fields.text(message.zone, f"{at}.zone"),
+        node=fields.text(message.node, f"{at}.node"),
+        cluster=fields.text(message.cluster, f"{at}.cluster"),
+        state=state(message.state, f"{at}.state", BackendState.ACTIVE),
     )
-    if spec.health_check is not None:
-        message.health_check.CopyFrom(_health_check_to(spec.health_check))
+
+
+def keys(messages: Iterable[pb.BackendKey], at: str) -> tuple[BackendKey, ...]:
+    """1 to CALL_MAX different ones."""
+    found: dict[BackendKey, None] = {}
+    for number, message in enumerate(messages):
+        fields.at_most(number + 1, CALL_MAX, "backends or more", at)
+        found[_key(message.address, message.port, f"{at}[{number}]")] = None
+    return tuple(found)
+
+
+def state(value: int, at: str, default: BackendState | None = None) -> BackendState:
+    """A declared state; without a default one must be given."""
+    if value == 0 and default is not None:
+        return default
+    try:
+        if value == 0:
+            raise ValueError
+        return BackendState(value)
+    except ValueError:
+        known = ", ".join(f"{each.name} ({each.value})" for each in BackendState if each)
+        raise errors.InvalidArgument(
+            f"there is no state {value}", field=at, fix=f"use one of {known}"
+        ) from None
+
+
+def protocol(value: int, at: str) -> int:
+    """The IP protocol's number; TCP for want of any."""
+    if value == pb.PROTOCOL_UNSPECIFIED:
+        return TCP
+    for known, number in PROTOCOLS.items():
+        if known == value:
+            return number
+    raise errors.InvalidArgument(
+        f"there is no protocol {value}", field=at, fix="use PROTOCOL_TCP, PROTOCOL_UDP or PROTOCOL_SCTP"
+    )
+
+
+def check_backends(found: Spec, members: Iterable[Backend], at: str) -> None:
+    """Whether a service can have these. Raises InvalidArgument that names the first it cannot."""
+    widest = max(front.port_last - front.port for front in found.frontends)
+    fixed = next((front.port for front in found.frontends if front.proto == SCTP), 0)
+    for number, member in enumerate(members):
+        port = member.key.port
+        if port + widest > 65535:
+            raise errors.InvalidArgument(
+                f"a frontend has {widest + 1} ports, and {widest} above {port} is none",
+                field=f"{at}[{number}].port",
+                fix=f"give a port up to {65535 - widest}",
+            )
+        if fixed and port != fixed:
+            raise errors.InvalidArgument(
+                f"the service has an SCTP frontend at port {fixed}, and SCTP ports are not translated",
+                field=f"{at}[{number}].port",
+                fix=f"give port {fixed}",
+            )
+
+
+# -- to messages
+
+
+def to_proto(
+    found: Spec, members: Mapping[BackendKey, Backend] | None = None, *, revision: int = 0
+) -> pb.Service:
+    """As it would be given: reading it again gives the same."""
+    message = pb.Service(
+        name=found.name,
+        frontends=[frontend_to_proto(front) for front in found.frontends],
+        backends=[backend_to_proto(member) for _, member in sorted((members or {}).items(), key=_order)],
+        algorithm=pb.Algorithm.ValueType(found.algorithm),
+        maglev_size=found.maglev_size,
+        affinity_timeout_s=found.affinity_s,
+        internal_traffic_policy=pb.TrafficPolicy.ValueType(found.internal),
+        external_traffic_policy=pb.TrafficPolicy.ValueType(found.external),
+        topology=pb.Topology.ValueType(found.topology),
+        source_ranges=[str(prefix) for prefix in found.sources],
+        forwarding=pb.Forwarding.ValueType(found.forwarding),
+        no_backend=pb.NoBackend.ValueType(found.no_backend),
+        health_check_node_port=found.health_check_node_port,
+        annotations=found.annotations,
+        revision=revision,
+    )
+    if found.health_check is not None:
+        message.health_check.CopyFrom(checks.to_proto(found.health_check))
     return message
 
 
-def front_to(front: Frontend) -> pb.Frontend:
-    """The message of a frontend."""
+def frontend_to_proto(front: Frontend) -> pb.Frontend:
     return pb.Frontend(
         type=pb.FrontendType.ValueType(front.type),
         address=str(front.address),
-        protocol=protocol_of(front.proto),
+        protocol=NUMBERS[front.proto],
         port=front.port,
         port_last=front.port_last if front.port_last != front.port else 0,
         node=front.node,
     )
 
 
-def backend_to(backend: Backend) -> pb.Backend:
-    """The message of a backend as declared."""
+def backend_to_proto(member: Backend) -> pb.Backend:
+    """As declared: effective_state is not known here."""
     return pb.Backend(
-        address=str(backend.key.address),
-        port=backend.key.port,
-        weight=backend.weight,
-        zone=backend.zone,
-        node=backend.node,
-        cluster=backend.cluster,
-        state=pb.BackendState.ValueType(backend.state),
+        address=str(member.key.address),
+        port=member.key.port,
+        weight=member.weight,
+        zone=member.zone,
+        node=member.node,
+        cluster=member.cluster,
+        state=pb.BackendState.ValueType(member.state),
     )
 
 
-# ---- parts --------------------------------------------------------------------------------------------------
-def _frontends(messages: Iterable[pb.Frontend], field: str) -> tuple[Frontend, ...]:
-    given = list(messages)
-    if not 1 <= len(given) <= FRONTENDS_MAX:
-        raise InvalidArgument(f"{len(given)} frontends", field=field, fix=f"give 1 to {FRONTENDS_MAX}")
+def key_text(key: BackendKey) -> str:
+    """address:port, IPv6 in brackets."""
+    return f"{key.address}:{key.port}" if key.address.version == 4 else f"[{key.address}]:{key.port}"
+
+
+def _order(item: tuple[BackendKey, Backend]) -> tuple[int, bytes, int]:
+    address, port = item[0]
+    return address.version, address.packed, port
+
+
+# -- parts
+
+
+def _key(address: str, port: int, at: str) -> BackendKey:
+    return BackendKey(fields.address(address, f"{at}.address"), fields.port(port, f"{at}.port"))
+
+
+def _frontends(messages: Iterable[pb.Frontend], at: str) -> tuple[Frontend, ...]:
     found: list[Frontend] = []
-    for at, message in enumerate(given):
-        for front in _frontend(message, f"{field}[{at}]"):
-            if any(overlap(front, other) for other in found):
-                raise InvalidArgument(
-                    f"{front.address} port {front.port} is there twice",
-                    field=f"{field}[{at}]",
-                    fix="leave one out",
-                )
-            found.append(front)
+    for number, message in enumerate(messages):
+        fields.at_most(number + 1, FRONTENDS_MAX, "frontends or more", at)
+        found += _frontend(message, f"{at}[{number}]")
+    if not found:
+        raise errors.InvalidArgument("the service has no frontend", field=at, fix="give at least one")
+    addresses = len({front.address for front in found})
+    fields.at_most(addresses, ADDRESSES_MAX, "different addresses", at)
     return tuple(found)
 
 
-def overlap(a: Frontend, b: Frontend) -> bool:
-    """Whether two frontends have a port in common."""
-    return (
-        a.address == b.address
-        and a.proto == b.proto
-        and a.port <= b.port_last
-        and b.port <= a.port_last
-        and (not a.node or not b.node or a.node == b.node)
+def _frontend(message: pb.Frontend, at: str) -> list[Frontend]:
+    kind = fields.choice(FrontendType, message.type, FrontendType.CLUSTER_IP, f"{at}.type")
+    proto = protocol(message.protocol, f"{at}.protocol")
+    first = fields.port(message.port, f"{at}.port")
+    last = fields.port(message.port_last or first, f"{at}.port_last")
+    if last < first:
+        raise errors.InvalidArgument(
+            f"the range ends at {last}, below its first port {first}",
+            field=f"{at}.port_last",
+            fix="give the larger one here, or 0 for a single port",
+        )
+    if proto == SCTP and last != first:
+        raise errors.InvalidArgument(
+            "SCTP ports are not translated, so a frontend has one",
+            field=f"{at}.port_last",
+            fix="give a frontend for each port in a service of its own",
+        )
+    node = fields.text(message.node, f"{at}.node")
+    if (kind is FrontendType.HOST_PORT) != bool(node):
+        raise errors.InvalidArgument(
+            "a host port belongs to one node" if not node else f"a {kind.name} frontend is on all nodes",
+            field=f"{at}.node",
+            fix="name the node" if not node else "leave node empty, or make the frontend a HOST_PORT",
+        )
+    where = _anywhere(message.address, f"{at}.address") if kind in _ANYWHERE else (
+        fields.address(message.address, f"{at}.address"),
+    )  # fmt: skip
+    return [Frontend(kind, address, proto, first, last, node) for address in where]
+
+
+def _anywhere(value: str, at: str) -> tuple[IPAddress, ...]:
+    if not value:
+        return ANY_V4, ANY_V6
+    found = fields.any_address(value, at)
+    if not found.is_unspecified:
+        raise errors.InvalidArgument(
+            f"a port of a node is one of all its addresses, not of {found} only",
+            field=at,
+            fix='write "0.0.0.0", "::", or nothing for both; or make it an EXTERNAL_IP',
+        )
+    return (found,)
+
+
+def _check_collisions(found: Spec, at: str) -> None:
+    # More than one port of SCTP would need backends with more than one port.
+    ports = {front.port for front in found.frontends if front.proto == SCTP}
+    if len(ports) > 1:
+        number = [front.proto == SCTP and front.port != min(ports) for front in found.frontends].index(True)
+        raise errors.InvalidArgument(
+            f"SCTP frontends at {len(ports)} different ports would need backends at different ports",
+            field=f"{at}.frontends[{number}].port",
+            fix="give each port a service of its own",
+        )
+    pair = claims.collision(found)
+    if pair is None:
+        return
+    first = found.frontends[pair[0]]
+    what = f"{_NAMES[first.proto]} port {first.port} of {first.address}"
+    field = f"{at}.frontends[{pair[1]}]" if pair[1] >= 0 else f"{at}.health_check_node_port"
+    raise errors.InvalidArgument(
+        f"{what} or one of its range is given twice", field=field, fix="give each port once"
     )
 
 
-def _frontend(message: pb.Frontend, field: str) -> list[Frontend]:
-    """One, or for a port of nodes without an address one of each family."""
-    kind = FrontendType(_enum(pb.FrontendType, message.type, f"{field}.type") or FrontendType.CLUSTER_IP)
-    proto = proto_from(message.protocol, f"{field}.protocol")
-    port = _port(message.port, f"{field}.port")
-    last = _port(message.port_last, f"{field}.port_last") if message.port_last else port
-    if last < port:
-        raise InvalidArgument(f"{last} is below the first port {port}", field=f"{field}.port_last")
-    if last > port and proto == SCTP:
-        raise InvalidArgument("SCTP frontends have one port", field=f"{field}.port_last")
-    if (kind is FrontendType.HOST_PORT) != bool(message.node):
-        raise InvalidArgument(
-            "a host port is one node's" if not message.node else "only a host port names a node",
-            field=f"{field}.node",
-            fix="set node with type HOST_PORT, and only with it",
-        )
-    if len(message.node) > TEXT_MAX:
-        raise InvalidArgument(f"longer than {TEXT_MAX} characters", field=f"{field}.node")
-    of_nodes = kind in (FrontendType.NODE_PORT, FrontendType.HOST_PORT)
-    addresses: list[IPAddress]
-    if not of_nodes:
-        addresses = [_address(message.address, f"{field}.address")]
-    elif message.address == "":
-        addresses = [ANY_V4, ANY_V6]
-    elif message.address in (str(ANY_V4), str(ANY_V6)):
-        addresses = [ipaddress.ip_address(message.address)]
-    else:
-        raise InvalidArgument(
-            f"{message.address!r}: such a port is one of all addresses of a node",
-            field=f"{field}.address",
-            fix='use "0.0.0.0", "::" or nothing; for a single address type EXTERNAL_IP',
-        )
-    return [Frontend(kind, address, proto, port, last, message.node) for address in addresses]
-
-
-def _backend(message: pb.Backend, field: str) -> Backend:
-    for text, name in ((message.zone, "zone"), (message.node, "node"), (message.cluster, "cluster")):
-        if len(text) > TEXT_MAX:
-            raise InvalidArgument(f"longer than {TEXT_MAX} characters", field=f"{field}.{name}")
-    return Backend(
-        BackendKey(_address(message.address, f"{field}.address"), _port(message.port, f"{field}.port")),
-        _within(message.weight or 1, 1, 65535, f"{field}.weight"),
-        message.zone,
-        message.node,
-        message.cluster,
-        state_from(message.state, f"{field}.state"),
-    )
-
-
-def _address(text: str, field: str) -> IPAddress:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise InvalidArgument(f"{text[:60]!r} is not an IP address", field=field) from None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        raise InvalidArgument(
-            f"{text} is an IPv4 address in disguise", field=field, fix=f"use {address.ipv4_mapped}"
-        )
-    if "%" in text or address.is_unspecified or address.is_multicast or address.is_link_local:
-        raise InvalidArgument(f"{text} cannot be connected to from other machines", field=field)
-    if address == ipaddress.IPv4Address("255.255.255.255"):
-        raise InvalidArgument(f"{text} is everybody's", field=field)
-    return address
-
-
-def _port(port: int, field: str) -> int:
-    return _within(port, 1, 65535, field)
-
-
-def _within(value: int, least: int, most: int, field: str) -> int:
-    if not least <= value <= most:
-        raise InvalidArgument(f"{value} is outside {least}..{most}", field=field)
-    return value
-
-
-def _enum(kind: object, number: int, field: str) -> int:
-    values: list[int] = kind.values()  # type: ignore[attr-defined]
-    if number not in values:
-        raise InvalidArgument(
-            f"{number} is not known", field=field, fix="client and server must be of one version"
-        )
-    return number
-
-
-def _policy(number: int, field: str) -> TrafficPolicy:
-    return TrafficPolicy(_enum(pb.TrafficPolicy, number, field) or TrafficPolicy.CLUSTER)
-
-
-def _maglev_size(size: int, field: str) -> int:
-    if not size:
-        return 0
-    _within(size, maglev.SIZES[0], maglev.SIZES[-1], field)
-    if any(size % divisor == 0 for divisor in range(2, int(size**0.5) + 1)):
-        known = min(maglev.SIZES, key=lambda prime: abs(prime - size))
-        raise InvalidArgument(f"{size} is not a prime", field=field, fix=f"use {known}")
-    return size
-
-
-def _sources(texts: Iterable[str], field: str) -> tuple[IPNetwork, ...]:
-    given = list(texts)
-    if len(given) > SOURCES_MAX:
-        raise InvalidArgument(f"{len(given)} prefixes, at most {SOURCES_MAX} are possible", field=field)
-    found = []
-    for at, text in enumerate(given):
-        try:
-            found.append(ipaddress.ip_network(text))
-        except ValueError as error:
-            raise InvalidArgument(f"{text[:60]!r} is not a prefix: {error}", field=f"{field}[{at}]") from None
-    return tuple(dict.fromkeys(found))
-
-
-def _annotations(given: object, field: str) -> dict[str, str]:
-    pairs: dict[str, str] = dict(given)  # type: ignore[call-overload]
-    if len(pairs) > ANNOTATIONS_MAX:
-        raise InvalidArgument(f"{len(pairs)} pairs, at most {ANNOTATIONS_MAX} are possible", field=field)
-    for key, value in pairs.items():
-        if not key or len(key) > TEXT_MAX or len(value) > TEXT_MAX:
-            raise InvalidArgument(
-                f"{key[:40]!r}: 1 to {TEXT_MAX} characters, value at most {TEXT_MAX}", field=field
+def _sources(messages: Iterable[str], at: str) -> tuple[IPNetwork, ...]:
+    found: dict[IPNetwork, None] = {}
+    for number, message in enumerate(messages):
+        fields.at_most(number + 1, SOURCES_MAX, "prefixes or more", at)
+        prefix = fields.network(message, f"{at}[{number}]")
+        if prefix in found:
+            raise errors.InvalidArgument(
+                f"{prefix} is given twice", field=f"{at}[{number}]", fix="give each prefix once"
             )
-    return pairs
+        found[prefix] = None
+    return tuple(found)
 
 
-def _health_check(message: pb.HealthCheck, field: str) -> HealthCheck:
-    probe: TcpProbe | HttpProbe | GrpcProbe
-    match message.WhichOneof("probe"):
-        case "tcp":
-            probe = TcpProbe()
-        case "http":
-            probe = _http(message.http, f"{field}.http")
-        case "grpc":
-            probe = GrpcProbe(_text(message.grpc.service, f"{field}.grpc.service"))
-        case _:
-            raise InvalidArgument(
-                "nothing to ask is given", field=f"{field}.probe", fix="set tcp, http or grpc"
-            )
-    interval = _within(message.interval_ms or 10_000, 100, 3_600_000, f"{field}.interval_ms")
-    timeout = _within(message.timeout_ms or min(1000, interval), 1, interval, f"{field}.timeout_ms")
-    return HealthCheck(
-        probe,
-        _within(message.port, 0, 65535, f"{field}.port"),
-        interval / 1000,
-        timeout / 1000,
-        _within(message.unhealthy_after or 3, 1, 100, f"{field}.unhealthy_after"),
-        _within(message.healthy_after or 2, 1, 100, f"{field}.healthy_after"),
-    )
+def _annotations(given: Mapping[str, str], at: str) -> dict[str, str]:
+    fields.at_most(len(given), ANNOTATIONS_MAX, "annotations", at)
+    for key, value in given.items():
+        for what in (key, value):
+            if len(what) > fields.TEXT_MAX or not key:
+                raise errors.InvalidArgument(
+                    f"annotation {fields.shown(key)} is empty or too long",
+                    field=f"{at}[{key[:60]}]",
+                    fix=f"use 1 to {fields.TEXT_MAX} characters for the key, and at most as many for the value",
+                )
+    return dict(given)
 
 
-def _text(text: str, field: str) -> str:
-    """What goes into a request: one line."""
-    if len(text) > TEXT_MAX or not text.isprintable():
-        raise InvalidArgument(f"not one line of at most {TEXT_MAX} characters", field=field)
-    return text
+def _prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
-def _http(message: pb.HealthCheck.Http, field: str) -> HttpProbe:
-    path = _text(message.path or "/", f"{field}.path")
-    if not path.startswith("/") or " " in path:
-        raise InvalidArgument(f"{path!r} is not a path", field=f"{field}.path", fix='begin it with "/"')
-    statuses = []
-    for at, text in enumerate(message.statuses):
-        match = _STATUS.fullmatch(text)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first:
-            raise InvalidArgument(
-                f"{text[:20]!r} is no status", field=f"{field}.statuses[{at}]", fix='as "204" or "200-299"'
-            )
-        statuses.append((first, last))
-    return HttpProbe(path, _text(message.host, f"{field}.host"), tuple(statuses) or HttpProbe().statuses)
-
-
-def _health_check_to(check: HealthCheck) -> pb.HealthCheck:
-    message = pb.HealthCheck(
-        port=check.port,
-        interval_ms=round(check.interval_s * 1000),
-        timeout_ms=round(check.timeout_s * 1000),
-        unhealthy_after=check.unhealthy_after,
-        healthy_after=check.healthy_after,
-    )
-    match check.probe:
-        case HttpProbe(path, host, statuses):
-            texts = [str(first) if first == last else f"{first}-{last}" for first, last in statuses]
-            message.http.CopyFrom(pb.HealthCheck.Http(path=path, host=host, statuses=texts))
-        case GrpcProbe(service):
-            message.grpc.CopyFrom(pb.HealthCheck.Grpc(service=service))
-        case _:
-            message.tcp.SetInParent()
-    return message
-
-
-def _shown(key: BackendKey) -> str:
-    return f"[{key.address}]:{key.port}" if key.address.version == 6 else f"{key.address}:{key.port}"
+def _prime_above(number: int) -> int:
+    """131,071 is a prime itself."""
+    return next(candidate for candidate in range(number, MAGLEV[1] + 1) if _prime(candidate))
