@@ -34,23 +34,24 @@ static __always_inline __u32 flow_idle(__u32 stamp, __u32 now)
 	return (now - stamp) & LB_STAMP;
 }
 
-/* Which of the config's four limits a flow with these LB_FLOW_* (stamp >> 13) has, two bits each: syn_s for TCP that is
- * not confirmed, close_s for what is closing, tcp_s for TCP, any_s for the rest. */
-#define FLOW_LIMITS (3 | 0 << 2 | 1 << 4 | 1 << 6 | 3 << 8 | 2 << 10 | 1 << 12 | 1 << 14)
+/* By how many bits to move the config's four limits for a flow with these LB_FLOW_* (stamp >> 13), a byte each: to syn_s
+ * for TCP that is not confirmed, close_s for what is closing, tcp_s for TCP, any_s for the rest; none for a free place. */
+#define FLOW_LIMITS (63ull | 0ull << 8 | 16ull << 16 | 16ull << 24 | 48ull << 32 | 32ull << 40 | 16ull << 48 | 16ull << 56)
 
 /* After how many units of silence it is over. */
-static __always_inline __u32 flow_limit(const struct lb_config *config, __u32 stamp)
+static __always_inline __u64 flow_limit(const struct lb_config *config, __u32 stamp)
 {
 	__u64 limits = *(const __u64 *)&config->syn_s;
-	__u32 which = FLOW_LIMITS >> ((stamp >> 13) * 2) & 3;
 
-	return ((limits >> (which * 16) & 0xffff) >> 2) + 1;
+	return (limits >> (FLOW_LIMITS >> (stamp >> 13) * 8 & 63) >> 2 & 0x3fff) + 1;
 }
 
 static __always_inline bool flow_alive(const struct lb_config *config, __u32 stamp, __u32 now)
 {
 	return flow_idle(stamp, now) <= flow_limit(config, stamp);
 }
+
+#define FLOW_SCORE_OVER (1ull << 31)
 
 /* What follows chooses among a line's four flows without branches: which one it is cannot be predicted, and the line is
  * often not in the cache. Compilers would put the branches back if they saw through the values. */
@@ -97,43 +98,60 @@ static __always_inline struct lb_flow *flow_in(struct lb_flow *line, __u64 sig, 
 	return !(not3 | (FLOW_READ64(&way->sig) ^ sig)) ? way : 0;
 }
 
-/* How little a flow is missed: an older one of the same connection least, then free ones, those that are over, those
- * never confirmed, the one longest idle. The lowest bits are which one it is. */
-static __always_inline __u64 flow_score(const struct lb_config *config, struct lb_flow *way, __u32 at, __u64 sig, __u32 now)
+/* How little a flow is missed: what is over least, and free places; then those never confirmed; then the one longest
+ * idle. The lowest bits are which one it is. */
+static __always_inline __u64 flow_score(const struct lb_config *config, struct lb_flow *line, __u32 at, __u32 now)
 {
-	__u64 other = FLOW_READ64(&way[at].sig);
-	__u32 stamp = *(volatile __u16 *)&way[at].stamp, idle = flow_idle(stamp, now);
-	/* Bit 63 of the difference: idle for longer than it may be. */
-	__u64 same = flow_some(other ^ sig) ^ 1, free = flow_some(other) ^ 1, unconfirmed = (stamp >> 15 & 1) ^ 1;
+	__u32 stamp = *(volatile __u16 *)&line[at].stamp;
+	__u64 idle = flow_idle(stamp, now);
 	/* The sign of the difference: idle for longer than it may be. */
-	__u64 over = ((__u64)flow_limit(config, stamp) - idle) >> 63;
+	__u64 over = (flow_limit(config, stamp) - idle) >> 32 & FLOW_SCORE_OVER;
 
-	return same << 33 | free << 32 | over << 31 | unconfirmed << 30 | idle << 2 | at;
+	return over | (~stamp & LB_FLOW_CONFIRMED) << 15 | idle << 2 | at;
 }
-#define FLOW_SCORE_OVER (1ull << 31)
 
-/* Writes a flow over the one of its line that is missed least. */
-static __always_inline void flow_put_in(const struct lb_config *config, struct lb_flow *line, __u64 sig, union flow_state state,
-					__u32 now)
+static __always_inline void flow_write(struct lb_flow *way, __u64 sig, union flow_state state)
 {
-	struct lb_flow *way = line;
-	__u64 best;
-
-	best = flow_max(flow_max(flow_score(config, way, 0, sig, now), flow_score(config, way, 1, sig, now)),
-			flow_max(flow_score(config, way, 2, sig, now), flow_score(config, way, 3, sig, now)));
-	way += best & (LB_FLOWS_A_LINE - 1);
-	if (best < FLOW_SCORE_OVER)
-		lb_count(LB_STAT_EVICTED);
 	FLOW_READ64(&way->sig) = 0;
 	FLOW_READ64(&way->backend) = state.word;
 	FLOW_READ64(&way->sig) = sig;
 }
 
+/* Frees its place: before a flow begins anew, for in its line it must be once. */
+static __always_inline void flow_forget(struct lb_flow *way)
+{
+	FLOW_READ64(&way->sig) = 0;
+	FLOW_READ64(&way->backend) = 0;
+}
+
+/* Writes a flow that is not in its line over the one there that is missed least. Returns its place. */
+static __always_inline struct lb_flow *flow_put_in(const struct lb_config *config, struct lb_flow *line, __u64 sig,
+						   union flow_state state, __u32 now)
+{
+	__u64 best = flow_max(flow_max(flow_score(config, line, 0, now), flow_score(config, line, 1, now)),
+			      flow_max(flow_score(config, line, 2, now), flow_score(config, line, 3, now)));
+
+	if (best < FLOW_SCORE_OVER)
+		lb_count(LB_STAT_EVICTED);
+	line += best & (LB_FLOWS_A_LINE - 1);
+	flow_write(line, sig, state);
+	return line;
+}
+
+/* Writes a flow, in its own place if it is there already. */
 static __always_inline void flow_put(const struct lb_config *config, __u64 sig, union flow_state state, __u32 now)
 {
 	struct lb_flow *line = flow_line(LB_FLOWS, config->flow_mask, sig);
 
-	if (line)
+	union flow_state before;
+	struct lb_flow *way;
+
+	if (!line)
+		return;
+	way = flow_in(line, sig, &before);
+	if (way)
+		flow_write(way, sig, state);
+	else
 		flow_put_in(config, line, sig, state, now);
 }
 
@@ -143,16 +161,19 @@ static __always_inline struct lb_flow *flow_find_in(const struct lb_config *conf
 {
 	struct lb_flow *way = flow_in(line, sig, state);
 
-	if (likely(way))
-		return flow_alive(config, state->stamp, now) ? way : 0;
+	if (likely(way)) {
+		if (likely(flow_alive(config, state->stamp, now)))
+			return way;
+		flow_forget(way);
+		return 0;
+	}
 	if (likely(!config->before_mask))
 		return 0;
 	way = flow_line(LB_FLOWS_BEFORE, config->before_mask, sig);
 	way = way ? flow_in(way, sig, state) : 0;
 	if (!way || !flow_alive(config, state->stamp, now))
 		return 0;
-	flow_put_in(config, line, sig, *state, now);
-	return way;
+	return flow_put_in(config, line, sig, *state, now);
 }
 
 static __always_inline struct lb_flow *flow_find(const struct lb_config *config, __u64 sig, __u32 now,

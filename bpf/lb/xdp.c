@@ -81,6 +81,8 @@ static __always_inline bool xdp_serve(struct xdp_way *way, const struct lb_confi
 					      &packet->src, hash);
 		if (!way->backend)
 			return false;
+		if (way->flow)
+			flow_forget(way->flow);
 		way->flow = 0;
 		way->state.word = way->backend->id;
 	}
@@ -152,7 +154,7 @@ static __always_inline int xdp_translate(struct xdp_md *ctx, bool v4, const stru
 				      .backend = way->backend->id, .stamp = stamp, .flags = LB_NAT_SNAT };
 
 		key.lport = way->state.port;
-		if (key.lport ? !nat_record(&key, &nat) : !nat_take(config, way->sig, &key, &nat))
+		if (key.lport ? !nat_record(config, &key, &nat) : !nat_take(config, way->sig, &key, &nat))
 			return XDP_PASS;
 		way->state.port = key.lport;
 	}

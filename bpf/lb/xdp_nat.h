@@ -3,7 +3,7 @@
  * hash says, so that what is lost of it is found again. XDP tries a few; tc searches all there are. */
 #pragma once
 
-#include "abi/lb.h"
+#include "lb/flow.h"
 
 #define XDP_NAT_TRIES 4
 
@@ -39,21 +39,27 @@ static __always_inline bool nat_is_of(const struct lb_nat *nat, const struct lb_
 	       nat->cport == wanted->cport && nat->vport == wanted->vport;
 }
 
-/* Has the translation recorded under key->lport; false: another connection has that port. */
-static __always_inline bool nat_record(struct lb_tuple *key, struct lb_nat *nat)
+/* Has the translation recorded under key->lport; false: another connection, not over yet, has that port. */
+static __always_inline bool nat_record(const struct lb_config *config, struct lb_tuple *key, struct lb_nat *nat)
 {
 	struct lb_nat *other = nat_find(key);
-	__u32 zero = 0;
+	__u64 how = BPF_NOEXIST;
+	__u32 zero = 0, stamp;
 	void *inner;
 
 	if (other) {
-		if (!nat_is_of(other, nat))
+		if (nat_is_of(other, nat)) {
+			*(volatile __u16 *)&other->stamp = nat->stamp;
+			return true;
+		}
+		/* Its stamp may say no more than the time. */
+		stamp = other->stamp | LB_FLOW_CONFIRMED | (key->proto == IPPROTO_TCP ? LB_FLOW_TCP : 0);
+		if (flow_alive(config, stamp, nat->stamp & LB_STAMP))
 			return false;
-		other->stamp = nat->stamp;
-		return true;
+		how = BPF_ANY;
 	}
 	inner = lb_nats.lookup(&zero);
-	return inner && !bpf_map_update_elem_((uintptr_t)inner, key, nat, BPF_NOEXIST);
+	return inner && !bpf_map_update_elem_((uintptr_t)inner, key, nat, how);
 }
 
 /* Takes a port for a new connection; it is key->lport then. */
@@ -64,7 +70,7 @@ static __always_inline bool nat_take(const struct lb_config *config, __u64 sig, 
 
 	for (int attempt = 0; attempt < XDP_NAT_TRIES && count; attempt++) {
 		key->lport = bpf_htons(nat_port(config, n));
-		if (nat_record(key, nat))
+		if (nat_record(config, key, nat))
 			return true;
 		n = n + 1 < count ? n + 1 : 0;
 	}
