@@ -13,6 +13,7 @@ SHARED: Final = ("host", "etcd", "network")
 SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ipam": (*SHARED, "pools", "endpoints", "cni", "monitor"),
     "identity": (*SHARED, "identities"),
+    "lb": (*SHARED, "lb"),
 }
 
 

@@ -34,9 +34,18 @@ def _identity(instance: Instance, file: Path | None, overrides: Overrides) -> tu
     return build(instance, cfg), cfg.host
 
 
+def _lb(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Service, HostConfig]:
+    from services.lb.__main__ import build
+    from services.lb.config import LbConfig
+
+    cfg = command.load("lb", LbConfig, file, overrides)
+    return build(instance, cfg), cfg.host
+
+
 BUILD: Mapping[str, Callable[[Instance, Path | None, Overrides], tuple[Service, HostConfig]]] = {
     "ipam": _ipam,
     "identity": _identity,
+    "lb": _lb,
 }
 
 

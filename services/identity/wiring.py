@@ -17,6 +17,7 @@ from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.kernel.netlink import Netlink
 from services.common.service import ComponentStatus, HostContext
+from services.common.underlay import Underlay
 from services.identity.config import IdentityConfig
 from services.identity.db import open_db
 from services.identity.endpoints.follow import EndpointFollower
@@ -27,7 +28,6 @@ from services.identity.ipcache.ipcache import Ipcache
 from services.identity.ipcache.publisher import Publisher
 from services.identity.lease import NodeLease
 from services.identity.network.network import Network
-from services.identity.network.underlay import Underlay
 from services.identity.nodes.api import NodeApi
 from services.identity.nodes.directory import Directory
 from services.identity.nodes.health import Health

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "lb"
 LB: Final = "fib_lb"
 UPLINK: Final = "fib_lb_uplink"
+TABLES: Final = "fib_lb_maps"
 XDP: Final = "fib_lb_xdp"
 SOCKETS: Final = {
     "fib_connect4": "cgroup_inet4_connect",
@@ -28,12 +29,32 @@ SOCKETS: Final = {
     "fib_peername6": "cgroup_inet6_getpeername",
     "fib_release": "cgroup_inet_sock_release",
 }
-"""Program -> where it hangs."""
+"""Program -> where it hangs; what removes a socket's entries comes last."""
 SOCK_RELEASE: Final = "fib_release"
 SLOTS: Final = {pipeline.Slot.LB: LB}
+TAILS_MAP: Final = "lb_tails"
+TAILS: Final = ("fib_lb_search",)
+"""Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
 # Sockets have no packets.
 _PACKET_FAMILIES: Final = (pipeline.PIPELINE_FAMILY, pipeline.NODE_FAMILY)
+
+
+def tables() -> loader.ProgramSpec:
+    """The maps alone."""
+    return loader.ProgramSpec(
+        source=Path("lb/maps.c"), service=SERVICE, functions={TABLES: "xdp"}, maps=dict(abi.MAPS)
+    )
+
+
+def tables_complete(instance: Instance) -> bool:
+    """Whether all maps are pinned."""
+    return all((instance.pin_dir / path).exists() for path in abi.MAPS.values())
+
+
+async def install_tables(instance: Instance) -> None:
+    """Make the maps, adopting what there are. Raises what loader.load raises."""
+    await loader.load([tables()], instance.pin_dir)
 
 
 def packets() -> loader.ProgramSpec:
@@ -41,9 +62,12 @@ def packets() -> loader.ProgramSpec:
     return loader.ProgramSpec(
         source=Path("lb/lb.c"),
         service=SERVICE,
-        functions=dict.fromkeys((LB, UPLINK), "sched_cls"),
-        maps=MAPS,
-        slots={pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()}},
+        functions=dict.fromkeys((LB, *TAILS), "sched_cls"),
+        maps={**MAPS, TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}"},
+        slots={
+            pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()},
+            TAILS_MAP: dict(enumerate(TAILS, 1)),
+        },
     )
 
 
@@ -69,6 +93,11 @@ def sockets() -> loader.ProgramSpec:
         maps={name: path for name, path in MAPS.items() if not path.startswith(_PACKET_FAMILIES)},
         defines={"SOCK_RETVAL": int(features.has_set_retval())},
     )
+
+
+async def install_sockets(instance: Instance) -> None:
+    """Load the hooks anew, adopting what maps there are; idempotent. Raises what loader.load raises."""
+    await loader.load([sockets()], instance.pin_dir)
 
 
 def program_path(instance: Instance, name: str) -> Path:

@@ -17,10 +17,10 @@ from services.common.instance import Instance
 from services.common.kernel import netlink as nl
 from services.common.kernel.netlink import IPAddress, Link, Netlink, Rtnl
 from services.common.pipeline import abi
+from services.common.underlay import Facts
 from services.identity.network import install, overlay
 from services.identity.network.nodemap import NodeMap
 from services.identity.network.programs import Programs
-from services.identity.network.underlay import Facts
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ REMOTE: Final = "fib_remote"
 FROM_OVERLAY: Final = "fib_from_overlay"
 FROM_UPLINK: Final = "fib_from_uplink"
 FROM_HOST: Final = "fib_from_host"
-SLOTS: Final = {abi.Slot.REMOTE: REMOTE}
-PROGRAMS: Final = (REMOTE, FROM_OVERLAY, FROM_UPLINK, FROM_HOST)
+SLOTS: Final = {abi.Slot.REMOTE: REMOTE, abi.Slot.FROM_OVERLAY: "fib_overlay_in"}
+PROGRAMS: Final = (FROM_OVERLAY, FROM_UPLINK, FROM_HOST, *SLOTS.values())
 
 
 def spec() -> loader.ProgramSpec:

@@ -25,12 +25,12 @@ from services.common.pipeline import abi
 from services.common.pipeline.datapath import Datapath
 from services.common.reconcile import Reconciler
 from services.common.service import ComponentStatus
+from services.common.underlay import Underlay
 from services.identity.network import overlay, programs
 from services.identity.network.devices import Devices, Wanted
 from services.identity.network.nodemap import NodeMap
 from services.identity.network.plan import Changed, Own, Plan
 from services.identity.network.routes import RemoteRoute, RemoteRoutes
-from services.identity.network.underlay import Underlay
 from services.identity.nodes.model import Node
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Final, Self
 from services.common.kernel.netlink import IPAddress, IPNetwork
 from services.common.network import VXLAN_OVERHEAD, Mode, NetworkConfig, Underlay
 from services.common.pipeline import abi
-from services.identity.network.underlay import Facts
+from services.common.underlay import Facts
 from services.identity.nodes.model import Node
 
 MTU_MIN: Final = 1280

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from services.common.kernel.netlink import IPNetwork
 from services.common.network import NetworkConfig
 from services.common.pipeline import abi
+from services.common.underlay import Facts
 from services.identity.network import pair as pairing
 from services.identity.network.devices import Found
 from services.identity.network.pair import Pair, Side
 from services.identity.network.routes import NO_ROUTE, RemoteRoute
-from services.identity.network.underlay import Facts
 from services.identity.nodes.model import Node
 
 

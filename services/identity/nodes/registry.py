@@ -18,9 +18,9 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.network import NetworkConfig
+from services.common.underlay import Underlay
 from services.common.version import version
 from services.identity.lease import NodeLease
-from services.identity.network.underlay import Underlay
 from services.identity.nodes.directory import ALIVE, NODES, Directory, root_of
 from services.identity.nodes.model import NodeState
 from services.identity.nodes.roster import NUMBERS

@@ -34,8 +34,8 @@ from services.common.kernel.netlink import IPNetwork, Netlink
 from services.common.kernel.netns import NetNs
 from services.common.network import Mode, NetworkConfig
 from services.common.pipeline import abi
+from services.common.underlay import Underlay
 from services.identity.network.network import Network
-from services.identity.network.underlay import Underlay
 from services.identity.nodes.model import Node, NodeState
 from services.ipam.endpoints.node import NodeNet, NodeSetup
 

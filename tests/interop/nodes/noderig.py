@@ -11,9 +11,9 @@ from pathlib import Path
 from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.network import NetworkConfig
+from services.common.underlay import Facts
 from services.identity.db import open_db
 from services.identity.lease import NodeLease
-from services.identity.network.underlay import Facts
 from services.identity.nodes.directory import Directory
 from services.identity.nodes.index import NodeIndex
 from services.identity.nodes.registry import Registry

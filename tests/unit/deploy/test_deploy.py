@@ -14,9 +14,10 @@ from services.common.errors import InvalidArgument
 from services.ctl.node import SERVICES
 from services.identity.config import IdentityConfig
 from services.ipam.config import IpamConfig
+from services.lb.config import LbConfig
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
-CONFIGS: dict[str, type[Any]] = {"ipam": IpamConfig, "identity": IdentityConfig}
+CONFIGS: dict[str, type[Any]] = {"ipam": IpamConfig, "identity": IdentityConfig, "lb": LbConfig}
 
 
 def test_every_service_is_here() -> None:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.network import Mode, NetworkConfig
+from services.common.underlay import Facts
 from services.identity.network.devices import Found
 from services.identity.network.plan import Changed, Own, Plan
-from services.identity.network.underlay import Facts
 from services.identity.nodes.model import Node, NodeState
 
 BLOCKS = {

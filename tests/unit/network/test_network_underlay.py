@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from services.common.kernel import netlink as nl
 from services.common.kernel.netlink import Address, Link, Route
 from services.common.network import NetworkConfig
-from services.identity.network.underlay import Facts, choose, loses
+from services.common.underlay import Facts, choose, loses
 
 LO = Link(1, "lo", True, True, 0, 65536, "", "", 0, None)
 ETH0 = Link(2, "eth0", True, True, 0, 1500, "02:00:00:00:00:02", "", 0, None)

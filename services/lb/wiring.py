@@ -1,0 +1,152 @@
+"""The lb service put together. The only file that knows every object.
+
+Each part adopts what an earlier process left and takes nothing away before it knows all there is. What the host lacks for one
+part (XDP, hooks of control groups) is named in status; the others work without.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Final
+
+from fibril.lb.v1 import lb_pb2 as pb
+from fibril.lb.v1 import lb_pb2_grpc
+from services.common import errors
+from services.common.etcd.client import EtcdClient
+from services.common.hostaddrs import HostAddresses
+from services.common.instance import Instance
+from services.common.kernel.netlink import Netlink
+from services.common.pipeline.abi import FibAddr, IPAddress, be32
+from services.common.pipeline.datapath import Datapath, Parts
+from services.common.service import ComponentStatus, HostContext
+from services.common.underlay import Underlay
+from services.lb import install
+from services.lb.api import LbApi
+from services.lb.config import LbConfig
+from services.lb.kernel.writer import Plane
+from services.lb.locality import Locality
+from services.lb.pods import LocalAddresses
+from services.lb.services import Services
+from services.lb.store import Store
+
+_SO_NETNS_COOKIE: Final = 71
+_LOOPBACKS: Final[frozenset[IPAddress]] = frozenset((ip_address("127.0.0.1"), ip_address("::1")))
+
+
+class LbService:
+    """Services under addresses of their own, on one node."""
+
+    name = "lb"
+
+    def __init__(self, instance: Instance, cfg: LbConfig) -> None:
+        """Connects to nothing."""
+        self._cfg = cfg
+        self._etcd = etcd = EtcdClient(cfg.etcd.endpoints, tls=cfg.etcd.tls(), timeout_s=cfg.etcd.timeout_s)
+        cluster, self._node = cfg.etcd.cluster, cfg.etcd.node_name(instance)
+        self._netlink = Netlink()
+        self._services = Services(etcd, cluster)
+        self._store = Store(etcd, cluster, self._services)
+        self._local = LocalAddresses(instance, self._moved)
+        self._hostaddrs = HostAddresses(self._netlink, self._addresses_changed)
+        self._underlay = Underlay(cfg.network, instance, self._netlink)
+        self._plane = Plane(
+            instance,
+            self._services,
+            lambda name, key: "",
+            lambda: Locality(self._node, cfg.lb.zone, cluster, self._local.all),
+            cfg.lb.defaults(),
+            cfg.lb.limits(),
+            cluster,
+        )
+        self._tables = Datapath(
+            instance,
+            Parts("lb-tables", install.install_tables, install.tables_complete),
+            self._plane.use_maps,
+            self._lost,
+        )
+
+    async def start(self, ctx: HostContext) -> None:
+        """Adopt what there is; what the host or etcd lacks now is tried again in the background."""
+        await self._underlay.start()
+        await self._hostaddrs.start()
+        self._addresses_changed()
+        self._local.look()
+        self._configure()
+        self._underlay.on_change(self._configure)
+        self._plane.on_planned(self._services.tell)
+        await self._plane.start()
+        await self._tables.install()
+        await self._services.start()
+        for part in (self._underlay, self._services, self._plane):
+            for task in part.tasks():
+                ctx.tasks.adopt(task)
+        ctx.tasks.spawn("lb.tables.install", self._tables.keep_trying(lambda: None))
+        ctx.tasks.spawn("lb.addresses", self._hostaddrs.run())
+        ctx.tasks.spawn("lb.pods", self._local.run())
+        ctx.rpc.add(
+            lb_pb2_grpc.add_LbServiceServicer_to_server,
+            LbApi(self._services, self._store, self._plane, lambda name, key: "", _no_trace),
+        )
+
+    async def stop(self) -> None:
+        """Let what is under way end; the data path and all that is recorded stay."""
+        await self._services.stop()
+        await self._plane.stop()
+        self._hostaddrs.close()
+        await self._underlay.stop()
+        await self._netlink.close()
+        await self._etcd.close()
+
+    def status(self) -> Sequence[ComponentStatus]:
+        away = self._etcd.error
+        services = self._services
+        waiting = (
+            "" if services.synced.is_set() else "waiting for services from etcd; what was served goes on"
+        )
+        return [
+            _part("etcd", f"{away}; what is known goes on" if away else "", "in step"),
+            _part("services", waiting or services.problem, f"{len(services.specs)} services"),
+            *(replace(each, name=f"tables.{each.name}") for each in self._tables.status()),
+            *self._plane.status(),
+        ]
+
+    def _addresses_changed(self) -> None:
+        addresses = self._hostaddrs.addresses
+        self._local.set_host(addresses)
+        self._plane.set_addresses(addresses | _LOOPBACKS)
+
+    def _moved(self, changed: frozenset[IPAddress]) -> None:
+        """Whatever has a backend at one of these may be local now, or no longer."""
+        for name in list(self._services.specs):
+            backends = self._services.backends.get(name, {})
+            if any(key.address in changed for key in backends):
+                self._plane.mark(name)
+
+    def _configure(self) -> None:
+        """What programs must know of this node."""
+        facts = self._underlay.facts
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            cookie = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), "little")
+        self._plane.configure(
+            host_netns=cookie,
+            snat_v4=be32(facts.ipv4) if facts.ipv4 else 0,
+            snat_v6=FibAddr.of(facts.ipv6) if facts.ipv6 else FibAddr(),
+            snat_ports=(ct.c_uint32 * 2)(*self._cfg.lb.port_ranges()),
+            uplink_ifindex=facts.ifindex,
+            uplink_mtu=facts.mtu,
+        )
+
+    def _lost(self, reason: errors.FibrilError) -> None:
+        """What is in the kernel goes on; `status` names the reason."""
+
+
+def _no_trace(request: pb.TraceServiceRequest) -> pb.TraceServiceResponse:
+    raise errors.Unimplemented("connections cannot be traced yet")
+
+
+def _part(name: str, problem: str, well: str) -> ComponentStatus:
+    return ComponentStatus(name, "degraded" if problem else "ok", problem or well)
