@@ -36,6 +36,8 @@ class Attached:
 
     prog_id: int
     name: str
+    maps: tuple[int, ...] = ()
+    """Ids of the maps it uses: by these, owners of programs of the same name are told apart."""
 
 
 @functools.cache
@@ -159,13 +161,16 @@ def detach_xdp(ifindex: int) -> bool:
     return True
 
 
-def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int) -> None:
-    """Attach to a cgroup (names of bpf.ATTACH_TYPES), beside others' programs, in place of our older one."""
+def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int, uses_map: int = 0) -> None:
+    """Attach to a cgroup (names of bpf.ATTACH_TYPES), beside others' programs, in place of our older one: the one of
+    the same name, that uses this map if one is named.
+    """
     kind = bpf.ATTACH_TYPES[attach_type]
     mine = bpf.prog_info(prog_fd)
     with _cgroup(path) as cgroup:
         try:
-            old = [entry for entry in map(_named, _query(cgroup, kind)) if entry.name == mine.name]
+            present = map(_named, _query(cgroup, kind))
+            old = [entry for entry in present if _is(entry, mine.name, uses_map)]
             if any(entry.prog_id == mine.id for entry in old):
                 return
             if not old:
@@ -177,12 +182,12 @@ def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int) -> None:
             raise _error(error, f"attach {mine.name} to {attach_type} of cgroup {path}") from None
 
 
-def detach_cgroup(path: Path | str, attach_type: str, name: str) -> bool:
-    """Take the program called `name` off a cgroup; whether it was there."""
+def detach_cgroup(path: Path | str, attach_type: str, name: str, uses_map: int = 0) -> bool:
+    """Take the program called `name` (that uses this map) off a cgroup; whether it was there."""
     kind = bpf.ATTACH_TYPES[attach_type]
     with _cgroup(path) as cgroup:
         for entry in attached_cgroup(path, attach_type):
-            if entry.name == name:
+            if _is(entry, name, uses_map):
                 with _program(entry.prog_id) as fd:
                     bpf.call(bpf.PROG_DETACH, struct.pack("IIIIIIQ", cgroup, fd, kind, 0, 0, 0, 0))
                 return True
@@ -229,10 +234,15 @@ def _cgroup(path: Path | str) -> Iterator[int]:
         os.close(fd)
 
 
+def _is(entry: Attached, name: str, uses_map: int) -> bool:
+    return entry.name == name and (not uses_map or uses_map in entry.maps)
+
+
 def _named(ident: int) -> Attached:
     try:
         with _program(ident) as fd:
-            return Attached(ident, bpf.prog_info(fd).name)
+            info = bpf.prog_info(fd)
+            return Attached(ident, info.name, info.map_ids)
     except FileNotFoundError:  # detached and freed since it was listed
         return Attached(ident, "")
 
