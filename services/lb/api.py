@@ -10,7 +10,7 @@ from fibril.lb.v1 import lb_pb2 as pb
 from fibril.lb.v1 import lb_pb2_grpc
 from fibril.types.v1 import types_pb2
 from services.common import errors
-from services.lb import convert
+from services.lb import convert, fields
 from services.lb.abi import BackendState
 from services.lb.kernel.writer import Plane
 from services.lb.model import BackendKey, Spec
@@ -19,7 +19,6 @@ from services.lb.store import Store
 
 PAGE_DEFAULT: Final = 1000
 PAGE_MAX: Final = 10_000
-BACKENDS_A_CALL: Final = 10_000
 IMPORT_MAX: Final = 1000
 
 Trace = Callable[[pb.TraceServiceRequest], pb.TraceServiceResponse]
@@ -45,21 +44,20 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
     ) -> pb.UpsertServiceResponse:
         if not request.HasField("service"):
             raise errors.InvalidArgument("no service is given", field="service")
-        spec, backends = convert.spec_from(request.service)
+        spec, backends = convert.service(request.service)
         self._require_synced()
         done = await self._store.upsert(spec, backends, request.service.revision)
-        message = convert.spec_to(spec, backends.values())
-        message.revision = done.revision
+        message = convert.to_proto(spec, backends, revision=done.revision)
         return pb.UpsertServiceResponse(service=message, created=done.created)
 
     async def DeleteService(
         self, request: pb.DeleteServiceRequest, context: object
     ) -> pb.DeleteServiceResponse:
-        await self._store.delete(convert.service_name(request.name))
+        await self._store.delete(fields.name(request.name, "name"))
         return pb.DeleteServiceResponse()
 
     async def GetService(self, request: pb.GetServiceRequest, context: object) -> pb.GetServiceResponse:
-        name = convert.service_name(request.name)
+        name = fields.name(request.name, "name")
         self._require_synced()
         if name not in self._services.specs:
             raise errors.NotFound(f"there is no service {name!r}", field="name", fix="see: fibril service ls")
@@ -96,13 +94,13 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
             yield answer
 
     async def AddBackends(self, request: pb.AddBackendsRequest, context: object) -> pb.AddBackendsResponse:
-        name = convert.service_name(request.service, "service")
-        backends = convert.backends_from(request.backends, "backends", BACKENDS_A_CALL)
+        name = fields.name(request.service, "service")
+        backends = convert.backends(request.backends, "backends")
         if not backends:
             raise errors.InvalidArgument("no backends are given", field="backends")
 
         def check(spec: Spec) -> None:
-            convert.check_sctp(spec, backends.values(), "backends")
+            convert.check_backends(spec, backends.values(), "backends")
 
         added, changed = await self._store.add_backends(name, backends, check)
         return pb.AddBackendsResponse(added=added, changed=changed)
@@ -110,16 +108,16 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
     async def RemoveBackends(
         self, request: pb.RemoveBackendsRequest, context: object
     ) -> pb.RemoveBackendsResponse:
-        name = convert.service_name(request.service, "service")
-        gone = convert.keys_from(request.backends, "backends", BACKENDS_A_CALL)
+        name = fields.name(request.service, "service")
+        gone = convert.keys(request.backends, "backends")
         return pb.RemoveBackendsResponse(removed=await self._store.remove_backends(name, gone))
 
     async def SetBackendState(
         self, request: pb.SetBackendStateRequest, context: object
     ) -> pb.SetBackendStateResponse:
-        name = convert.service_name(request.service, "service") if request.service else ""
-        wanted = convert.keys_from(request.backends, "backends", BACKENDS_A_CALL)
-        state = convert.state_from(request.state)
+        name = fields.name(request.service, "service") if request.service else ""
+        wanted = convert.keys(request.backends, "backends")
+        state = convert.state(request.state, "state", BackendState.ACTIVE)
         self._require_synced()
         return pb.SetBackendStateResponse(changed=await self._store.set_state(name, wanted, state))
 
@@ -135,7 +133,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
                     field="services",
                     fix=f"send at most {IMPORT_MAX}",
                 )
-            batch = [convert.spec_from(each, f"services[{at}]") for at, each in enumerate(request.services)]
+            batch = [convert.service(each, f"services[{at}]") for at, each in enumerate(request.services)]
             created, changed, unchanged = await self._store.upsert_many(batch)
             total.created += created
             total.changed += changed
@@ -156,7 +154,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
                 pb.Exhausted(
                     address=str(each.address),
                     port=each.port,
-                    protocol=convert.protocol_of(each.proto),
+                    protocol=convert.NUMBERS.get(each.proto, pb.PROTOCOL_UNSPECIFIED),
                     times=each.times,
                 )
                 for each in self._plane.exhausted()
@@ -166,13 +164,12 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
     def _shown(self, name: str, with_backends: bool = True) -> pb.Service:
         """A service as declared and as it is served here."""
         spec = self._services.specs[name]
-        message = convert.spec_to(spec)
-        message.revision = self._services.revisions.get(name, 0)
+        message = convert.to_proto(spec, revision=self._services.revisions.get(name, 0))
         for backend in self._services.backends.get(name, {}).values() if with_backends else ():
-            shown = convert.backend_to(backend)
+            shown = convert.backend_to_proto(backend)
             state = self._plane.effective_state(name, backend.key)
             shown.effective_state = pb.BackendState.ValueType(backend.state if state is None else state)
-            if shown.effective_state == BackendState.QUARANTINED:
+            if state is BackendState.QUARANTINED:
                 shown.health = self._health(name, backend.key)
             message.backends.append(shown)
         here = self._plane.service_state(name)

@@ -10,13 +10,13 @@ Names are quoted as in URLs, "/" included, so that no name is the beginning of a
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from fibril.lb.v1 import lb_pb2 as pb
 from services.common.pipeline.abi import IPAddress
 from services.lb import convert
-from services.lb.model import Backend, BackendKey, Frontend, Spec
+from services.lb.claims import Claim, Claims
+from services.lb.model import Backend, BackendKey, Spec
 
 SERVICES = "services/"
 BACKENDS = "backends/"
@@ -56,66 +56,39 @@ def backend_of(key: str) -> tuple[str, BackendKey]:
     return unquote(name), BackendKey(ipaddress.ip_address(address), int(port))
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A range of ports of an address that a service has; node: on that one only, "" everywhere."""
-
-    proto: int
-    port: int
-    port_last: int
-    service: str
-    node: str = ""
-
-    def conflicts(self, other: Claim) -> bool:
-        return (
-            self.proto == other.proto
-            and self.port <= other.port_last
-            and other.port <= self.port_last
-            and (not self.node or not other.node or self.node == other.node)
-        )
-
-
-Claims = tuple[Claim, ...]
-
-
-def claim_of(spec: Spec, front: Frontend) -> Claim:
-    return Claim(front.proto, front.port, front.port_last, spec.name, front.node)
-
-
 def encode_claims(claims: Claims) -> bytes:
-    ordered = sorted(claims, key=lambda c: (c.proto, c.port, c.node))
+    ordered = sorted(claims, key=lambda each: (each[1].proto, each[1].first, each[1].node))
     return pb.StoredClaims(
         claims=[
             pb.StoredClaims.Claim(
-                protocol=c.proto, port=c.port, port_last=c.port_last, service=c.service, node=c.node
+                protocol=c.proto, port=c.first, port_last=c.last, service=service, node=c.node
             )
-            for c in ordered
+            for service, c in ordered
         ]
     ).SerializeToString(deterministic=True)
 
 
 def decode_claims(value: bytes) -> Claims:
     """protobuf's DecodeError if it is none."""
-    return tuple(
-        Claim(c.protocol, c.port, c.port_last, c.service, c.node)
-        for c in pb.StoredClaims.FromString(value).claims
-    )
+    found: dict[str, list[Claim]] = {}
+    for each in pb.StoredClaims.FromString(value).claims:
+        found.setdefault(each.service, []).append(Claim(each.protocol, each.port, each.port_last, each.node))
+    return Claims(found)
 
 
 def encode_spec(spec: Spec) -> bytes:
-    return convert.spec_to(spec).SerializeToString(deterministic=True)
+    return convert.to_proto(spec).SerializeToString(deterministic=True)
 
 
 def decode_spec(value: bytes) -> Spec:
     """InvalidArgument, protobuf's DecodeError."""
-    return convert.spec_from(pb.Service.FromString(value))[0]
+    return convert.spec(pb.Service.FromString(value))
 
 
 def encode_backend(backend: Backend) -> bytes:
-    return convert.backend_to(backend).SerializeToString(deterministic=True)
+    return convert.backend_to_proto(backend).SerializeToString(deterministic=True)
 
 
 def decode_backend(value: bytes) -> Backend:
     """InvalidArgument, protobuf's DecodeError."""
-    backends = convert.backends_from([pb.Backend.FromString(value)], "backends", 1)
-    return next(iter(backends.values()))
+    return convert.backend(pb.Backend.FromString(value), "backend")

@@ -21,6 +21,7 @@ from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_pref
 from services.common.feed import Feed
 from services.common.pipeline.abi import IPAddress
 from services.lb import keys
+from services.lb.claims import Claims
 from services.lb.model import BackendKey, Backends, Spec
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Services:
         """etcd's revision of a service's last change, backends included."""
         self.own_revisions: dict[str, int] = {}
         """The same without backends."""
-        self.claims: dict[str, tuple[int, keys.Claims]] = {}
+        self.claims: dict[str, tuple[int, Claims]] = {}
         """Revision and claims of each address (its key's text)."""
         self.synced = asyncio.Event()
         """Set when all there is has been read once; nobody is told of anything before."""
@@ -75,13 +76,13 @@ class Services:
         if name in self.specs:
             self.feed.publish("put", name)
 
-    def claimed(self, address: IPAddress) -> tuple[int, keys.Claims]:
+    def claimed(self, address: IPAddress) -> tuple[int, Claims]:
         """Revision of an address's claims, 0 if it has none, and the claims."""
-        return self.claims.get(str(address), (0, ()))
+        return self.claims.get(str(address), (0, Claims()))
 
-    def note_claims(self, address: IPAddress, revision: int, claims: keys.Claims) -> None:
+    def note_claims(self, address: IPAddress, revision: int, claims: Claims) -> None:
         """What this process has just written; the watch will tell the same a moment later."""
-        if revision > self.claims.get(str(address), (0, ()))[0]:
+        if revision > self.claimed(address)[0]:
             self.claims[str(address)] = revision, claims
 
     @property

@@ -20,8 +20,10 @@ from services.common.errors import Aborted, AlreadyExists, FailedPrecondition, F
 from services.common.etcd.batch import Batcher, Txn
 from services.common.etcd.client import TXN_OPS_MAX, EtcdClient
 from services.common.pipeline.abi import IPAddress
+from services.lb import claims as claiming
 from services.lb import keys
 from services.lb.abi import BackendState
+from services.lb.claims import Claims
 from services.lb.model import Backend, BackendKey, Backends, Spec
 from services.lb.services import Services
 
@@ -49,7 +51,7 @@ class _Known:
     spec: Spec | None
     revision: int
     backends: Mapping[BackendKey, Backend]
-    claims: Mapping[IPAddress, tuple[int, keys.Claims]]
+    claims: Mapping[IPAddress, tuple[int, Claims]]
 
 
 class Store:
@@ -70,7 +72,7 @@ class Store:
         AlreadyExists names the service that has one of the frontends; FailedPrecondition: another revision; Aborted: too
         many others change the same.
         """
-        addresses = {front.address for front in spec.frontends}
+        addresses = set(claiming.wanted(spec))
         async with contextlib.AsyncExitStack() as stack:
             for address in sorted(addresses, key=lambda a: (a.version, int(a))):
                 await stack.enter_async_context(self._busy.setdefault(address, asyncio.Lock()))
@@ -108,7 +110,7 @@ class Store:
         if same and not put and not gone and not claims:
             return Upserted(self._services.revisions.get(spec.name, 0), False, False)
         expect = {self._root + keys.service_key(spec.name): known.revision}
-        expect |= {self._root + keys.vip_key(a): known.claims.get(a, (0, ()))[0] for a in claims}
+        expect |= {self._root + keys.vip_key(a): known.claims[a][0] for a in claims}
         core = {} if same else {self._root + keys.service_key(spec.name): keys.encode_spec(spec)}
         core |= {self._root + keys.vip_key(a): keys.encode_claims(c) for a, c in claims.items() if c}
         empty = [self._root + keys.vip_key(a) for a, c in claims.items() if not c]
@@ -127,24 +129,24 @@ class Store:
         await self._batches_gone(late)
         return Upserted(done, not known.revision, True)
 
-    def _claims(self, spec: Spec, known: _Known) -> dict[IPAddress, keys.Claims]:
+    def _claims(self, spec: Spec, known: _Known) -> dict[IPAddress, Claims]:
         """Addresses whose claims change, with the new ones. AlreadyExists."""
-        changed: dict[IPAddress, keys.Claims] = {}
-        before = {front.address for front in known.spec.frontends} if known.spec is not None else set()
-        for address in before | {front.address for front in spec.frontends}:
-            _, there = known.claims.get(address, (0, ()))
-            others = tuple(claim for claim in there if claim.service != spec.name)
-            mine = tuple(keys.claim_of(spec, front) for front in spec.frontends if front.address == address)
-            for at, front in enumerate(spec.frontends):
-                for other in others if front.address == address else ():
-                    if other.conflicts(keys.claim_of(spec, front)):
-                        raise AlreadyExists(
-                            f"{address} port {front.port} belongs to service {other.service}",
-                            field=f"service.frontends[{at}]",
-                            fix="use another port or address, or remove it from that service first",
-                        )
-            if set(others + mine) != set(there):
-                changed[address] = others + mine
+        changed: dict[IPAddress, Claims] = {}
+        wanted = claiming.wanted(spec)
+        before = claiming.wanted(known.spec) if known.spec is not None else {}
+        for address in before.keys() | wanted.keys():
+            _, there = known.claims.get(address, (0, Claims()))
+            mine = wanted.get(address, ())
+            for claim in mine:
+                if other := there.taken(spec.name, claim):
+                    raise AlreadyExists(
+                        f"{address} port {claim.first} belongs to service {other}",
+                        field=_field_of(spec, address, claim),
+                        fix="use another port or address, or remove it from that service first",
+                    )
+            if set(there.of(spec.name)) != set(mine):
+                changed[address] = there.copy()
+                changed[address].set(spec.name, mine)
         return changed
 
     async def delete(self, name: str) -> None:
@@ -153,10 +155,9 @@ class Store:
             known = await self._read(name, ())
             if known.spec is None:
                 raise NotFound(f"there is no service {name!r}", field="name", fix="see: fibril service ls")
-            claims = {
-                address: tuple(claim for claim in there if claim.service != name)
-                for address, (_, there) in known.claims.items()
-            }
+            claims = {address: there.copy() for address, (_, there) in known.claims.items()}
+            for each in claims.values():
+                each.set(name, ())
             expect = {self._root + keys.service_key(name): known.revision}
             expect |= {self._root + keys.vip_key(a): known.claims[a][0] for a in claims}
             put = {self._root + keys.vip_key(a): keys.encode_claims(c) for a, c in claims.items() if c}
@@ -269,7 +270,7 @@ class Store:
     def _remembered(self, name: str, addresses: Iterable[IPAddress]) -> _Known:
         services = self._services
         spec = services.specs.get(name)
-        old = {front.address for front in spec.frontends} if spec is not None else set()
+        old = claiming.wanted(spec) if spec is not None else {}
         return _Known(
             spec,
             services.own_revisions.get(name, 0),
@@ -283,12 +284,12 @@ class Store:
         spec = keys.decode_spec(kv.value) if kv is not None else None
         listing = await self._etcd.get_prefix(self._root + keys.backends_prefix(name))
         backends = [keys.decode_backend(each.value) for each in listing.kvs]
-        wanted = {*addresses, *((front.address for front in spec.frontends) if spec is not None else ())}
-        claims: dict[IPAddress, tuple[int, keys.Claims]] = {}
+        wanted = {*addresses, *(claiming.wanted(spec) if spec is not None else ())}
+        claims: dict[IPAddress, tuple[int, Claims]] = {}
         for address in wanted:
             found = await self._etcd.get(self._root + keys.vip_key(address))
             claims[address] = (
-                (found.mod_revision, keys.decode_claims(found.value)) if found is not None else (0, ())
+                (found.mod_revision, keys.decode_claims(found.value)) if found is not None else (0, Claims())
             )
         return _Known(spec, kv.mod_revision if kv is not None else 0, {b.key: b for b in backends}, claims)
 
@@ -315,6 +316,14 @@ def _require_all(given: Iterable[BackendKey], known: Iterable[BackendKey], where
                 field=f"backends[{at}]",
                 fix="nothing was changed",
             )
+
+
+def _field_of(spec: Spec, address: IPAddress, claim: claiming.Claim) -> str:
+    """What of a service wants a claim."""
+    for at, front in enumerate(spec.frontends):
+        if (front.address, front.proto, front.port) == (address, claim.proto, claim.first):
+            return f"service.frontends[{at}]"
+    return "service.health_check_node_port"
 
 
 def _raced(name: str) -> FibrilError:
