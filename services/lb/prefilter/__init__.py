@@ -1,0 +1,1 @@
+"""Which sources the node's uplinks take packets from, and how many a second."""
