@@ -98,6 +98,7 @@ bench-pod: install ## Pod to pod: request/response, connections, streams, agains
 
 bench-datapath: install ## Nanoseconds a packet, against a fixed yardstick
 	@$(BIN)/python -m bench.datapath
+	@$(BIN)/python -m bench.lbpath
 
 bench-cni: install ## CNI ADD and DEL, against bridge and host-local
 	@$(BIN)/python -m bench.cni

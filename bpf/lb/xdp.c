@@ -12,6 +12,7 @@
 #include "lb/choose.h"
 #include "lb/flow.h"
 #include "lb/front.h"
+#include "lb/prefilter.h"
 #include "lb/xdp_packet.h"
 #include "lb/xdp_route.h"
 #include "lb/xdp_dsr.h"
@@ -147,7 +148,7 @@ static __always_inline int xdp_translate(struct xdp_md *ctx, bool v4, const stru
 	struct xdp_hop hop;
 
 	xdp_node(config, v4, &key.local);
-	if (packet->ttl <= 1 || !xdp_route(ctx, v4, &key.local, &key.remote, packet->proto, packet->len, &hop))
+	if (packet->ttl <= 1 || !xdp_route(ctx, v4, config, &key.local, &key.remote, packet->proto, packet->len, &hop))
 		return XDP_PASS;
 	if (unlikely(!way->state.port || stamp != way->state.stamp)) {
 		struct lb_nat nat = { .client = packet->src, .vip = packet->dst, .cport = packet->sport, .vport = packet->dport,
@@ -176,7 +177,7 @@ static __always_inline int xdp_answer(struct xdp_md *ctx, bool v4, const struct 
 
 	if (!nat || !(nat->flags & LB_NAT_SNAT) || packet->ttl <= 1 || !xdp_own_mac(ctx) || xdp_unsummed(ctx, v4, packet))
 		return XDP_PASS;
-	if (!xdp_route(ctx, v4, &nat->vip, &nat->client, packet->proto, packet->len, &hop))
+	if (!xdp_route(ctx, v4, config, &nat->vip, &nat->client, packet->proto, packet->len, &hop))
 		return XDP_PASS;
 	stamp = (nat->stamp & LB_FLOW_CLOSING) | flow_now(config);
 	if (packet->proto == IPPROTO_TCP && packet->tcp_flags & XDP_ENDS)
@@ -247,9 +248,15 @@ static __always_inline int xdp_balance(struct xdp_md *ctx, bool v4)
 
 int fib_lb_xdp(struct xdp_md *ctx)
 {
-	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	void *data, *end;
 	__be16 type;
 
+	if (prefilter_check(ctx) != XDP_PASS)
+		return XDP_DROP;
+	/* Read anew: else the verifier walks what follows once for each way through the above. */
+	PF_OPAQUE(ctx);
+	data = (void *)(long)ctx->data;
+	end = (void *)(long)ctx->data_end;
 	if (data + ETH_HLEN > end)
 		return XDP_PASS;
 	type = ((__be16 *)data)[6];

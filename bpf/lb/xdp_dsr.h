@@ -52,7 +52,7 @@ static __always_inline bool dsr_hop(struct xdp_md *ctx, bool v4, const struct lb
 		return likely(backend->ifindex == ctx->ingress_ifindex) || xdp_port(backend->ifindex, hop);
 	}
 	xdp_node(config, v4, &from);
-	return xdp_route(ctx, v4, &from, &backend->addr, v4 ? IPPROTO_IPIP : IPPROTO_IPV6, len, hop);
+	return xdp_route(ctx, v4, config, &from, &backend->addr, v4 ? IPPROTO_IPIP : IPPROTO_IPV6, len, hop);
 }
 
 /* The packet goes out, or to tc as it came. */

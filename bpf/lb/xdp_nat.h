@@ -66,7 +66,7 @@ static __always_inline bool nat_record(const struct lb_config *config, struct lb
 static __always_inline bool nat_take(const struct lb_config *config, __u64 sig, struct lb_tuple *key, struct lb_nat *nat)
 {
 	__u32 count = nat_range_size(config->snat_ports[0]) + nat_range_size(config->snat_ports[1]);
-	__u32 n = (sig >> 32) * count >> 32;
+	__u32 n = (sig & 0xffffffff) * count >> 32;
 
 	for (int attempt = 0; attempt < XDP_NAT_TRIES && count; attempt++) {
 		key->lport = bpf_htons(nat_port(config, n));
