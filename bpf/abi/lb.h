@@ -164,6 +164,7 @@ _Static_assert(sizeof(struct lb_tuple) == 40, "ABI");
 /* lb_nat.flags */
 #define LB_NAT_SNAT 0x1    /* local is this node: answers go back out where the client is */
 #define LB_NAT_HAIRPIN 0x2 /* client and backend are one pod */
+#define LB_NAT_OUTSIDE 0x4 /* the client came by an uplink: answers leave by one */
 
 struct lb_nat {
 	struct fib_addr client;

@@ -4,7 +4,9 @@
  * A packet is parsed once into struct pkt_ctx and passes through slots of the program array:
  *
  *   from_pod: [LB] -> [POLICY_EGRESS] -> FORWARD -> [POLICY_INGRESS] -> DELIVER
- *   to_pod:   [POLICY_INGRESS]
+ *   to_pod:   [LB] -> [POLICY_INGRESS]
+ *   from_overlay: [LB -> FROM_OVERLAY] -> [POLICY_INGRESS] -> DELIVER
+ *   from_uplink:  [LB -> FORWARD] -> [POLICY_INGRESS] -> DELIVER
  *
  * A slot program ends with one of slot.h's or verdict.h's functions. An empty slot in brackets is skipped.
  * Changing pkt_ctx or what a slot may rely on means a new version of the family, so that programs of two
@@ -26,6 +28,7 @@ enum slot {
 	SLOT_DELIVER = 4,
 	SLOT_NEIGHBOUR = 5, /* ARP and neighbour discovery from a pod */
 	SLOT_REMOTE = 6,    /* what is for no pod of this node; empty: the host's stack */
+	SLOT_FROM_OVERLAY = 7, /* the rest of from_overlay, behind LB */
 	SLOT_COUNT = 16,
 };
 

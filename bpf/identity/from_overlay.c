@@ -91,11 +91,26 @@ static __always_inline __u32 overlay_parse(struct __sk_buff *skb, struct pkt_ctx
 	return reason;
 }
 
+/* To whom it is for on this node. */
+static __always_inline int overlay_in(struct __sk_buff *skb, struct pkt_ctx *pkt)
+{
+	struct endpoint *pod;
+
+	pod = endpoint_by_address(&pkt->dst, pkt->family);
+	if (!pod)
+		return overlay_to_here(skb, pkt);
+	if (!router_prepare(skb, pkt, pod))
+		return overlay_to_host(skb, pkt);
+	/* The frame came addressed to nobody here. Kernels before 6.15 remember that across a redirect into a pod, and
+	 * drop it there. */
+	bpf_skb_change_type(skb, PACKET_HOST);
+	return router_enter(skb, pkt);
+}
+
 int fib_from_overlay(struct __sk_buff *skb)
 {
 	struct pkt_ctx *pkt = slot_packet();
 	struct overlay_sender sender;
-	struct endpoint *pod;
 	__u32 reason;
 
 	if (!pkt)
@@ -112,13 +127,13 @@ int fib_from_overlay(struct __sk_buff *skb)
 	reason = overlay_check_sender(pkt, &sender);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
-	pod = endpoint_by_address(&pkt->dst, pkt->family);
-	if (!pod)
-		return overlay_to_here(skb, pkt);
-	if (!router_prepare(skb, pkt, pod))
-		return overlay_to_host(skb, pkt);
-	/* The frame came addressed to nobody here. Kernels before 6.15 remember that across a redirect into a pod, and
-	 * drop it there. */
-	bpf_skb_change_type(skb, PACKET_HOST);
-	return router_enter(skb, pkt);
+	pl_slots.call(skb, SLOT_LB);
+	return overlay_in(skb, pkt);
+}
+
+int fib_overlay_in(struct __sk_buff *skb)
+{
+	struct pkt_ctx *pkt = slot_packet();
+
+	return pkt ? overlay_in(skb, pkt) : TC_ACT_SHOT;
 }

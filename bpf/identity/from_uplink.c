@@ -89,6 +89,9 @@ int fib_from_uplink(struct __sk_buff *skb)
 		reason = uplink_check_sender(pkt, &direct);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
+	/* What the stack gets has LB at to_pod. */
+	if (direct)
+		pl_slots.call(skb, SLOT_LB);
 	if (!direct || !router_prepare(skb, pkt, pod))
 		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
 	return router_enter(skb, pkt);

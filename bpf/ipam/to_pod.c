@@ -52,6 +52,7 @@ int fib_to_pod(struct __sk_buff *skb)
 	/* The host's own ARP is nobody's policy. */
 	if (pkt->family) {
 		to_pod_source(pkt);
+		pl_slots.call(skb, SLOT_LB);
 		pl_slots.call(skb, SLOT_POLICY_INGRESS);
 	}
 	return verdict_pass(skb, pkt, VERDICT_DELIVERED, TC_ACT_UNSPEC);

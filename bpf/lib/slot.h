@@ -38,9 +38,18 @@ static __always_inline int slot_after_policy_egress(struct __sk_buff *skb, struc
 	return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
 }
 
-/* What LB ends with. */
+/* What LB ends with: the packet goes on where it would have without. */
 static __always_inline int slot_after_lb(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
-	pl_slots.call(skb, SLOT_POLICY_EGRESS);
+	if (pkt->direction == DIR_TO_POD) {
+		pl_slots.call(skb, SLOT_POLICY_INGRESS);
+		return verdict_pass(skb, pkt, VERDICT_DELIVERED, TC_ACT_UNSPEC);
+	}
+	if (pkt->direction == DIR_FROM_OVERLAY) {
+		pl_slots.call(skb, SLOT_FROM_OVERLAY);
+		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+	}
+	if (pkt->direction == DIR_FROM_POD)
+		pl_slots.call(skb, SLOT_POLICY_EGRESS);
 	return slot_after_policy_egress(skb, pkt);
 }

@@ -111,6 +111,7 @@ class NatFlag(enum.IntFlag):
 
     SNAT = 0x1
     HAIRPIN = 0x2
+    OUTSIDE = 0x4
 
 
 class SockKind(enum.IntEnum):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from services.common.kernel import features, loader
 from services.common.pipeline import abi as pipeline
 from services.lb import abi
+from services.lb.prefilter import abi as prefilter_abi
 from services.lb.xdp import abi as xdp_abi
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ TAILS_MAP: Final = "lb_tails"
 TAILS: Final = ("fib_lb_search",)
 """Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
+XDP_MAPS: Final = {
+    **abi.MAPS, **xdp_abi.MAPS, **prefilter_abi.MAPS, "pl_counters": pipeline.MAPS["pl_counters"],
+}  # fmt: skip
 # Sockets have no packets.
 _PACKET_FAMILIES: Final = (pipeline.PIPELINE_FAMILY, pipeline.NODE_FAMILY)
 
@@ -74,7 +78,7 @@ def packets() -> loader.ProgramSpec:
 def xdp() -> loader.ProgramSpec:
     """XDP: the fast path of the uplinks. It shares no slots with tc."""
     return loader.ProgramSpec(
-        source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps={**abi.MAPS, **xdp_abi.MAPS}
+        source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps=XDP_MAPS
     )
 
 

@@ -53,6 +53,7 @@ class Slot(enum.IntEnum):
     DELIVER = 4
     NEIGHBOUR = 5
     REMOTE = 6
+    FROM_OVERLAY = 7
 
 
 SLOT_COUNT: Final = 16

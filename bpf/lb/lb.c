@@ -1,0 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The balancer's tc programs as one unit. */
+#include "lb/slot.c"
+#include "lb/search.c"

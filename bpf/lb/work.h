@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* What programs of this unit leave to each other: rare work is in programs of its own, reached by tail calls. */
+#pragma once
+
+#include "abi/lb.h"
+#include "lib/maps.h"
+
+enum lb_tail {
+	LB_TAIL_UPLINK = 0, /* fib_lb_uplink, once more from the beginning */
+	LB_TAIL_SEARCH = 1, /* a port for a new connection */
+	LB_TAILS = 8,
+};
+
+/* Holds for one packet, as struct pkt_ctx does. */
+struct lb_work {
+	struct lb_tuple key;
+	struct lb_nat nat;
+	__u64 sig;
+	__u32 step;   /* of the search: ports tried */
+	__u32 at;     /* number of the last one */
+	__u64 uplink; /* 1: to go on at LB_TAIL_UPLINK, else in slot LB */
+};
+
+FIB_MAP("prog", __u32, __u32, lb_tails, LB_TAILS, 0);
+FIB_MAP("percpu_array", __u32, struct lb_work, lb_works, 1, 0);
+
+static __always_inline struct lb_work *lb_work(void)
+{
+	__u32 zero = 0;
+
+	return lb_works.lookup(&zero);
+}
