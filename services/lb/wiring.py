@@ -7,7 +7,6 @@ part (XDP, hooks of control groups) is named in status; the others work without.
 from __future__ import annotations
 
 import ctypes as ct
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
@@ -31,9 +30,12 @@ from services.lb.kernel.writer import Plane
 from services.lb.locality import Locality
 from services.lb.pods import LocalAddresses
 from services.lb.services import Services
+from services.lb.sockets.sockets import Sockets
 from services.lb.store import Store
+from services.lb.xdp.nexthops import NextHops
+from services.lb.xdp.xdp import Xdp
 
-_SO_NETNS_COOKIE: Final = 71
+_SERVICES: Final = "services"
 _LOOPBACKS: Final[frozenset[IPAddress]] = frozenset((ip_address("127.0.0.1"), ip_address("::1")))
 
 
@@ -68,6 +70,15 @@ class LbService:
             self._plane.use_maps,
             self._lost,
         )
+        self._outside: set[str] = set()
+        # Services that clients outside reach.
+        self._sockets = Sockets(instance, self._plane.configure, cfg.lb.cgroup, cfg.lb.sockets)
+        self._plane.on_removed(self._sockets.backends_removed)
+        devices = cfg.lb.devices or ((cfg.network.device,) if cfg.network.device else ())
+        self._xdp = Xdp(instance, self._netlink, cfg.lb.xdp, devices, (_SERVICES,))
+        self._next_hops = NextHops(
+            self._netlink, self._plane, lambda: [hook.ifindex for hook in self._xdp.attached()]
+        )
 
     async def start(self, ctx: HostContext) -> None:
         """Adopt what there is; what the host or etcd lacks now is tried again in the background."""
@@ -77,14 +88,25 @@ class LbService:
         self._local.look()
         self._configure()
         self._underlay.on_change(self._configure)
-        self._plane.on_planned(self._services.tell)
+        self._plane.on_planned(self._planned)
         await self._plane.start()
         await self._tables.install()
+        await self._sockets.start()
+        await self._xdp.start()
+        await self._next_hops.start()
         await self._services.start()
-        for part in (self._underlay, self._services, self._plane):
+        for part in (
+            self._underlay,
+            self._services,
+            self._plane,
+            self._sockets,
+            self._xdp,
+            self._next_hops,
+        ):
             for task in part.tasks():
                 ctx.tasks.adopt(task)
         ctx.tasks.spawn("lb.tables.install", self._tables.keep_trying(lambda: None))
+        ctx.tasks.spawn("lb.known", self._when_known())
         ctx.tasks.spawn("lb.addresses", self._hostaddrs.run())
         ctx.tasks.spawn("lb.pods", self._local.run())
         ctx.rpc.add(
@@ -95,6 +117,9 @@ class LbService:
     async def stop(self) -> None:
         """Let what is under way end; the data path and all that is recorded stay."""
         await self._services.stop()
+        await self._next_hops.stop()
+        await self._xdp.stop()
+        await self._sockets.stop()
         await self._plane.stop()
         self._hostaddrs.close()
         await self._underlay.stop()
@@ -112,12 +137,31 @@ class LbService:
             _part("services", waiting or services.problem, f"{len(services.specs)} services"),
             *(replace(each, name=f"tables.{each.name}") for each in self._tables.status()),
             *self._plane.status(),
+            *self._sockets.status(),
+            *self._xdp.status(),
         ]
 
     def _addresses_changed(self) -> None:
         addresses = self._hostaddrs.addresses
         self._local.set_host(addresses)
         self._plane.set_addresses(addresses | _LOOPBACKS)
+
+    def _planned(self, name: str) -> None:
+        """A service is in the kernel as it is now, or is gone."""
+        self._services.tell(name)
+        plans = self._plane.plans.get(name, {})
+        if any(front.outside for plan in plans.values() for front in plan.fronts):
+            self._outside.add(name)
+        else:
+            self._outside.discard(name)
+        if self._services.synced.is_set() or self._outside:
+            self._xdp.need(_SERVICES, bool(self._outside))
+
+    async def _when_known(self) -> None:
+        """Only then is it certain that nobody outside is served."""
+        await self._services.synced.wait()
+        await self._plane.settled()
+        self._xdp.need(_SERVICES, bool(self._outside))
 
     def _moved(self, changed: frozenset[IPAddress]) -> None:
         """Whatever has a backend at one of these may be local now, or no longer."""
@@ -129,10 +173,7 @@ class LbService:
     def _configure(self) -> None:
         """What programs must know of this node."""
         facts = self._underlay.facts
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            cookie = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), "little")
         self._plane.configure(
-            host_netns=cookie,
             snat_v4=be32(facts.ipv4) if facts.ipv4 else 0,
             snat_v6=FibAddr.of(facts.ipv6) if facts.ipv6 else FibAddr(),
             snat_ports=(ct.c_uint32 * 2)(*self._cfg.lb.port_ranges()),
