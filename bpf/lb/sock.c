@@ -214,7 +214,8 @@ static __always_inline bool known(struct lb_sock_key *key, const struct lb_front
 	own = lb_socks.lookup(key);
 	if (!own)
 		return false;
-	if (is_for(own, &to->addr, to->port) && still_there(own, front)) {
+	/* A connected one hears nobody else. */
+	if (is_for(own, &to->addr, to->port) && (own->flags & LB_SOCK_CONNECTED || still_there(own, front))) {
 		if (unlikely(own->flags & LB_SOCK_DIRECT))
 			own->flags &= ~LB_SOCK_DIRECT;
 		if (unlikely(own->nport))
@@ -234,8 +235,9 @@ static __always_inline bool known(struct lb_sock_key *key, const struct lb_front
 	return true;
 }
 
-/* A socket that goes to a backend by its own name gets answers from there. */
-static __always_inline void go_direct(struct lb_sock_key *key, const struct destination *to)
+/* A socket that goes to a backend by its own name gets answers from there. To where it is connected a socket speaks without
+ * naming it; but of an IPv6 socket with an IPv4 peer the kernel does name it here. */
+static __always_inline void go_direct(struct lb_sock_key *key, const struct destination *to, bool connects)
 {
 	struct lb_sock *own;
 
@@ -243,7 +245,7 @@ static __always_inline void go_direct(struct lb_sock_key *key, const struct dest
 	own = lb_socks.lookup(key);
 	if (!own)
 		return;
-	if (leads_to(own, &to->addr, to->port))
+	if (leads_to(own, &to->addr, to->port) && (connects || !(own->flags & LB_SOCK_CONNECTED)))
 		own->flags |= LB_SOCK_DIRECT;
 	if (own->nport) {
 		key_of(key, LB_SOCK_FROM, &to->addr, to->port);
@@ -274,7 +276,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	if (likely(!front)) {
 		if (unlikely(hint & LB_HINT_BACKEND) && is_ours(config, netns)) {
 			key.cookie = bpf_get_socket_cookie(ctx);
-			go_direct(&key, to);
+			go_direct(&key, to, connects);
 		}
 		return ASIDE;
 	}

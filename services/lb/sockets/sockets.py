@@ -84,8 +84,8 @@ class Sockets:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        await self._run(self._hooks.close)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
+        self._hooks.close()
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
