@@ -69,6 +69,8 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
             raise errors.InvalidArgument(f"a page of {size} is larger than {PAGE_MAX}", field="page.size")
         self._require_synced()
         after = request.page.token
+        if after:
+            fields.name(after, "page.token")
         names = heapq.nsmallest(
             size + 1, (n for n in self._services.specs if n > after and n.startswith(request.prefix))
         )
@@ -134,6 +136,15 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
                     fix=f"send at most {IMPORT_MAX}",
                 )
             batch = [convert.service(each, f"services[{at}]") for at, each in enumerate(request.services)]
+            names: set[str] = set()
+            for at, (spec, _) in enumerate(batch):
+                if spec.name in names:
+                    raise errors.InvalidArgument(
+                        f"service {spec.name} is given twice in one message",
+                        field=f"services[{at}].name",
+                        fix="give each service once",
+                    )
+                names.add(spec.name)
             created, changed, unchanged = await self._store.upsert_many(batch)
             total.created += created
             total.changed += changed

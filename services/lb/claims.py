@@ -2,15 +2,28 @@
 
 A service claims its frontends, and the port of its health checks as a port of every node. Ports of one node only collide with
 those of the same node and with those of all.
+
+Claims are kept by *place*, a block of an address's ports: an address that many services share, as that of node ports, would
+else be one large value that is written with each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from services.common.pipeline.abi import IPAddress
 from services.lb.model import ANY_V4, ANY_V6, TCP, Spec
+
+BLOCK: Final = 1024
+"""Ports of a place."""
+
+
+class Place(NamedTuple):
+    """Ports `block` * BLOCK and those that follow, of an address."""
+
+    address: IPAddress
+    block: int
 
 
 class Claim(NamedTuple):
@@ -32,7 +45,7 @@ class Claim(NamedTuple):
 
 
 class Claims:
-    """Of one address: who has what. Single ports are found by number, of which there may be thousands."""
+    """Of one place: who has what. Single ports are found by number, of which there may be thousands."""
 
     def __init__(self, claims: Mapping[str, Iterable[Claim]] | None = None) -> None:
         """claims: by service."""
@@ -87,17 +100,21 @@ class Claims:
         yield from self._ranges
 
 
-def wanted(spec: Spec) -> dict[IPAddress, tuple[Claim, ...]]:
-    """What a service claims, by address."""
-    found: dict[IPAddress, list[Claim]] = {}
+def wanted(spec: Spec) -> dict[Place, tuple[Claim, ...]]:
+    """What a service claims. A range is claimed at every place it reaches into."""
+    found: dict[Place, list[Claim]] = {}
+
+    def claim(address: IPAddress, wants: Claim) -> None:
+        for block in range(wants.first // BLOCK, wants.last // BLOCK + 1):
+            found.setdefault(Place(address, block), []).append(wants)
+
     for front in spec.frontends:
-        claim = Claim(front.proto, front.port, front.port_last, front.node)
-        found.setdefault(front.address, []).append(claim)
+        claim(front.address, Claim(front.proto, front.port, front.port_last, front.node))
     port = spec.health_check_node_port
     if port:
         for anywhere in (ANY_V4, ANY_V6):
-            found.setdefault(anywhere, []).append(Claim(TCP, port, port))
-    return {address: tuple(claims) for address, claims in found.items()}
+            claim(anywhere, Claim(TCP, port, port))
+    return {place: tuple(claims) for place, claims in found.items()}
 
 
 def collision(spec: Spec) -> tuple[int, int] | None:

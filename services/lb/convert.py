@@ -35,8 +35,8 @@ NUMBERS: Final = {number: protocol for protocol, number in PROTOCOLS.items()}
 _NAMES: Final = {TCP: "TCP", UDP: "UDP", SCTP: "SCTP"}
 _ANYWHERE: Final = (FrontendType.NODE_PORT, FrontendType.HOST_PORT)
 FRONTENDS_MAX: Final = 1000
-ADDRESSES_MAX: Final = 60
-"""Different addresses of a service: it is given and taken all of them in one transaction."""
+PLACES_MAX: Final = 56
+"""Blocks of ports (claims.BLOCK) of different addresses that a service may have: it gets all of them in one transaction."""
 BACKENDS_MAX: Final = 65_536
 CALL_MAX: Final = 10_000
 """Backends in one call that changes some of a service."""
@@ -265,8 +265,6 @@ def _frontends(messages: Iterable[pb.Frontend], at: str) -> tuple[Frontend, ...]
         found += _frontend(message, f"{at}[{number}]")
     if not found:
         raise errors.InvalidArgument("the service has no frontend", field=at, fix="give at least one")
-    addresses = len({front.address for front in found})
-    fields.at_most(addresses, ADDRESSES_MAX, "different addresses", at)
     return tuple(found)
 
 
@@ -325,6 +323,9 @@ def _check_collisions(found: Spec, at: str) -> None:
         )
     pair = claims.collision(found)
     if pair is None:
+        places = len(claims.wanted(found))
+        what = f"blocks of {claims.BLOCK} ports, counted for each address, have frontends in them"
+        fields.at_most(places, PLACES_MAX, what, f"{at}.frontends")
         return
     first = found.frontends[pair[0]]
     what = f"{_NAMES[first.proto]} port {first.port} of {first.address}"

@@ -2,7 +2,9 @@
 
     /fibril/v1/<cluster>/lb/services/<name>                   fibril.lb.v1.Service without backends
     /fibril/v1/<cluster>/lb/backends/<name>/<address>:<port>  fibril.lb.v1.Backend: one changed backend is one key
-    /fibril/v1/<cluster>/lb/vips/<address>                    fibril.lb.v1.StoredClaims: whose the address's ports are
+    /fibril/v1/<cluster>/vips/<address>/<block>               fibril.lb.v1.StoredClaims: whose 1,024 of its ports are
+
+All that is followed is below lb/; claims are only read by those who change services.
 
 Names are quoted as in URLs, "/" included, so that no name is the beginning of another's keys.
 """
@@ -13,18 +15,20 @@ import ipaddress
 from urllib.parse import quote, unquote
 
 from fibril.lb.v1 import lb_pb2 as pb
-from services.common.pipeline.abi import IPAddress
 from services.lb import convert
-from services.lb.claims import Claim, Claims
+from services.lb.claims import Claim, Claims, Place
 from services.lb.model import Backend, BackendKey, Spec
 
 SERVICES = "services/"
 BACKENDS = "backends/"
-VIPS = "vips/"
 
 
 def root(cluster: str) -> str:
     return f"/fibril/v1/{cluster}/lb/"
+
+
+def vips(cluster: str) -> str:
+    return f"/fibril/v1/{cluster}/vips/"
 
 
 def service_key(name: str) -> str:
@@ -40,8 +44,10 @@ def backend_key(name: str, key: BackendKey) -> str:
     return f"{backends_prefix(name)}{key.address}:{key.port}"
 
 
-def vip_key(address: IPAddress) -> str:
-    return f"{VIPS}{address}"
+def place_of(key: str) -> Place:
+    """The place in a key below vips. ValueError."""
+    address, _, block = key.partition("/")
+    return Place(ipaddress.ip_address(address), int(block))
 
 
 def service_of(key: str) -> str:

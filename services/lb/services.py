@@ -1,13 +1,12 @@
 """The services of the cluster as etcd has them, followed. What every node serves.
 
-One watch covers services, backends and claims, so changes come in the order they were made. Backends of a service that is
+One watch covers services and backends, so changes come in the order they were made. Backends of a service that is
 not there (one being made or removed) are kept aside and count for nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
@@ -19,9 +18,7 @@ from services.common.errors import FibrilError
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
-from services.common.pipeline.abi import IPAddress
 from services.lb import keys
-from services.lb.claims import Claims
 from services.lb.model import BackendKey, Backends, Spec
 
 log = logging.getLogger(__name__)
@@ -41,10 +38,7 @@ class Services:
         """By service; also of some that are not in `specs`."""
         self.revisions: dict[str, int] = {}
         """etcd's revision of a service's last change, backends included."""
-        self.own_revisions: dict[str, int] = {}
-        """The same without backends."""
-        self.claims: dict[str, tuple[int, Claims]] = {}
-        """Revision and claims of each address (its key's text)."""
+        self._backend_revisions: dict[str, int] = {}
         self.synced = asyncio.Event()
         """Set when all there is has been read once; nobody is told of anything before."""
         self.feed: Feed[str] = Feed(lambda: list(self.specs), HISTORY)
@@ -76,15 +70,6 @@ class Services:
         if name in self.specs:
             self.feed.publish("put", name)
 
-    def claimed(self, address: IPAddress) -> tuple[int, Claims]:
-        """Revision of an address's claims, 0 if it has none, and the claims."""
-        return self.claims.get(str(address), (0, Claims()))
-
-    def note_claims(self, address: IPAddress, revision: int, claims: Claims) -> None:
-        """What this process has just written; the watch will tell the same a moment later."""
-        if revision > self.claimed(address)[0]:
-            self.claims[str(address)] = revision, claims
-
     @property
     def problem(self) -> str:
         """One sentence, empty when all that etcd says is understood."""
@@ -95,7 +80,7 @@ class Services:
         return f"etcd's key {self._root}{key}{more} is not usable: {why}"
 
     async def _follow(self) -> None:
-        async with aclosing(watch_prefix(self._etcd, self._root)) as events:
+        async with aclosing(watch_prefix(self._etcd, self._root, self._replaced)) as events:
             async for event in events:
                 match event:
                     case Snapshot(kvs):
@@ -113,6 +98,11 @@ class Services:
                         for name in list(self.specs):
                             self._changed(name, None)
 
+    def _replaced(self) -> None:
+        """What follows is another etcd's, with revisions of its own."""
+        self._backend_revisions.clear()
+        self.revisions = dict.fromkeys(self.revisions, 0)
+
     def _put(self, key: str, value: bytes, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
         """Which service has changed, "" for none, and which backends of it."""
         self._unusable.pop(key, None)
@@ -121,21 +111,21 @@ class Services:
                 spec = keys.decode_spec(value)
                 if keys.service_key(spec.name) != key:
                     raise ValueError(f"it holds the service {spec.name!r}")
+                before = self.specs.get(spec.name)
                 self.specs[spec.name] = spec
-                self.own_revisions[spec.name] = self.revisions[spec.name] = revision
-                return spec.name, None
+                self.revisions[spec.name] = max(revision, self._backend_revisions.get(spec.name, 0))
+                # Written anew, perhaps for its revision's sake only.
+                return (spec.name, None) if spec != before else ("", None)
             if key.startswith(keys.BACKENDS):
                 name, which = keys.backend_of(key)
                 backend = keys.decode_backend(value)
                 if backend.key != which:
                     raise ValueError(f"it holds the backend {backend.key}")
                 self.backends.setdefault(name, {})[which] = backend
-                self.revisions[name] = revision
+                self._backend_revisions[name] = max(revision, self._backend_revisions.get(name, 0))
+                if name in self.specs:
+                    self.revisions[name] = max(revision, self.revisions[name])
                 return name, frozenset({which})
-            if key.startswith(keys.VIPS):
-                self.note_claims(
-                    ipaddress.ip_address(key.removeprefix(keys.VIPS)), revision, keys.decode_claims(value)
-                )
         except (FibrilError, ValueError, DecodeError) as error:
             # Written by another version, or by hand: what was known before goes on.
             self._unusable[key] = str(error)
@@ -144,12 +134,9 @@ class Services:
 
     def _delete(self, key: str, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
         self._unusable.pop(key, None)
-        if key.startswith(keys.VIPS):
-            self.claims.pop(key.removeprefix(keys.VIPS), None)
-        elif key.startswith(keys.SERVICES):
+        if key.startswith(keys.SERVICES):
             name = keys.service_of(key)
             self.specs.pop(name, None)
-            self.own_revisions.pop(name, None)
             self.revisions.pop(name, None)
             return name, None
         elif key.startswith(keys.BACKENDS):
@@ -161,7 +148,7 @@ class Services:
             if known is not None and known.pop(which, None) is not None:
                 if not known:
                     del self.backends[name]
-                self.revisions[name] = revision
+                    self._backend_revisions.pop(name, None)
                 return name, frozenset({which})
         return "", None
 

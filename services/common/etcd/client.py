@@ -163,6 +163,21 @@ class EtcdClient:
         found = tuple(key_value(kv) for part in answer.responses for kv in part.response_range.kvs)
         return Listing(found, answer.header.revision, answer.header.cluster_id)
 
+    async def get_below(self, prefixes: Collection[str]) -> Listing:
+        """Every key that begins with one of these, all as of the same revision and in one answer: for few keys each. Raises
+        InvalidArgument above 128 prefixes.
+        """
+        if len(prefixes) > TXN_OPS_MAX:
+            raise InvalidArgument(f"{len(prefixes)} prefixes exceed the limit of {TXN_OPS_MAX} in one read")
+        request = rpc.TxnRequest()
+        for prefix in prefixes:
+            request.success.add().request_range.MergeFrom(
+                rpc.RangeRequest(key=encode(prefix) or b"\0", range_end=range_end(encode(prefix)))
+            )
+        answer = await self._read(lambda e, t: e.kv.Txn(request, timeout=t))
+        found = tuple(key_value(kv) for part in answer.responses for kv in part.response_range.kvs)
+        return Listing(found, answer.header.revision, answer.header.cluster_id)
+
     async def get_prefix(self, prefix: str, *, keys_only: bool = False) -> Listing:
         """Every key that begins with `prefix`, read in pages that all show the same revision."""
         start, end = encode(prefix) or b"\0", range_end(encode(prefix))
@@ -231,20 +246,21 @@ class EtcdClient:
         nothing_below: Collection[str] = (),
         put: Mapping[str, bytes] | None = None,
         delete: Collection[str] = (),
+        delete_below: Collection[str] = (),
         lease: int = 0,
         leases: Mapping[str, int] | None = None,
     ) -> int | None:
         """If every key of `expect` was last changed at the revision given (0: does not exist), and no key begins
-        with any of `nothing_below`, put and delete all these; the revision at which it happened, else None and
-        nothing has changed.
+        with any of `nothing_below`, put and delete all these, and what begins with any of `delete_below`; the revision
+        at which it happened, else None and nothing has changed.
 
         lease: what the keys put are attached to, 0 for none; leases: where it is another one, by key.
 
-        Raises InvalidArgument above 128 conditions, or 128 keys in `put` and `delete` together, and for a key
+        Raises InvalidArgument above 128 conditions, or 128 keys and prefixes to be changed together, and for a key
         named twice; NotFound for a lease that has ended.
         """
         puts, own = put or {}, leases or {}
-        conditions, changes = len(expect) + len(nothing_below), len(puts) + len(delete)
+        conditions, changes = len(expect) + len(nothing_below), len(puts) + len(delete) + len(delete_below)
         for what, count in (("conditions", conditions), ("changes", changes)):
             if count > TXN_OPS_MAX:
                 raise InvalidArgument(
@@ -265,6 +281,11 @@ class EtcdClient:
             )
         for key in delete:
             request.success.add().request_delete_range.key = encode(key)
+        for prefix in delete_below:
+            start = encode(prefix)
+            request.success.add().request_delete_range.MergeFrom(
+                rpc.DeleteRangeRequest(key=start or b"\0", range_end=range_end(start))
+            )
         answer = await self._write(lambda e, t: e.kv.Txn(request, timeout=t))
         return int(answer.header.revision) if answer.succeeded else None
 
