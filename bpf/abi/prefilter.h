@@ -46,8 +46,8 @@ struct pf_wide {
 /* A cell, 16 bits: the set in the low byte; above it, bit n: prefixes of 32 - n bits exist within. */
 #define PF_CELL_SET 0xff
 
-/* A line of PF_LONG4: words of prefix << 32 | length << 24 | set. 0: free, and so are all behind it; all ones: free, but
- * those behind may not be. A full line goes on in the next one, up to PF_PROBES. The same holds for IPv6 and PF_META. */
+/* A line of PF_LONG4: words of prefix << 32 | length << 24 | set; 0: free. Where the last word is not 0, the line was full once
+ * and goes on in the next one, up to PF_PROBES; all ones there: it is free again. The same holds for IPv6 and PF_META. */
 #define PF_LONG4_SHIFT 24
 #define PF_PROBES 4
 
@@ -69,7 +69,7 @@ struct pf_length {
 	__u64 hi;
 	__u64 lo;
 	__u64 length;
-	__u64 reserved;
+	__u64 used; /* 0: no such length */
 };
 
 struct pf_generation {

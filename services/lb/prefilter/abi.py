@@ -71,13 +71,13 @@ class Length(ct.Structure):
     """struct pf_length."""
 
     _fields_ = (
-        ("hi", ct.c_uint64), ("lo", ct.c_uint64), ("length", ct.c_uint64), ("reserved", ct.c_uint64),
+        ("hi", ct.c_uint64), ("lo", ct.c_uint64), ("length", ct.c_uint64), ("used", ct.c_uint64),
     )  # fmt: skip
 
     @classmethod
     def of(cls, length: int) -> Self:
         mask = (1 << 128) - (1 << 128 - length)
-        return cls(hi=mask >> 64, lo=mask & _WORD, length=length)
+        return cls(hi=mask >> 64, lo=mask & _WORD, length=length, used=1)
 
 
 class Generation(ct.Structure):
