@@ -29,6 +29,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Self
 
 from services.common.errors import InvalidArgument
+from services.common.instance import Instance
 
 MOST = 99  # clusters, and nodes of one: three characters a part keep every name short
 MOST_SUBNETS = 8
@@ -215,6 +216,8 @@ class Lab:
             "FIBRIL_POOLS_IPV6": ipv6 if self.ipv6 and cluster_pool else "",
             "FIBRIL_NETWORK_MODE": self.mode,
             "FIBRIL_NETWORK_UNDERLAY": "auto" if self.underlay == "dual" else self.underlay,
+            # Sockets of other nodes on this kernel are not this node's to balance.
+            "FIBRIL_LB_CGROUP": Instance(node.instance).cgroup,
             "FIBRIL_CONNECTIVITY_WORLD": " ".join(self.world),
         }
 

@@ -21,6 +21,15 @@ def environment(lab: Lab, node: Node) -> dict[str, str]:
     return {**os.environ, "PATH": path, **lab.environment(node)}
 
 
+def enter_cgroup(node: Node) -> None:
+    """Have this process be one of that node's host, whose connections to services the node balances."""
+    from services.common.instance import Instance
+    from services.common.kernel import cgroup
+    from services.ctl import pods
+
+    cgroup.move(cgroup.create(pods.host_cgroup(Instance.from_env(node.instance))), os.getpid())
+
+
 def up_words(lab: Lab, node: Node) -> list[str]:
     """How a node is started: `fibril …`."""
     from services.common.instance import Instance

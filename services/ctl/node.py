@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from services.common.errors import FailedPrecondition, FibrilError, InvalidArgument, Unavailable
+from services.common.errors import FailedPrecondition, FibrilError, InvalidArgument, NotFound, Unavailable
 from services.common.instance import Instance
 from services.ctl import health, procs, supervisor
 from services.ctl.progress import Progress
@@ -277,11 +277,13 @@ def _removals(
     from services.identity.network import teardown as network
     from services.ipam.cni import install
     from services.ipam.endpoints import teardown
+    from services.lb import teardown as balancing
 
     if options.etcd or options.etcd_members:
         yield "the node's lease in etcd", partial(_leave, instance, options)
     for name in pods.names(instance):
         yield f"pod {name}", partial(pods.remove, instance, name)
+    yield "load balancing", partial(balancing.remove, instance)
     yield "ways to other nodes", partial(network.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)
@@ -317,8 +319,13 @@ async def _leave(instance: Instance, options: Options) -> None:
 
 async def _remove_cgroups(instance: Instance) -> None:
     from services.common.kernel import cgroup
+    from services.ctl import pods
 
     path = cgroup.path_of(instance.cgroup)
+    # The host's own processes outlive the node; this may be one of them.
+    for pid in cgroup.processes(cgroup.path_of(pods.host_cgroup(instance))):
+        with suppress(NotFound):
+            cgroup.move(cgroup.mount_point(), pid)
     await cgroup.remove(path, kill=True)
     _remove_if_empty(path.parent)
 

@@ -62,6 +62,11 @@ def cgroup(instance: Instance, name: str) -> str:
     return f"{instance.cgroup}/pods/{name}"
 
 
+def host_cgroup(instance: Instance) -> str:
+    """That of the host's own processes on a node of a lab: several nodes share a kernel, and so its control groups."""
+    return f"{instance.cgroup}/host"
+
+
 def names(instance: Instance) -> list[str]:
     """Namespace pods that exist, by their namespaces; sorted."""
     prefix = _netns_prefix(instance)

@@ -175,7 +175,10 @@ def exec_(name: str, node: str, argv: tuple[str, ...]) -> None:
     command = words(argv)
     lab = build.recall(name)
     found = lab.node_at(node)
-    env = labs.environment(lab, found) if found is not None else dict(os.environ)
+    env = dict(os.environ)
+    if found is not None:
+        env = labs.environment(lab, found)
+        labs.enter_cgroup(found)
     with build.inside(name, node):
         sys.stdout.flush()
         try:

@@ -61,8 +61,12 @@ def test_processes_of_one_file_listen_on_ports_of_their_own(tmp_path: Path) -> N
         f'host: {{rpc: {{tcp: "[::1]:7400", {tls}}}, telemetry: {{prometheus: "127.0.0.1:9464"}}}}\n'
     )
     loaded = [command.load(name, cls, file, {}).host for name, cls in CONFIGS.items()]
-    assert [host.rpc.tcp for host in loaded] == ["[::1]:7400", "[::1]:7401"]
-    assert [host.telemetry.prometheus for host in loaded] == ["127.0.0.1:9464", "127.0.0.1:9465"]
+    assert [host.rpc.tcp for host in loaded] == ["[::1]:7400", "[::1]:7401", "[::1]:7402"]
+    assert [host.telemetry.prometheus for host in loaded] == [
+        "127.0.0.1:9464",
+        "127.0.0.1:9465",
+        "127.0.0.1:9466",
+    ]
     any_free = command.load(
         "identity", CONFIGS["identity"], None, {"host.telemetry.prometheus": "127.0.0.1:0"}
     )

@@ -15,6 +15,7 @@ from services.common.etcd.config import EtcdConfig
 from services.common.network import NetworkConfig
 from services.common.network import Underlay as NetworkUnderlay
 from services.ipam.pools.config import PoolsConfig
+from services.lb.config import LbSection
 
 SHAPES = [
     Lab("x", 2, 3),
@@ -79,6 +80,9 @@ def test_the_services_take_the_environment(lab: Lab) -> None:
     etcd = section("ETCD", EtcdConfig)
     assert isinstance(etcd, EtcdConfig)
     assert (etcd.node, etcd.cluster_id) == ("x-c1n2", 1)
+    balancing = section("LB", LbSection)
+    assert isinstance(balancing, LbSection)
+    assert balancing.cgroup == "fibril/x-c1n2"
 
 
 @pytest.mark.parametrize("lab", SHAPES)
