@@ -69,7 +69,7 @@ def test_two_ups_at_once_make_one_node(node: Node) -> None:
     running = [node.start(*FIBRIL, "up", stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [popen.wait(60) for popen in running] == [0, 0, 0], node.logs()
     names = [p.name for p in _held(node)]
-    assert sorted(names) == ["etcd", "identity", "ipam", "supervisor"]
+    assert sorted(names) == ["etcd", "identity", "ipam", "lb", "supervisor"]
 
 
 def _held(node: Node) -> list[procs.Process]:
