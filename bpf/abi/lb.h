@@ -5,7 +5,7 @@
  * through shared memory: changing one backend of ten thousand is one store, and no lookup but the first hashes.
  * Every table is the inner map of an outer array, so that it grows by building a larger one and flipping the pointer.
  *
- * Writer of all but lb_flows (BPF), lb_nats (BPF), lb_socks (BPF), lb_affinity (BPF), lb_stats (BPF), lb_frags (BPF): the lb service
+ * Writer of all but lb_flows (BPF), lb_nats (BPF), lb_socks* (BPF), lb_affinity (BPF), lb_stats (BPF), lb_frags (BPF): the lb service
  * (services/lb/kernel/). Readers: programs of the lb service. A backend is named by its id: index in the low 20
  * bits, and a generation above, so that what remembers an id sees that the place has been given to another.
  */
@@ -209,11 +209,23 @@ struct lb_sock {
 	__be16 port;  /* backend's */
 	__be16 nport; /* 0: no further one */
 	__u8 flags;   /* LB_SOCK_*, in LB_SOCK_OWN */
-	__u8 pad;
+	__u8 proto;
 	__u32 further; /* LB_SOCK_TO of this socket, in LB_SOCK_OWN */
 	__u32 reserved;
 };
 _Static_assert(sizeof(struct lb_sock) == 80, "ABI");
+
+/* In front of lb_socks: entries of kind LB_SOCK_OWN by the low bits of the cookie. Cookies are given out one after the
+ * other, so that sockets that come and go use neighbouring slots, which the cache has; a place in the hash it seldom has.
+ * Where a slot is taken the entry is in the hash, and the slot counts it: without such there is nothing to ask. */
+#define LB_SOCK_NEAR 16384
+struct lb_sock_near {
+	__u64 cookie; /* 0: nobody's */
+	__u32 claims; /* 1: taken; more only while somebody sees that it is */
+	__u32 crowd;  /* entries in the hash that belong here */
+	struct lb_sock entry;
+};
+_Static_assert(sizeof(struct lb_sock_near) == 96, "ABI");
 
 /* A client of a service with affinity: its address, or for sockets its namespace's cookie in q[0] and 0 in q[1]. */
 struct lb_client {
@@ -309,6 +321,7 @@ FIB_MAP("array_of_maps$lb_nat_t", __u32, __u32, lb_nats, 2, 0);
 FIB_MAP("lpm_trie", struct lb_range_key, struct lb_front, lb_ranges, 65536, BPF_F_NO_PREALLOC);
 FIB_MAP("lpm_trie", struct lb_source_key, __u8, lb_sources, 262144, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", struct lb_sock_key, struct lb_sock, lb_socks, 524288, BPF_F_NO_PREALLOC);
+FIB_MAP("array", __u32, struct lb_sock_near, lb_socks_near, LB_SOCK_NEAR, LB_MMAPABLE);
 FIB_MAP("lru_hash", struct lb_client, struct lb_sticky, lb_affinity, 65536, 0);
 FIB_MAP("lru_hash", struct lb_frag_key, struct lb_frag, lb_frags, 8192, 0);
 FIB_MAP("array", __u32, struct lb_config, lb_config, 1, LB_MMAPABLE);

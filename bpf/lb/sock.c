@@ -115,11 +115,59 @@ static __always_inline void key_of(struct lb_sock_key *key, __u8 kind, const str
 	key->port = port;
 }
 
+static __always_inline struct lb_sock_near *near_of(__u64 cookie)
+{
+	__u32 slot = cookie & (LB_SOCK_NEAR - 1);
+
+	return lb_socks_near.lookup(&slot);
+}
+
 static __always_inline void key_own(struct lb_sock_key *key)
 {
 	struct fib_addr none = {};
 
 	key_of(key, LB_SOCK_OWN, &none, 0);
+}
+
+/* A socket's first entry, or null. `key` becomes its key. */
+static __always_inline struct lb_sock *own_of(struct lb_sock_key *key)
+{
+	struct lb_sock_near *near = near_of(key->cookie);
+
+	if (!near)
+		return 0;
+	if (near->cookie == key->cookie)
+		return &near->entry;
+	if (likely(!*(volatile __u32 *)&near->crowd))
+		return 0;
+	key_own(key);
+	return lb_socks.lookup(key);
+}
+
+/* There is none yet: false if it could not be put anywhere, or another thread has just done so. */
+static __always_inline bool own_put(struct lb_sock_key *key, struct lb_sock *entry)
+{
+	struct lb_sock_near *near = near_of(key->cookie);
+
+	if (!near)
+		return false;
+	if (!*(volatile __u32 *)&near->claims) {
+		/* Whoever finds itself alone after it has come has the slot. */
+		__sync_fetch_and_add(&near->claims, 1);
+		if (likely(*(volatile __u32 *)&near->claims == 1)) {
+			near->entry = *entry;
+			*(volatile __u64 *)&near->cookie = key->cookie;
+			return true;
+		}
+		__sync_fetch_and_add(&near->claims, -1);
+	}
+	/* Counted first: who looks must not overlook it. */
+	__sync_fetch_and_add(&near->crowd, 1);
+	key_own(key);
+	if (!lb_socks.insert(key, entry))
+		return true;
+	__sync_fetch_and_add(&near->crowd, -1);
+	return false;
 }
 
 /* Over an entry that is there. Whoever reads it meanwhile sees no backend rather than another's address. */
@@ -187,13 +235,11 @@ static __always_inline void note(struct lb_sock_key *key, struct lb_sock *entry)
 {
 	struct lb_sock *own;
 
-	key_own(key);
-	own = lb_socks.lookup(key);
+	own = own_of(key);
 	if (!own) {
-		if (!lb_socks.insert(key, entry))
+		if (own_put(key, entry))
 			return;
-		/* Another thread's, or there is no room. */
-		own = lb_socks.lookup(key);
+		own = own_of(key);
 		if (!own) {
 			lb_count(LB_STAT_SOCK_FULL);
 			return;
@@ -210,8 +256,7 @@ static __always_inline bool known(struct lb_sock_key *key, const struct lb_front
 {
 	struct lb_sock *own, *entry;
 
-	key_own(key);
-	own = lb_socks.lookup(key);
+	own = own_of(key);
 	if (!own)
 		return false;
 	/* A connected one hears nobody else. */
@@ -241,8 +286,7 @@ static __always_inline void go_direct(struct lb_sock_key *key, const struct dest
 {
 	struct lb_sock *own;
 
-	key_own(key);
-	own = lb_socks.lookup(key);
+	own = own_of(key);
 	if (!own)
 		return;
 	if (leads_to(own, &to->addr, to->port) && (connects || !(own->flags & LB_SOCK_CONNECTED)))
@@ -302,6 +346,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	entry.backend = backend->id;
 	entry.service = front->service;
 	entry.flags = connects ? LB_SOCK_CONNECTED : 0;
+	entry.proto = to->proto;
 	to->addr = entry.addr;
 	to->port = entry.port;
 	note(&key, &entry);
@@ -319,8 +364,7 @@ static __always_inline bool translate_back(struct bpf_sock_addr *ctx, struct des
 	if (!peer && likely(!(lb_hint(&from->addr) & LB_HINT_BACKEND)))
 		return false;
 	key.cookie = bpf_get_socket_cookie(ctx);
-	key_own(&key);
-	own = lb_socks.lookup(&key);
+	own = own_of(&key);
 	if (!own)
 		return false;
 	if (unlikely(own->nport) && !peer) {
@@ -470,18 +514,27 @@ int fib_peername6(struct bpf_sock_addr *ctx)
 
 int fib_release(struct bpf_sock *ctx)
 {
-	struct lb_sock_key key = { .proto = ctx->protocol };
+	struct lb_sock_key key = { .proto = ctx->protocol, .cookie = bpf_get_socket_cookie(ctx) };
+	struct lb_sock_near *near = near_of(key.cookie);
 	struct fib_addr next, backend;
 	__be16 nport, port;
 	struct lb_sock *entry;
 
-	key.cookie = bpf_get_socket_cookie(ctx);
-	entry = lb_socks.lookup(&key);
-	if (likely(!entry))
+	entry = own_of(&key);
+	if (likely(!entry) || !near)
 		return 1;
 	next = entry->next;
 	nport = entry->nport;
-	lb_socks.delete(&key);
+	if (near->cookie == key.cookie) {
+		*(volatile __u64 *)&near->cookie = 0;
+		__sync_fetch_and_add(&near->claims, -1);
+	}
+	/* Threads that sent their first datagrams at once may have made two. */
+	if (unlikely(*(volatile __u32 *)&near->crowd)) {
+		key_own(&key);
+		if (!lb_socks.delete(&key))
+			__sync_fetch_and_add(&near->crowd, -1);
+	}
 	for (int i = 0; i < FURTHER_MAX && nport; i++) {
 		key_of(&key, LB_SOCK_TO, &next, nport);
 		entry = lb_socks.lookup(&key);

@@ -19,7 +19,7 @@ FAMILY: Final = "lb/v1"
 MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
-        "lb_lines", "lb_fronts", "lb_nats", "lb_ranges", "lb_sources", "lb_socks", "lb_affinity",
+        "lb_lines", "lb_fronts", "lb_nats", "lb_ranges", "lb_sources", "lb_socks", "lb_socks_near", "lb_affinity",
         "lb_frags", "lb_config", "lb_stats", "lb_exhausted",
     )
 }  # fmt: skip
@@ -38,6 +38,7 @@ FLOWS_A_LINE: Final = 4
 HINTS: Final = 65536
 HINT_LINES: Final = HINTS // LINE
 STAT_COUNT: Final = 16
+SOCK_NEAR: Final = 16384
 STAMP: Final = 0x1FFF
 
 
@@ -267,8 +268,14 @@ class Sock(ct.Structure):
     _fields_ = (
         ("vip", FibAddr), ("addr", FibAddr), ("next", FibAddr), ("netns", ct.c_uint64), ("backend", ct.c_uint32),
         ("service", ct.c_uint32), ("vport", ct.c_uint16), ("port", ct.c_uint16), ("nport", ct.c_uint16),
-        ("flags", ct.c_uint8), ("pad", ct.c_uint8), ("further", ct.c_uint32), ("reserved", ct.c_uint32),
+        ("flags", ct.c_uint8), ("proto", ct.c_uint8), ("further", ct.c_uint32), ("reserved", ct.c_uint32),
     )  # fmt: skip
+
+
+class SockNear(ct.Structure):
+    """struct lb_sock_near: an element of lb_socks_near."""
+
+    _fields_ = (("cookie", ct.c_uint64), ("claims", ct.c_uint32), ("crowd", ct.c_uint32), ("entry", Sock))
 
 
 class Client(ct.Structure):

@@ -1,4 +1,4 @@
-"""What lb_socks holds, looked through by the hundred thousand. Blocks."""
+"""What is known of translated sockets, looked through by the hundred thousand: lb_socks_near and lb_socks. Blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -15,13 +16,13 @@ from services.common.instance import Instance
 from services.common.kernel import bpf
 from services.common.kernel.maps import BpfMap
 from services.common.kernel.sockdiag import Remote
-from services.common.pipeline.abi import FibAddr
 from services.lb import abi
 
 # Parts of keys and values that a look at all of them needs (abi.SockKey, abi.Sock).
 _KEYS: Final = struct.Struct("=Q16s2xBB4x")
-_VALUES: Final = struct.Struct("=16s16s16sQI4x2sH2sB9x")
 _STATES: Final = struct.Struct("=56xI10xB9x")
+_NEAR: Final = struct.Struct("=Q64xI10xB9x")
+_NEAR_ENTRY: Final = abi.SockNear.entry.offset
 _CONNECTED: Final = int(abi.SockFlag.CONNECTED)
 
 
@@ -38,32 +39,48 @@ class Connected:
 
 
 class Entries:
-    """The pinned map, open."""
+    """The pinned maps, open."""
 
     def __init__(self, instance: Instance) -> None:
         """NotFound if the programs have not been loaded."""
+        near = BpfMap.open(instance.pin_dir / abi.MAPS["lb_socks_near"], ct.c_uint32, abi.SockNear)
+        try:
+            self._near = mmap.mmap(
+                near.fileno(), abi.SOCK_NEAR * ct.sizeof(abi.SockNear), prot=mmap.PROT_READ
+            )
+        finally:
+            near.close()
         self._map = BpfMap.open(instance.pin_dir / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock)
 
     def close(self) -> None:
+        self._near.close()
         self._map.close()
 
     def backends(self) -> set[int]:
         """Ids of those that sockets are connected to."""
-        found: set[int] = set()
+        near = bytes(self._near)
+        found = {ident for cookie, ident, flags in _NEAR.iter_unpack(near) if cookie and flags & _CONNECTED}
         for _, values in self._map.items_packed():
             found.update(ident for ident, flags in _STATES.iter_unpack(values) if flags & _CONNECTED)
         return found
 
     def connected(self, backends: frozenset[int] | set[int]) -> list[Connected]:
         """Sockets connected to backends with these ids."""
-        found = []
+        return [*self._connected_near(backends), *self._connected_far(backends)]
+
+    def _connected_near(self, backends: frozenset[int] | set[int]) -> Iterator[Connected]:
+        near = bytes(self._near)
+        for index, (cookie, ident, flags) in enumerate(_NEAR.iter_unpack(near)):
+            if cookie and flags & _CONNECTED and ident in backends:
+                yield _connected(cookie, near, index * _NEAR.size + _NEAR_ENTRY)
+
+    def _connected_far(self, backends: frozenset[int] | set[int]) -> Iterator[Connected]:
         for keys, values in self._map.items_packed():
             for index, (ident, flags) in enumerate(_STATES.iter_unpack(values)):
                 if flags & _CONNECTED and ident in backends:
-                    cookie, _, proto, kind = _KEYS.unpack_from(keys, index * _KEYS.size)
+                    cookie, _, _, kind = _KEYS.unpack_from(keys, index * _KEYS.size)
                     if kind == abi.SockKind.OWN:
-                        found.append(_connected(cookie, proto, values, index))
-        return found
+                        yield _connected(cookie, values, index * _STATES.size)
 
     def sweep(self) -> int:
         """Remove entries that a closed socket has left behind; how many. Each socket has one of kind OWN first and last."""
@@ -72,29 +89,29 @@ class Entries:
             for index, (_, _, _, kind) in enumerate(_KEYS.iter_unpack(keys)):
                 if kind != abi.SockKind.OWN:
                     further.append(keys[index * _KEYS.size : (index + 1) * _KEYS.size])
-        owned: dict[tuple[int, int], bool] = {}
+        owned: dict[int, bool] = {}
         removed = 0
         for raw in further:
             key = abi.SockKey.from_buffer_copy(raw)
-            owner = (key.cookie, key.proto)
-            if owner not in owned:
-                own = abi.SockKey(cookie=key.cookie, proto=key.proto, kind=abi.SockKind.OWN)
-                owned[owner] = self._map.lookup(own) is not None
-            if not owned[owner]:
+            if key.cookie not in owned:
+                owned[key.cookie] = self._owned(key)
+            if not owned[key.cookie]:
                 removed += self._map.delete(key)
         return removed
 
-    @property
-    def size(self) -> int:
-        """Entries that fit."""
-        return self._map.info.max_entries
+    def _owned(self, key: abi.SockKey) -> bool:
+        at = key.cookie % abi.SOCK_NEAR * _NEAR.size
+        if int.from_bytes(self._near[at : at + 8], "little") == key.cookie:
+            return True
+        own = abi.SockKey(cookie=key.cookie, proto=key.proto, kind=abi.SockKind.OWN)
+        return self._map.lookup(own) is not None
 
 
-def _connected(cookie: int, proto: int, values: bytes, index: int) -> Connected:
-    _, addr, _, netns, backend, _, port, _, _ = _VALUES.unpack_from(values, index * _VALUES.size)
-    address = FibAddr.from_buffer_copy(addr).ip()
-    remote = (address if address is not None else ip_address("::"), socket.ntohs(port))
-    return Connected(cookie, netns, proto, backend, remote)
+def _connected(cookie: int, data: bytes, at: int) -> Connected:
+    entry = abi.Sock.from_buffer_copy(data, at)
+    address = entry.addr.ip()
+    remote = (address if address is not None else ip_address("::"), socket.ntohs(entry.port))
+    return Connected(cookie, entry.netns, entry.proto, entry.backend, remote)
 
 
 def gone(instance: Instance, backends: set[int]) -> set[int]:

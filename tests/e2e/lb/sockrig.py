@@ -9,6 +9,7 @@ A frontend's address has no route: who reaches it has been translated.
 from __future__ import annotations
 
 import contextlib
+import ctypes as ct
 import json
 import os
 import secrets
@@ -200,8 +201,17 @@ class Rig:
             self.server.do(f"serve({host!r}, {port}, socket.{'SOCK_STREAM' if tcp else 'SOCK_DGRAM'})")
 
     def entries(self) -> list[tuple[abi.SockKey, abi.Sock]]:
-        with BpfMap.open(self.instance.pin_dir / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock) as table:
-            return list(table.items())
+        """Of both tables, as if they were one."""
+        pins = self.instance.pin_dir
+        with BpfMap.open(pins / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock) as table:
+            found = list(table.items())
+        with BpfMap.open(pins / abi.MAPS["lb_socks_near"], ct.c_uint32, abi.SockNear) as near:
+            slots = [slot for _, slot in near.items()]
+        assert sum(slot.crowd for slot in slots) == sum(key.kind == abi.SockKind.OWN for key, _ in found)
+        assert all(bool(slot.cookie) == slot.claims for slot in slots)
+        return found + [
+            (abi.SockKey(cookie=slot.cookie, proto=slot.entry.proto), slot.entry) for slot in slots if slot.cookie
+        ]
 
     def close(self) -> None:
         self._exit.close()

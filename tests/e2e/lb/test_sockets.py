@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import time
@@ -349,6 +350,27 @@ for number in range(1500):
     assert len(rig.entries()) == 50
     doomed.close()
     assert rig.entries() == []
+
+
+def test_more_sockets_than_near_places_work_alike(rig: Rig) -> None:
+    """Where a slot in front is taken, the table behind it has the entry."""
+    rig.serve(("10.90.0.5", 5353))
+    rig.tables.service([("10.96.0.10", 53)], [("10.90.0.5", 5353)], UDP)
+    path = rig.instance.pin_dir / abi.MAPS["lb_socks_near"]
+    with BpfMap.open(path, ctypes.c_uint32, abi.SockNear) as near:
+        taken = abi.SockNear(cookie=1 << 50, claims=1)
+        near.update_batch((ctypes.c_uint32(slot), taken) for slot in range(abi.SOCK_NEAR))
+        assert rig.client.do("s = udp(); s.connect(('10.96.0.10', 53))", "ask(s)")[1] == ["10.96.0.10", 53]
+        assert rig.client.give("list(s.getpeername())") == ["10.96.0.10", 53]
+        rig.client.do("s.connect(('10.96.0.10', 53)); t = udp()")
+        for _ in range(2):
+            assert rig.client.give("ask(t, ('10.96.0.10', 53))")[1] == ["10.96.0.10", 53]
+        with BpfMap.open(rig.instance.pin_dir / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock) as table:
+            assert table.count() == 2
+            rig.client.do("s.close(); t.close()")
+            assert table.count() == 0
+        assert {slot.crowd for _, slot in near.items()} == {0}
+        near.update_batch((ctypes.c_uint32(slot), abi.SockNear()) for slot in range(abi.SOCK_NEAR))
 
 
 def test_a_full_table_costs_only_the_names(rig: Rig) -> None:

@@ -279,7 +279,7 @@ async def test_a_hundred_thousand_entries_do_not_hold_up_the_process(
 ) -> None:
     with BpfMap.open(instance.pin_dir / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock) as table:
         count = 100_000
-        value = bytes(abi.Sock(addr=FibAddr.of("10.90.0.5"), netns=1, backend=7, flags=abi.SockFlag.CONNECTED))
+        value = bytes(abi.Sock(addr=FibAddr.of("10.90.0.5"), netns=1, backend=7, flags=abi.SockFlag.CONNECTED, proto=TCP))
         keys = b"".join(bytes(abi.SockKey(cookie=1 << 40 | number, proto=TCP)) for number in range(count))
         assert table.update_packed(keys, value * count) == (count, None)
         longest = 0.0
