@@ -10,6 +10,7 @@
 #include "abi/endpoint.h"
 #include "abi/ipcache.h"
 #include "abi/node.h"
+#include "identity/sender.h"
 #include "lib/parse.h"
 #include "lib/router.h"
 #include "lib/slot.h"
@@ -41,26 +42,6 @@ static __always_inline struct endpoint *uplink_pod(const struct cursor *at)
 	return 0;
 }
 
-/* Who sends; sets pkt->src_identity. `*direct`: another node or its pod. */
-static __always_inline __u32 uplink_check_sender(struct pkt_ctx *pkt, bool *direct)
-{
-	struct ipcache_entry *entry = ipcache_lookup(&pkt->src);
-	struct node_entry *node;
-
-	pkt->src_identity = entry ? entry->identity : IDENTITY_WORLD;
-	if (!entry || !entry->node)
-		return REASON_NONE;
-	node = node_by_index(entry->node);
-	if (!node || node->mode == NODE_LOCAL)
-		return REASON_UPLINK_SPOOFED;
-	/* A node's own address may come either way: anybody on its network could use it. */
-	if (node->mode == NODE_OVERLAY &&
-	    (pkt->family == 4 ? pkt->src.w[3] != node->v4 : !fib_addr_same(&pkt->src, &node->v6)))
-		return REASON_UPLINK_SPOOFED;
-	*direct = true;
-	return REASON_NONE;
-}
-
 int fib_from_uplink(struct __sk_buff *skb)
 {
 	struct pkt_ctx *pkt;
@@ -86,7 +67,7 @@ int fib_from_uplink(struct __sk_buff *skb)
 	if (!reason)
 		reason = parse_ip(&at, skb, pkt);
 	if (!reason)
-		reason = uplink_check_sender(pkt, &direct);
+		reason = sender_check(pkt, &direct);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
 	/* What the stack gets has LB at to_pod. */

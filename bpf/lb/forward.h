@@ -36,6 +36,29 @@ static __always_inline bool forward_node(const struct lb_config *config, __u32 f
 	return node->q[0] | node->q[1];
 }
 
+/* The client is told that its packet is too big for `mtu`, or that there is no backend (0). */
+static __always_inline int forward_reject(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 mtu)
+{
+	struct lb_work *work = lb_work();
+
+	if (!work)
+		return TC_ACT_SHOT;
+	work->mtu = mtu;
+	lb_tails.call(skb, LB_TAIL_REJECT);
+	return verdict_drop(skb, pkt, mtu ? REASON_LB_TOO_BIG : REASON_LB_NO_BACKEND);
+}
+
+/* A packet that no backend gets. */
+static __always_inline int forward_refuse(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct lb_way *way,
+					  enum way_kind kind)
+{
+	if (kind == WAY_SOURCE)
+		return verdict_drop(skb, pkt, REASON_LB_SOURCE);
+	if (way->service && way->service->flags & LB_SVC_DROP)
+		return verdict_drop(skb, pkt, REASON_LB_NO_BACKEND);
+	return forward_reject(skb, pkt, 0);
+}
+
 /* Records the translation of a packet whose backend sees it come from `local`, if that is due. `nat` are LB_NAT_*.
  * False: *action ends the packet's way. */
 static __always_inline bool forward_record(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct lb_config *config,

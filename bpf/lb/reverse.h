@@ -57,10 +57,10 @@ static __always_inline int reverse_leave(struct __sk_buff *skb, struct pkt_ctx *
 	enum route_result found;
 
 	found = route_find(skb, pkt->family, &nat->vip, &nat->client, pkt->proto, route_len(skb, pkt), &route);
-	if (unlikely(found == ROUTE_NONE || found == ROUTE_DROP || found == ROUTE_HERE))
+	if (unlikely(found == ROUTE_NONE))
 		return verdict_drop(skb, pkt, REASON_LB_NO_ROUTE);
 	if (unlikely(found == ROUTE_TOO_BIG))
-		return verdict_drop(skb, pkt, REASON_LB_TOO_BIG);
+		return forward_reject(skb, pkt, route.fib.mtu_result);
 	if (unlikely(!router_hop(skb, pkt)))
 		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
 	if (!reverse_translate(skb, pkt, nat))

@@ -14,9 +14,7 @@
 enum route_result {
 	ROUTE_OK = 0,
 	ROUTE_TOO_BIG = 1, /* for route->mtu_result */
-	ROUTE_NONE = 2,
-	ROUTE_HERE = 3, /* for this very host */
-	ROUTE_DROP = 4, /* a route forbids it */
+	ROUTE_NONE = 2, /* or for this very host, or not to be forwarded */
 };
 
 struct route {
@@ -56,13 +54,7 @@ static __always_inline enum route_result route_find(struct __sk_buff *skb, __u32
 	route->resolved = found == BPF_FIB_LKUP_RET_SUCCESS;
 	if (likely(found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH))
 		return ROUTE_OK;
-	if (found == BPF_FIB_LKUP_RET_FRAG_NEEDED)
-		return ROUTE_TOO_BIG;
-	if (found == BPF_FIB_LKUP_RET_NOT_FWDED)
-		return ROUTE_HERE;
-	if (found == BPF_FIB_LKUP_RET_BLACKHOLE || found == BPF_FIB_LKUP_RET_UNREACHABLE || found == BPF_FIB_LKUP_RET_PROHIBIT)
-		return ROUTE_DROP;
-	return ROUTE_NONE;
+	return found == BPF_FIB_LKUP_RET_FRAG_NEEDED ? ROUTE_TOO_BIG : ROUTE_NONE;
 }
 
 /* The packet, ready but for its Ethernet header, goes where a route leads that was found OK. */

@@ -73,7 +73,7 @@ int fib_lb(struct __sk_buff *skb)
 	if (kind == WAY_OTHER)
 		return slot_after_lb(skb, pkt);
 	if (kind != WAY_SERVED || !way.backend)
-		return verdict_drop(skb, pkt, kind == WAY_SOURCE ? REASON_LB_SOURCE : REASON_LB_NO_BACKEND);
+		return forward_refuse(skb, pkt, &way, kind);
 	if (pkt->direction == DIR_FROM_POD)
 		return slot_from_pod(skb, pkt, config, &way);
 	return slot_from_overlay(skb, pkt, config, &way);

@@ -8,8 +8,11 @@
 enum lb_tail {
 	LB_TAIL_UPLINK = 0, /* fib_lb_uplink, once more from the beginning */
 	LB_TAIL_SEARCH = 1, /* a port for a new connection */
+	LB_TAIL_REJECT = 2, /* the client is told */
 	LB_TAILS = 8,
 };
+
+#define LB_QUOTE 120 /* bytes of a packet that an error quotes */
 
 /* Holds for one packet, as struct pkt_ctx does. */
 struct lb_work {
@@ -18,7 +21,9 @@ struct lb_work {
 	__u64 sig;
 	__u32 step;   /* of the search: ports tried */
 	__u32 at;     /* number of the last one */
-	__u64 uplink; /* 1: to go on at LB_TAIL_UPLINK, else in slot LB */
+	__u32 mtu;    /* for LB_TAIL_REJECT: what the packet does not fit; 0: there is no backend */
+	__u32 uplink; /* 1: to go on at LB_TAIL_UPLINK, else in slot LB */
+	__u32 quote[32];
 };
 
 FIB_MAP("prog", __u32, __u32, lb_tails, LB_TAILS, 0);

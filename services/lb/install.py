@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "lb"
 LB: Final = "fib_lb"
 UPLINK: Final = "fib_lb_uplink"
+UPLINK_OUT: Final = "fib_lb_uplink_out"
 TABLES: Final = "fib_lb_maps"
 XDP: Final = "fib_lb_xdp"
 SOCKETS: Final = {
@@ -34,7 +35,7 @@ SOCKETS: Final = {
 SOCK_RELEASE: Final = "fib_release"
 SLOTS: Final = {pipeline.Slot.LB: LB}
 TAILS_MAP: Final = "lb_tails"
-TAILS: Final = ("fib_lb_search",)
+TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject")
 """Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
 XDP_MAPS: Final = {
@@ -66,11 +67,11 @@ def packets() -> loader.ProgramSpec:
     return loader.ProgramSpec(
         source=Path("lb/lb.c"),
         service=SERVICE,
-        functions=dict.fromkeys((LB, *TAILS), "sched_cls"),
+        functions=dict.fromkeys((LB, UPLINK_OUT, *TAILS), "sched_cls"),
         maps={**MAPS, TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}"},
         slots={
             pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()},
-            TAILS_MAP: dict(enumerate(TAILS, 1)),
+            TAILS_MAP: dict(enumerate(TAILS)),
         },
     )
 

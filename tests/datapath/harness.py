@@ -22,8 +22,9 @@ from services.common.pipeline.reasons import Reason
 
 LOOPBACK = 1
 OK, SHOT, REDIRECT, UNSPEC = 0, 2, 7, 0xFFFFFFFF
-ACTION = {abi.Verdict.DROPPED: {SHOT}, abi.Verdict.DELIVERED: {REDIRECT, UNSPEC},
-          abi.Verdict.TO_STACK: {UNSPEC, REDIRECT}, abi.Verdict.TO_OVERLAY: {REDIRECT}, abi.Verdict.TO_NODE: {REDIRECT}}
+ACTION = {abi.Verdict.DROPPED: {SHOT, REDIRECT},  # the sender may be told
+          abi.Verdict.DELIVERED: {REDIRECT, UNSPEC}, abi.Verdict.TO_STACK: {UNSPEC, REDIRECT},
+          abi.Verdict.TO_OVERLAY: {REDIRECT}, abi.Verdict.TO_NODE: {REDIRECT}}
 HOST_MAC = "02:00:00:00:00:01"
 
 

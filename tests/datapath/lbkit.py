@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
+import struct
 from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Any
 
 from scapy.layers.inet import IP, TCP, UDP
@@ -12,15 +16,27 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 
 from services.common.instance import Instance
-from services.common.kernel import loader, progs
+from services.common.kernel import loader, netns, progs
+from services.common.kernel import netlink as nl
+from services.common.kernel.netlink import Rtnl
+from services.common.kernel.netns import NetNs
 from services.common.pipeline import abi as pipeline
+from services.common.pipeline.reasons import Reason
 from services.lb import abi, install
 from tests.datapath.cluster import Cluster, loaded
+from tests.datapath.harness import Result
 from tests.datapath.lbtables import LbTables
 
 VIP = {4: "10.96.0.1", 6: "fd00:96::1"}
 NODE = {4: "192.168.7.1", 6: "fd77::1"}
 HAIRPIN = {4: "169.254.42.1", 6: "fd00:fb:42::1"}
+CLIENT = {4: "192.0.2.1", 6: "2001:db8:1::1"}
+ROUTER = {4: "192.168.7.254", 6: "fd77::fe"}
+SERVER = {4: "192.168.7.40", 6: "fd77::40"}
+"""A backend that is no pod, on the node's network."""
+NARROW = {4: "203.0.113.9", 6: "2001:db8:9::9"}
+"""Another one, by a device with an MTU of 1300."""
+NODE_MAC, ROUTER_MAC, SERVER_MAC = "02:00:00:00:00:11", "02:00:00:00:00:fe", "02:00:00:00:00:40"
 PROTO = {TCP: 6, UDP: 17}
 
 
@@ -89,3 +105,103 @@ def rewritten(
         assert isinstance(ip, IPv6)
         ip.hlim = ttl or ip.hlim - 1
     return bytes(ip)
+
+
+def arriving(packet: Any) -> bytes:
+    """As it comes from the router to the uplink."""
+    return bytes(Ether(src=ROUTER_MAC, dst=NODE_MAC) / packet)
+
+
+def outside(family: int, **fields: Any) -> IP | IPv6:
+    """From the client to the VIP, unless said otherwise; `ttl` is the hop limit of either family."""
+    fields = {"src": CLIENT[family], "dst": VIP[family], **fields}
+    if family == 6 and "ttl" in fields:
+        fields["hlim"] = fields.pop("ttl")
+    return IP(**fields) if family == 4 else IPv6(**fields)
+
+
+def answer(sent: bytes, layer: Any, **fields: Any) -> Any:
+    """What the backend says to a packet it got, from IP on."""
+    got = Ether(sent)
+    return type(got[1])(src=got[1].dst, dst=got[1].src) / layer(
+        sport=got[layer].dport, dport=got[layer].sport, **fields
+    )
+
+
+class Uplink:
+    """A namespace with an uplink and routes: clients by a router, a server beside. All neighbours are permanent."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self._exit = contextlib.ExitStack()
+        path = Path(f"/run/netns/fbl-{secrets.token_hex(3)}")
+        netns.add(path)
+        self._exit.callback(netns.remove, path)
+        self.netns = self._exit.enter_context(NetNs.open(path))
+        self._fds = {
+            name: self._exit.enter_context(progs.opened(install.program_path(lab.dp.instance, name)))
+            for name in (install.UPLINK, install.UPLINK_OUT)
+        }
+        with self.netns.entered():
+            for option in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+                Path("/proc/sys/net", option).write_text("1")
+        with Rtnl(self.netns) as node:
+            self.ifindex = node.create_veth("fbl0", NODE_MAC, "fbl1", ROUTER_MAC, 1500)
+            narrow = node.create_veth("fbl2", "02:00:00:00:00:12", "fbl3", SERVER_MAC, 1300)
+            ups = [nl.link_up(node.ifindex(name)) for name in ("lo", "fbl0", "fbl1", "fbl2", "fbl3")]
+            messages = [nl.no_link_local(self.ifindex), nl.no_link_local(narrow), *ups]
+            for family, (length, clients) in {4: (24, "192.0.2.0/24"), 6: (64, "2001:db8:1::/64")}.items():
+                router = ip_address(ROUTER[family])
+                messages += [
+                    nl.address_add(self.ifindex, ip_address(NODE[family]), length),
+                    nl.neighbour_put(self.ifindex, router, ROUTER_MAC),
+                    nl.neighbour_put(self.ifindex, ip_address(SERVER[family]), SERVER_MAC),
+                    nl.route_put(ip_network(clients), self.ifindex, router),
+                    nl.neighbour_put(narrow, ip_address(NARROW[family]), SERVER_MAC),
+                    nl.route_put(ip_network(NARROW[family]), narrow),
+                ]
+            node.apply(messages)
+
+    def close(self) -> None:
+        self._exit.close()
+
+    def run(self, data: bytes, program: str = install.UPLINK, *, gso_size: int = 0) -> tuple[int, bytes]:
+        """Action, and the frame after it."""
+        ctx = struct.pack("=40xI120xI8xI12x", self.ifindex, 2 if gso_size else 0, gso_size)
+        self.lab.dp.ring.poll()
+        with self.netns.entered():
+            done = progs.test_run(self._fds[program], data, ctx=ctx, out_size=65536)
+        return done.retval, done.data
+
+    def event(self) -> pipeline.Event:
+        """Of the packet run last."""
+        (event,) = [
+            e
+            for e in map(pipeline.Event.from_buffer_copy, self.lab.dp.ring.poll())
+            if e.ifindex == self.ifindex
+        ]
+        return event
+
+    def sends(self, packet: Any, action: int = 7, **options: Any) -> Ether:
+        """What the uplink's program makes of a packet from the router; right in every length and checksum."""
+        done, data = self.run(arriving(packet), **options)
+        assert done == action, (done, Reason(self.event().reason))
+        assert exact(data) == data
+        return Ether(data)
+
+    def passes(self, packet: Any) -> None:
+        """Asserts that the packet is left to the host as it came, uncounted."""
+        data = arriving(packet)
+        assert self.run(data) == (0xFFFFFFFF, data)
+        assert not self.lab.dp.ring.poll()
+
+    def drops(self, packet: Any) -> Reason:
+        """Why."""
+        action, _ = self.run(arriving(packet))
+        assert action == 2, action
+        return Reason(self.event().reason)
+
+    def from_pod(self, packet: Any) -> Result:
+        """A packet of pod A, where there are routes."""
+        with self.netns.entered():
+            return self.lab.dp.run(bytes(packet))
