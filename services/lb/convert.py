@@ -129,6 +129,7 @@ def backend(message: pb.Backend, at: str) -> Backend:
         node=fields.text(message.node, f"{at}.node"),
         cluster=fields.text(message.cluster, f"{at}.cluster"),
         state=state(message.state, f"{at}.state", BackendState.ACTIVE),
+        origin=fields.text(message.origin, f"{at}.origin"),
     )
 
 
@@ -238,6 +239,7 @@ def backend_to_proto(member: Backend) -> pb.Backend:
         node=member.node,
         cluster=member.cluster,
         state=pb.BackendState.ValueType(member.state),
+        origin=member.origin,
     )
 
 

@@ -97,6 +97,8 @@ class Backend:
     cluster: str = ""
     state: BackendState = BackendState.ACTIVE
     """As declared; never FREE."""
+    origin: str = ""
+    """Who declares it."""
 
 
 @dataclass(frozen=True, slots=True)

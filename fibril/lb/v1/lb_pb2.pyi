@@ -303,6 +303,7 @@ class Backend(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     EFFECTIVE_STATE_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """IPv4 or IPv6 address, of the frontends' family to be of use to them."""
     port: _builtins.int
@@ -321,6 +322,10 @@ class Backend(_message.Message):
     """Output only: state on this node, health checks included."""
     health: _builtins.str
     """Output only: why it is quarantined here, one sentence; empty otherwise."""
+    origin: _builtins.str
+    """Free text of whoever declares it, at most 253 characters: `fibril service apply` keeps the EndpointSlice's name here, so that
+    a slice applied alone replaces its own backends and no others.
+    """
     def __init__(
         self,
         *,
@@ -333,10 +338,11 @@ class Backend(_message.Message):
         state: Global___BackendState.ValueType = ...,
         effective_state: Global___BackendState.ValueType = ...,
         health: _builtins.str = ...,
+        origin: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cluster", b"cluster", "effective_state", b"effective_state", "health", b"health", "node", b"node", "port", b"port", "state", b"state", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cluster", b"cluster", "effective_state", b"effective_state", "health", b"health", "node", b"node", "origin", b"origin", "port", b"port", "state", b"state", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
