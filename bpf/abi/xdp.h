@@ -10,8 +10,12 @@
  * device may see as well, are not balanced. */
 struct lb_xdp {
 	__u64 macs[LB_XDP_MACS];
+	/* Not 0: frames leave by redirection also where they came by. A veth does not wake its other end for XDP_TX unless a
+	 * program hangs there, too. */
+	__u32 redirect;
+	__u32 pad;
 };
-_Static_assert(sizeof(struct lb_xdp) == 32, "ABI");
+_Static_assert(sizeof(struct lb_xdp) == 40, "ABI");
 
 /* A device that takes frames redirected to it. */
 struct lb_xdp_port {

@@ -74,5 +74,5 @@ static __always_inline int dsr_send(struct xdp_md *ctx, bool v4, const struct lb
 		dsr_header_v4(data + ETH_HLEN, packet, config->snat_v4, backend->addr.w[3], port);
 	else
 		dsr_header_v6(data + ETH_HLEN, packet, &config->snat_v6, &backend->addr, port);
-	return xdp_leave(hop);
+	return xdp_leave(ctx, hop);
 }

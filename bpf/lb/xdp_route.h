@@ -126,8 +126,13 @@ static __always_inline void xdp_address(void *data, const struct xdp_hop *hop, b
 	*(__be16 *)(data + 12) = v4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6);
 }
 
-static __always_inline int xdp_leave(const struct xdp_hop *hop)
+static __always_inline int xdp_leave(struct xdp_md *ctx, const struct xdp_hop *hop)
 {
+	__u32 zero = 0;
+	struct lb_xdp *own = lb_xdp.lookup(&zero);
+
 	lb_count(LB_STAT_XDP_TX);
-	return likely(!hop->ifindex) ? XDP_TX : bpf_redirect(hop->ifindex, 0);
+	if (unlikely(hop->ifindex))
+		return bpf_redirect(hop->ifindex, 0);
+	return likely(own && !own->redirect) ? XDP_TX : bpf_redirect(ctx->ingress_ifindex, 0);
 }

@@ -49,5 +49,5 @@ static __always_inline int snat_send(struct xdp_md *ctx, bool v4, const struct x
 		}
 	}
 	xdp_address(data, hop, v4);
-	return xdp_leave(hop);
+	return xdp_leave(ctx, hop);
 }

@@ -21,12 +21,12 @@ def mac_word(mac: str) -> int:
 class Own(ct.Structure):
     """struct lb_xdp: the one value of lb_xdp."""
 
-    _fields_ = (("macs", ct.c_uint64 * MACS),)
+    _fields_ = (("macs", ct.c_uint64 * MACS), ("redirect", ct.c_uint32), ("pad", ct.c_uint32))
 
     @classmethod
-    def of(cls, macs: Sequence[str]) -> Self:
+    def of(cls, macs: Sequence[str], redirect: bool = False) -> Self:
         """At most MACS of them."""
-        return cls(macs=(ct.c_uint64 * MACS)(*map(mac_word, macs)))
+        return cls(macs=(ct.c_uint64 * MACS)(*map(mac_word, macs)), redirect=redirect)
 
 
 class Port(ct.Structure):

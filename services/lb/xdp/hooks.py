@@ -42,6 +42,8 @@ class Hook:
     mode: Mode
     transmits: bool
     """Whether XDP on other devices can send by it."""
+    redirect: bool = False
+    """Whether it can send its own frames back only by redirection."""
     note: str = ""
     """Why generic, where native was possible to ask for."""
     problem: str = ""
@@ -159,7 +161,8 @@ class Hooks:
             mode, note = Mode.GENERIC, str(error)
             self._put(node, link, mode)
         transmits = mode is Mode.GENERIC or bool((can or 0) & Feature.TRANSMIT)
-        return Hook(link.name, link.ifindex, link.mac, mode, transmits, note)
+        redirect = link.kind == "veth" and mode is Mode.NATIVE
+        return Hook(link.name, link.ifindex, link.mac, mode, transmits, redirect, note)
 
     def _put(self, node: Rtnl, link: Link, mode: Mode) -> None:
         if link.xdp_mode == mode and link.xdp_prog_id == self._id:
@@ -177,7 +180,8 @@ class Hooks:
     def _note(self, hooks: Sequence[Hook]) -> None:
         """Tell the program whose frames it is to take, and by which devices it may send."""
         assert self._own is not None and self._ports is not None
-        self._own.update(0, abi.Own.of(sorted({hook.mac for hook in hooks})[: abi.MACS]))
+        macs = sorted({hook.mac for hook in hooks})[: abi.MACS]
+        self._own.update(0, abi.Own.of(macs, any(hook.redirect for hook in hooks)))
         ports = {hook.ifindex: hook for hook in hooks if hook.transmits} if len(hooks) > 1 else {}
         for key in list(self._ports.keys()):
             if key.value not in ports:
