@@ -79,6 +79,7 @@ class LbService:
         self._next_hops = NextHops(
             self._netlink, self._plane, lambda: [hook.ifindex for hook in self._xdp.attached()]
         )
+        self._xdp.on_change(self._next_hops.wake)
 
     async def start(self, ctx: HostContext) -> None:
         """Adopt what there is; what the host or etcd lacks now is tried again in the background."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from services.common import errors
@@ -50,6 +50,7 @@ class Xdp:
         self._hooks = Hooks(instance)
         self._datapath = Datapath(instance, hooks.parts(), self._use, self._lost)
         self._found: list[Hook] = []
+        self._callbacks: list[Callable[[], None]] = []
         self._problem = ""
         self._events: ev.Events | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -60,6 +61,10 @@ class Xdp:
         if self._needs.get(source) is not wanted:
             self._needs[source] = wanted
             self._dirty.set()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """To be called when `attached` is other than before."""
+        self._callbacks.append(callback)
 
     @property
     def wanted(self) -> bool | None:
@@ -153,11 +158,15 @@ class Xdp:
             raise self._datapath.problem or errors.Unavailable("the XDP program is not there")
         if wanted is None:
             return
+        before = self._found
         if wanted:
             self._found = await self._netlink.call(self._hooks.apply, self._devices, self._mode)
         else:
             await self._netlink.call(hooks.remove, self._instance)
             self._found = []
+        if self._found != before:
+            for callback in self._callbacks:
+                callback()
 
     async def _use(self) -> None:
         await self._netlink.run(self._hooks.open)
