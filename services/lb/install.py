@@ -76,11 +76,14 @@ def packets() -> loader.ProgramSpec:
     )
 
 
+async def install_packets(instance: Instance) -> None:
+    """Load tc's programs anew, adopting what maps there are. Raises what loader.load raises."""
+    await loader.load([packets()], instance.pin_dir)
+
+
 def xdp() -> loader.ProgramSpec:
     """XDP: the fast path of the uplinks. It shares no slots with tc."""
-    return loader.ProgramSpec(
-        source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps=XDP_MAPS
-    )
+    return loader.ProgramSpec(source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps=XDP_MAPS)
 
 
 async def install_xdp(instance: Instance) -> None:

@@ -28,6 +28,7 @@ from services.lb.api import LbApi
 from services.lb.config import LbConfig
 from services.lb.kernel.writer import Plane
 from services.lb.locality import Locality
+from services.lb.packets import Packets
 from services.lb.pods import LocalAddresses
 from services.lb.services import Services
 from services.lb.sockets.sockets import Sockets
@@ -75,6 +76,7 @@ class LbService:
         self._sockets = Sockets(instance, self._plane.configure, cfg.lb.cgroup, cfg.lb.sockets)
         self._plane.on_removed(self._sockets.backends_removed)
         devices = cfg.lb.devices or ((cfg.network.device,) if cfg.network.device else ())
+        self._packets = Packets(instance, self._netlink, devices)
         self._xdp = Xdp(instance, self._netlink, cfg.lb.xdp, devices, (_SERVICES,))
         self._next_hops = NextHops(
             self._netlink, self._plane, lambda: [hook.ifindex for hook in self._xdp.attached()]
@@ -93,6 +95,7 @@ class LbService:
         await self._plane.start()
         await self._tables.install()
         await self._sockets.start()
+        await self._packets.start()
         await self._xdp.start()
         await self._next_hops.start()
         await self._services.start()
@@ -101,6 +104,7 @@ class LbService:
             self._services,
             self._plane,
             self._sockets,
+            self._packets,
             self._xdp,
             self._next_hops,
         ):
@@ -120,6 +124,7 @@ class LbService:
         await self._services.stop()
         await self._next_hops.stop()
         await self._xdp.stop()
+        await self._packets.stop()
         await self._sockets.stop()
         await self._plane.stop()
         self._hostaddrs.close()
@@ -139,6 +144,7 @@ class LbService:
             *(replace(each, name=f"tables.{each.name}") for each in self._tables.status()),
             *self._plane.status(),
             *self._sockets.status(),
+            *self._packets.status(),
             *self._xdp.status(),
         ]
 
@@ -156,12 +162,16 @@ class LbService:
         else:
             self._outside.discard(name)
         if self._services.synced.is_set() or self._outside:
-            self._xdp.need(_SERVICES, bool(self._outside))
+            self._need_outside()
 
     async def _when_known(self) -> None:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
         await self._plane.settled()
+        self._need_outside()
+
+    def _need_outside(self) -> None:
+        self._packets.need(bool(self._outside))
         self._xdp.need(_SERVICES, bool(self._outside))
 
     def _moved(self, changed: frozenset[IPAddress]) -> None:
