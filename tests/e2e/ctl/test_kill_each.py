@@ -38,7 +38,7 @@ def test_each_process_of_the_node_can_be_killed_under_load(node: Node) -> None:
         stack.enter_context(udp_server(server.space, 4, server.address(4), PORT))
         probes = stack.enter_context(Probes(client, server))
         wait_for(lambda: probes.connections > 20, "probes run")
-        for victim in ("ipam", "identity", "etcd", "supervisor"):
+        for victim in ("ipam", "identity", "lb", "etcd", "supervisor"):
             old = node.processes()
             os.kill(old[victim], signal.SIGKILL)
             at = probes.connections
