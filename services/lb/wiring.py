@@ -6,14 +6,17 @@ part (XDP, hooks of control groups) is named in status; the others work without.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as ct
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final
+from urllib.parse import urlsplit
 
 from fibril.lb.v1 import lb_pb2 as pb
 from fibril.lb.v1 import lb_pb2_grpc
+from fibril.prefilter.v1 import prefilter_pb2_grpc
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.hostaddrs import HostAddresses
@@ -30,6 +33,7 @@ from services.lb.kernel.writer import Plane
 from services.lb.locality import Locality
 from services.lb.packets import Packets
 from services.lb.pods import LocalAddresses
+from services.lb.prefilter.part import PrefilterPart
 from services.lb.services import Services
 from services.lb.sockets.sockets import Sockets
 from services.lb.store import Store
@@ -37,6 +41,7 @@ from services.lb.xdp.nexthops import NextHops
 from services.lb.xdp.xdp import Xdp
 
 _SERVICES: Final = "services"
+_PREFILTER: Final = "prefilter"
 _LOOPBACKS: Final[frozenset[IPAddress]] = frozenset((ip_address("127.0.0.1"), ip_address("::1")))
 
 
@@ -77,7 +82,9 @@ class LbService:
         self._plane.on_removed(self._sockets.backends_removed)
         devices = cfg.lb.devices or ((cfg.network.device,) if cfg.network.device else ())
         self._packets = Packets(instance, self._netlink, devices)
-        self._xdp = Xdp(instance, self._netlink, cfg.lb.xdp, devices, (_SERVICES,))
+        self._xdp = Xdp(instance, self._netlink, cfg.lb.xdp, devices, (_SERVICES, _PREFILTER))
+        self._prefilter = PrefilterPart(instance, lambda: [hook.device for hook in self._xdp.attached()])
+        self._prefilter.on_active(lambda active: self._xdp.need(_PREFILTER, active))
         self._next_hops = NextHops(
             self._netlink, self._plane, lambda: [hook.ifindex for hook in self._xdp.attached()]
         )
@@ -97,6 +104,7 @@ class LbService:
         await self._sockets.start()
         await self._packets.start()
         await self._xdp.start()
+        await self._prefilter.start()
         await self._next_hops.start()
         await self._services.start()
         for part in (
@@ -106,6 +114,7 @@ class LbService:
             self._sockets,
             self._packets,
             self._xdp,
+            self._prefilter,
             self._next_hops,
         ):
             for task in part.tasks():
@@ -114,6 +123,7 @@ class LbService:
         ctx.tasks.spawn("lb.known", self._when_known())
         ctx.tasks.spawn("lb.addresses", self._hostaddrs.run())
         ctx.tasks.spawn("lb.pods", self._local.run())
+        ctx.rpc.add(prefilter_pb2_grpc.add_PrefilterServiceServicer_to_server, self._prefilter.api)
         ctx.rpc.add(
             lb_pb2_grpc.add_LbServiceServicer_to_server,
             LbApi(self._services, self._store, self._plane, lambda name, key: "", _no_trace),
@@ -123,6 +133,7 @@ class LbService:
         """Let what is under way end; the data path and all that is recorded stay."""
         await self._services.stop()
         await self._next_hops.stop()
+        await self._prefilter.stop()
         await self._xdp.stop()
         await self._packets.stop()
         await self._sockets.stop()
@@ -146,12 +157,14 @@ class LbService:
             *self._sockets.status(),
             *self._packets.status(),
             *self._xdp.status(),
+            *self._prefilter.status(),
         ]
 
     def _addresses_changed(self) -> None:
         addresses = self._hostaddrs.addresses
         self._local.set_host(addresses)
         self._plane.set_addresses(addresses | _LOOPBACKS)
+        self._prefilter.protect(addresses | _addresses_of(self._etcd.urls))
 
     def _planned(self, name: str) -> None:
         """A service is in the kernel as it is now, or is gone."""
@@ -194,6 +207,15 @@ class LbService:
 
     def _lost(self, reason: errors.FibrilError) -> None:
         """What is in the kernel goes on; `status` names the reason."""
+
+
+def _addresses_of(urls: Sequence[str]) -> frozenset[IPAddress]:
+    """Those that URLs name by number."""
+    found = set()
+    for url in urls:
+        with contextlib.suppress(ValueError):
+            found.add(ip_address(urlsplit(url).hostname or ""))
+    return frozenset(found)
 
 
 def _no_trace(request: pb.TraceServiceRequest) -> pb.TraceServiceResponse:
