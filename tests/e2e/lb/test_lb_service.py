@@ -58,11 +58,14 @@ def clients(landscape: ModeLab) -> Iterator[dict[str, Client]]:
         }
 
 
-def web(addresses: dict[str, str], **more: object) -> pb.Service:
+def web(lab: ModeLab, addresses: dict[str, str], **more: object) -> pb.Service:
     return pb.Service(
         name="default/web:http",
         frontends=[pb.Frontend(address=VIP, port=80)],
-        backends=[pb.Backend(address=address, port=8080, node=node) for node, address in addresses.items()],
+        backends=[
+            pb.Backend(address=address, port=8080, node=lab.instance(node).name)
+            for node, address in addresses.items()
+        ],
         **more,  # type: ignore[arg-type]
     )
 
@@ -85,9 +88,12 @@ def served(stubs: list[lb_pb2_grpc.LbServiceStub], inside: int) -> None:
 
 
 def test_a_service_is_served_changed_and_deleted(
-    stubs: list[lb_pb2_grpc.LbServiceStub], servers: dict[str, str], clients: dict[str, Client]
+    landscape: ModeLab,
+    stubs: list[lb_pb2_grpc.LbServiceStub],
+    servers: dict[str, str],
+    clients: dict[str, Client],
 ) -> None:
-    created = stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(servers)))
+    created = stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(landscape, servers)))
     assert created.created and created.service.revision
     served(stubs, 2)
     for each in clients.values():
@@ -119,7 +125,7 @@ def test_traffic_goes_on_when_the_service_is_killed(
     clients: dict[str, Client],
 ) -> None:
     first = {"c1n1": servers["c1n1"]}
-    stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(first)))
+    stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(landscape, first)))
     served(stubs, 1)
     held = clients["host"]("hold", VIP, 80)[0]
     for each in clients.values():
@@ -128,7 +134,7 @@ def test_traffic_goes_on_when_the_service_is_killed(
     (before,) = landscape.processes("c1n1", "lb")
     landscape.kill("c1n1", "lb")
     # Changed while nobody looks.
-    second = pb.Backend(address=servers["c1n2"], port=8080, node="c1n2")
+    second = pb.Backend(address=servers["c1n2"], port=8080)
     add = pb.AddBackendsRequest(service="default/web:http", backends=[second])
     assert stubs[1].AddBackends(add).added == 1
     wait_for(lambda: landscape.processes("c1n1", "lb") not in ([], [before]), "a new process")
@@ -140,12 +146,39 @@ def test_traffic_goes_on_when_the_service_is_killed(
     assert clients["host"]("echo", held) == "x"
 
 
+def test_a_port_of_all_nodes_is_reached_from_outside(
+    landscape: ModeLab, stubs: list[lb_pb2_grpc.LbServiceStub], servers: dict[str, str]
+) -> None:
+    port = pb.Frontend(type=pb.FRONTEND_TYPE_NODE_PORT, port=30080)
+    service = web(landscape, servers, external_traffic_policy=pb.TRAFFIC_POLICY_LOCAL)
+    service.frontends.append(port)
+    addresses = {
+        node: [address for address, _ in landscape.lab.underlay_of(landscape.node(node))] for node in NODES
+    }
+    stubs[0].UpsertService(pb.UpsertServiceRequest(service=service))
+    served(stubs, 2)
+    with client(landscape, "world") as world:
+        for node, (four, *_) in addresses.items():
+            wait_for(lambda four=four: "error" not in world("ask", four, 30080), f"the port of {node}")
+            # Each node to its own.
+            assert world.names(four, 8, 30080) == {node}
+        service.external_traffic_policy = pb.TRAFFIC_POLICY_CLUSTER
+        stubs[0].UpsertService(pb.UpsertServiceRequest(service=service))
+        for node, (four, *_) in addresses.items():
+            wait_for(lambda four=four: world.names(four, 8, 30080) == set(NODES), f"all at {node}")
+        world("stress", addresses["c1n2"][0], 30080)
+        landscape.kill("c1n2", "lb")
+        wait_for(lambda: world("count")["ok"] > 100, "connections")
+        assert world("count")["failures"] == []
+    wait_for(lambda: get(stubs[1]) is not None, "the lb service again")
+
+
 def test_watchers_see_what_the_node_serves(
-    stubs: list[lb_pb2_grpc.LbServiceStub], servers: dict[str, str]
+    landscape: ModeLab, stubs: list[lb_pb2_grpc.LbServiceStub], servers: dict[str, str]
 ) -> None:
     watch = stubs[1].WatchServices(pb.WatchServicesRequest(), timeout=20)
     assert next(watch).kind == types_pb2.WATCH_KIND_SYNCED
-    stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(servers)))
+    stubs[0].UpsertService(pb.UpsertServiceRequest(service=web(landscape, servers)))
     seen = next(each for each in watch if each.service.status.programmed)
     assert {backend.effective_state for backend in seen.service.backends} == {pb.BACKEND_STATE_ACTIVE}
     stubs[0].DeleteService(pb.DeleteServiceRequest(name="default/web:http"))
