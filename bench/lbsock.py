@@ -1,7 +1,8 @@
-"""What load balancing at sockets adds to connect(): of a UDP socket to a service, against one to the backend itself by a
-process that no program looks at. A service of 10,000 with one socket each is asked: nothing is in the cache for being alone.
+"""What load balancing at sockets adds to connect(): of a fresh UDP socket to a service, against one to the backend itself by
+a process that no program looks at, on the same CPU in turn.
 
-The programs' own cost where they do nothing, and what closing a socket takes more, go to standard error.
+What the programs cost where they have nothing to do, what connecting the same socket again takes more, and what closing
+one does, go to standard error.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from services.lb import install
 from services.lb.sockets.hooks import Hooks, remove
 from tests.datapath.lbtables import UDP, LbTables
 
-COUNT = 2000
-ROUNDS = quick(15, 101)
+COUNT = 500
+ROUNDS = quick(200, 1000)
 SERVICES = 200
 TARGET_US = 0.15
 BACKENDS = {4: "10.90.0.5", 6: "fd90::5"}
+OTHERS = {4: "10.90.0.6", 6: "fd90::6"}
+"""No service has anything to do with these."""
 VIPS = {4: "10.96.0.10", 6: "fd96::10"}
 Times = tuple[float, float, float]
 
@@ -69,7 +72,7 @@ def _space() -> Iterator[Path]:
     netns.add(path)
     try:
         with NetNs.open(path) as there, Rtnl(there) as inside:
-            addresses = [nl.address_add(1, ip_address(address)) for address in BACKENDS.values()]
+            addresses = [nl.address_add(1, ip_address(address)) for address in (*BACKENDS.values(), *OTHERS.values())]
             inside.apply([nl.link_up(1), *addresses])
         yield path
     finally:
@@ -115,7 +118,8 @@ def _measure(instance: Instance, program: Path, version: int) -> dict[str, list[
             tables.service([(vip, 1000 + number)], [(backend, 5000)] * 4, UDP)
         subjects = {
             "bare": lambda: bare.measure(backend, 5000),
-            "unrelated": lambda: hooked.measure(backend, 5000),
+            "unrelated": lambda: hooked.measure(OTHERS[version], 5000),
+            "backend": lambda: hooked.measure(backend, 5000),
             "service": lambda: hooked.measure(vip, 1000),
         }
         found: dict[str, list[Times]] = {name: [] for name in subjects}
@@ -139,7 +143,7 @@ def main() -> None:
             found = _measure(instance, program, version)
             bare = [median([times[which] for times in found["bare"]]) / 1000 for which in range(3)]
             log(f"IPv{version}: connect {bare[0]:.3f} us, again {bare[1]:.3f}, close {bare[2]:.3f} without programs")
-            for name in ("unrelated", "service"):
+            for name in ("unrelated", "backend", "service"):
                 log(
                     f"  {name}: + {_added(found, name, 0):.3f} us, again + {_added(found, name, 1):.3f}, "
                     f"close + {_added(found, name, 2):.3f}"

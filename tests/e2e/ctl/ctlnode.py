@@ -47,6 +47,8 @@ class Node:
             "FIBRIL_INSTANCE": self.name,
         }
         self.instance = Instance.from_env(self.name, self.env)
+        # Sockets of the machine, and of other tests' nodes, are none of this one's.
+        self.env["FIBRIL_LB_CGROUP"] = self.instance.cgroup
 
     def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start a program in the namespace; mounts stay as they are."""
