@@ -29,6 +29,8 @@ from services.common.underlay import Underlay
 from services.lb import install
 from services.lb.api import LbApi
 from services.lb.config import LbConfig
+from services.lb.health.monitor import Health
+from services.lb.health.node_ports import HealthCheckPorts
 from services.lb.kernel.writer import Plane
 from services.lb.locality import Locality
 from services.lb.packets import Packets
@@ -61,10 +63,11 @@ class LbService:
         self._local = LocalAddresses(instance, self._moved)
         self._hostaddrs = HostAddresses(self._netlink, self._addresses_changed)
         self._underlay = Underlay(cfg.network, instance, self._netlink)
+        self._health = Health(self._services)
         self._plane = Plane(
             instance,
             self._services,
-            lambda name, key: "",
+            self._health.verdict,
             lambda: Locality(self._node, cfg.lb.zone, cluster, self._local.all),
             cfg.lb.defaults(),
             cfg.lb.limits(),
@@ -76,6 +79,8 @@ class LbService:
             self._plane.use_maps,
             self._lost,
         )
+        self._health.on_change(self._plane.mark)
+        self._health_ports = HealthCheckPorts(lambda: self._services.specs, self._plane.local_backends)
         self._outside: set[str] = set()
         # Services that clients outside reach.
         self._sockets = Sockets(instance, self._plane.configure, cfg.lb.cgroup, cfg.lb.sockets)
@@ -106,6 +111,8 @@ class LbService:
         await self._xdp.start()
         await self._prefilter.start()
         await self._next_hops.start()
+        await self._health.start()
+        await self._health_ports.start()
         await self._services.start()
         for part in (
             self._underlay,
@@ -116,6 +123,8 @@ class LbService:
             self._xdp,
             self._prefilter,
             self._next_hops,
+            self._health,
+            self._health_ports,
         ):
             for task in part.tasks():
                 ctx.tasks.adopt(task)
@@ -126,12 +135,14 @@ class LbService:
         ctx.rpc.add(prefilter_pb2_grpc.add_PrefilterServiceServicer_to_server, self._prefilter.api)
         ctx.rpc.add(
             lb_pb2_grpc.add_LbServiceServicer_to_server,
-            LbApi(self._services, self._store, self._plane, lambda name, key: "", _no_trace),
+            LbApi(self._services, self._store, self._plane, self._health.verdict, _no_trace),
         )
 
     async def stop(self) -> None:
         """Let what is under way end; the data path and all that is recorded stay."""
         await self._services.stop()
+        await self._health_ports.stop()
+        await self._health.stop()
         await self._next_hops.stop()
         await self._prefilter.stop()
         await self._xdp.stop()
@@ -158,6 +169,8 @@ class LbService:
             *self._packets.status(),
             *self._xdp.status(),
             *self._prefilter.status(),
+            *self._health.status(),
+            *self._health_ports.status(),
         ]
 
     def _addresses_changed(self) -> None:
@@ -169,6 +182,7 @@ class LbService:
     def _planned(self, name: str) -> None:
         """A service is in the kernel as it is now, or is gone."""
         self._services.tell(name)
+        self._health_ports.changed(name)
         plans = self._plane.plans.get(name, {})
         if any(front.outside for plan in plans.values() for front in plan.fronts):
             self._outside.add(name)

@@ -1,0 +1,1 @@
+"""Whether backends are well: each node asks for itself."""
