@@ -5,6 +5,7 @@
 #include "abi/endpoint.h"
 #include "abi/ipcache.h"
 #include "abi/node.h"
+#include "lb/frag.h"
 #include "lb/nat.h"
 #include "lb/translate.h"
 #include "lb/way.h"
@@ -34,6 +35,27 @@ static __always_inline bool forward_node(const struct lb_config *config, __u32 f
 	}
 	*node = config->snat_v6;
 	return node->q[0] | node->q[1];
+}
+
+/* An error that may be about a translated packet. */
+static __always_inline bool forward_is_error(const struct pkt_ctx *pkt)
+{
+	if (pkt->flags & PKT_FRAG_LATER)
+		return false;
+	if (pkt->proto == IPPROTO_ICMP)
+		return pkt->icmp_type == 3 || pkt->icmp_type == 11 || pkt->icmp_type == 12;
+	return pkt->proto == IPPROTO_ICMPV6 && pkt->icmp_type - 1u < 4;
+}
+
+/* Leaves it to fib_lb_icmp, or returns if that is not there. */
+static __always_inline void forward_error(struct __sk_buff *skb, bool uplink)
+{
+	struct lb_work *work = lb_work();
+
+	if (!work)
+		return;
+	work->uplink = uplink;
+	lb_tails.call(skb, LB_TAIL_ICMP);
 }
 
 /* The client is told that its packet is too big for `mtu`, or that there is no backend (0). */

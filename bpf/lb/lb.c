@@ -4,3 +4,4 @@
 #include "lb/uplink.c"
 #include "lb/search.c"
 #include "lb/reject.c"
+#include "lb/icmp.c"

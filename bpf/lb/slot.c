@@ -60,8 +60,15 @@ int fib_lb(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	to = lb_hint(&pkt->dst) & (LB_HINT_VIP | LB_HINT_RANGE | LB_HINT_NODE);
 	from = lb_hint(&pkt->src) & LB_HINT_BACKEND;
-	if (likely(!(to | from)) || !config || pkt->flags & PKT_VLAN)
+	if (unlikely(pkt->flags & PKT_VLAN || !config))
 		return slot_after_lb(skb, pkt);
+	/* What it is about is not in its own header. */
+	if (unlikely(forward_is_error(pkt)))
+		forward_error(skb, false);
+	if (likely(!(to | from)))
+		return slot_after_lb(skb, pkt);
+	if (unlikely(!frag_ports(skb, pkt)))
+		return to & LB_HINT_VIP ? verdict_drop(skb, pkt, REASON_LB_FRAGMENT) : slot_after_lb(skb, pkt);
 	if (from) {
 		nat = reverse_find(pkt);
 		if (nat)

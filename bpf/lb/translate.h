@@ -22,7 +22,7 @@ static __always_inline __u32 translate_check_at(const struct pkt_ctx *pkt)
 {
 	if (pkt->flags & PKT_FRAG_LATER)
 		return 0;
-	return pkt->proto == IPPROTO_TCP ? 16 : pkt->proto == IPPROTO_UDP ? 6 : 0;
+	return pkt->proto == IPPROTO_TCP ? 16 : pkt->proto == IPPROTO_UDP ? 6 : pkt->proto == IPPROTO_ICMPV6 ? 2 : 0;
 }
 
 /* The network header; `diff` is what the new addresses add to a sum. */

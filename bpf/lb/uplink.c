@@ -169,6 +169,10 @@ int fib_lb_uplink(struct __sk_buff *skb)
 	pkt = slot_packet();
 	if (!pkt || !uplink_begin(skb, &at, pkt))
 		return TC_ACT_UNSPEC;
+	if (unlikely(forward_is_error(pkt)))
+		forward_error(skb, true);
+	if (unlikely(!frag_ports(skb, pkt)))
+		return to & LB_HINT_VIP ? verdict_drop(skb, pkt, REASON_LB_FRAGMENT) : TC_ACT_UNSPEC;
 	if (answers && lb_hint(&src) & LB_HINT_BACKEND) {
 		nat = reverse_find(pkt);
 		if (nat && nat->flags & LB_NAT_OUTSIDE) {
@@ -205,6 +209,10 @@ int fib_lb_uplink_out(struct __sk_buff *skb)
 	if (!pkt || !uplink_begin(skb, &at, pkt))
 		return TC_ACT_UNSPEC;
 	pkt->direction = DIR_FROM_HOST;
+	if (unlikely(forward_is_error(pkt)))
+		forward_error(skb, true);
+	if (!frag_ports(skb, pkt))
+		return TC_ACT_UNSPEC;
 	nat = reverse_find(pkt);
 	if (!nat || nat->flags)
 		return TC_ACT_UNSPEC;

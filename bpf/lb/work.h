@@ -9,6 +9,7 @@ enum lb_tail {
 	LB_TAIL_UPLINK = 0, /* fib_lb_uplink, once more from the beginning */
 	LB_TAIL_SEARCH = 1, /* a port for a new connection */
 	LB_TAIL_REJECT = 2, /* the client is told */
+	LB_TAIL_ICMP = 3,   /* an error about some packet */
 	LB_TAILS = 8,
 };
 
@@ -22,7 +23,7 @@ struct lb_work {
 	__u32 step;   /* of the search: ports tried */
 	__u32 at;     /* number of the last one */
 	__u32 mtu;    /* for LB_TAIL_REJECT: what the packet does not fit; 0: there is no backend */
-	__u32 uplink; /* 1: to go on at LB_TAIL_UPLINK, else in slot LB */
+	__u32 uplink; /* 1: at the uplink, else in slot LB */
 	__u32 quote[32];
 };
 

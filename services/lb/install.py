@@ -20,6 +20,8 @@ UPLINK: Final = "fib_lb_uplink"
 UPLINK_OUT: Final = "fib_lb_uplink_out"
 TABLES: Final = "fib_lb_maps"
 XDP: Final = "fib_lb_xdp"
+XDP_TAILS: Final = ("fib_lb_xdp4", "fib_lb_xdp6")
+"""What it goes on to, in order of enum lb_xdp_tail."""
 SOCKETS: Final = {
     "fib_connect4": "cgroup_inet4_connect",
     "fib_connect6": "cgroup_inet6_connect",
@@ -35,7 +37,7 @@ SOCKETS: Final = {
 SOCK_RELEASE: Final = "fib_release"
 SLOTS: Final = {pipeline.Slot.LB: LB}
 TAILS_MAP: Final = "lb_tails"
-TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject")
+TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject", "fib_lb_icmp")
 """Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
 XDP_MAPS: Final = {
