@@ -46,10 +46,9 @@ struct pf_wide {
 /* A cell, 16 bits: the set in the low byte; above it, bit n: prefixes of 32 - n bits exist within. */
 #define PF_CELL_SET 0xff
 
-/* A line of PF_LONG4: words of prefix << 32 | length << 24 | set; 0: free. Where the last word is not 0, the line was full once
- * and goes on in the next one, up to PF_PROBES; all ones there: it is free again. The same holds for IPv6 and PF_META. */
+/* A line of PF_LONG4: words of prefix << 32 | length << 24 | set; 0: free. An entry is in one of two lines that its hash says. The
+ * same holds for IPv6 and PF_META. */
 #define PF_LONG4_SHIFT 24
-#define PF_PROBES 4
 
 /* check is the low half of the entry's hash: an entry that is being overwritten is no other one for a moment. */
 #define PF_META(check, length, set) ((__u64)(check) << 32 | (length) << 8 | (set))

@@ -49,14 +49,20 @@ static __always_inline void *pf_line(__u32 generation, __u32 table, __u32 index)
 	return inner ? bpf_map_lookup_elem_((uintptr_t)inner, &index) : 0;
 }
 
+/* The other line that an entry may be in; services/lb/prefilter/abi.py computes all hashes alike. */
+static __always_inline __u32 pf_other(__u64 hash, __u32 lines)
+{
+	hash = (hash ^ hash >> 31) * 0x9fb21c651e98df25ull;
+	return (hash >> 32) * lines >> 32;
+}
+
 /* The set of one IPv4 prefix beyond /24; 0: none. */
 static __always_inline __u32 pf_long4(const struct pf_config *config, __u32 generation, __u32 prefix, __u32 length)
 {
-	__u64 key = (__u64)prefix << 8 | length, *line, word, found = config->zero;
-	__u32 lines = config->generations[generation].lines4;
-	__u32 hash = (key * 0x9e3779b97f4a7c15ull) >> 32, index = (__u64)hash * lines >> 32;
+	__u64 key = (__u64)prefix << 8 | length, hash = key * 0x9e3779b97f4a7c15ull, *line, word, found = config->zero;
+	__u32 lines = config->generations[generation].lines4, index = (hash >> 32) * lines >> 32;
 
-	for (int probe = 0; probe < PF_PROBES; probe++) {
+	for (int probe = 0; probe < 2; probe++) {
 		line = pf_line(generation, PF_LONG4, index);
 		if (!line)
 			return 0;
@@ -65,9 +71,9 @@ static __always_inline __u32 pf_long4(const struct pf_config *config, __u32 gene
 			word = PF_READ64(&line[at]);
 			found |= word & pf_none((word >> PF_LONG4_SHIFT) ^ key);
 		}
-		if (found || likely(!word))
+		if (found)
 			break;
-		index = index + 1 < lines ? index + 1 : 0;
+		index = pf_other(hash, lines);
 	}
 	return found & PF_CELL_SET;
 }
@@ -99,33 +105,32 @@ static __always_inline __u32 pf_set4(const struct pf_config *config, __u32 gener
 	return cell & PF_CELL_SET;
 }
 
-/* The set of one IPv6 prefix; 0: none. services/lb/prefilter/abi.py computes the same hash. */
+/* The set of one IPv6 prefix; 0: none. */
 static __always_inline __u32 pf_one6(const struct pf_config *config, __u32 generation, __u64 hi, __u64 lo, __u64 length)
 {
-	__u64 hash = (hi ^ length) * 0x9fb21c651e98df25ull, meta, found = config->zero, *line;
+	__u64 hash = (hi ^ length) * 0x9fb21c651e98df25ull, wanted, meta, found = config->zero, *line;
 	__u32 lines = config->generations[generation].lines6, index;
-	void *inner;
+	void *inner = pf_wides.lookup(&generation);
 
+	if (!inner)
+		return 0;
 	hash = ((hash ^ hash >> 35) + lo) * 0x9e3779b97f4a7c15ull;
 	hash ^= hash >> 32;
 	index = (hash >> 32) * lines >> 32;
-	hash = PF_META(hash, length, 0);
-	for (int probe = 0; probe < PF_PROBES; probe++) {
-		inner = pf_wides.lookup(&generation);
-		if (!inner)
-			return 0;
+	wanted = PF_META(hash, length, 0);
+	for (int probe = 0; probe < 2; probe++) {
 		line = bpf_map_lookup_elem_((uintptr_t)inner, &index);
 		if (!line)
 			return 0;
 #pragma unroll
 		for (int at = 0; at < PF_WIDE_ENTRIES; at++) {
 			meta = PF_READ64(&line[3 * at + 2]);
-			found |= meta & pf_none((meta ^ hash) >> 8 | (PF_READ64(&line[3 * at]) ^ hi) |
+			found |= meta & pf_none((meta ^ wanted) >> 8 | (PF_READ64(&line[3 * at]) ^ hi) |
 						(PF_READ64(&line[3 * at + 1]) ^ lo));
 		}
-		if (found || likely(!meta))
+		if (found)
 			break;
-		index = index + 1 < lines ? index + 1 : 0;
+		index = pf_other(hash, lines);
 	}
 	return found & (PF_SETS - 1);
 }

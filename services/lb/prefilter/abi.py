@@ -32,9 +32,7 @@ ROOT_LINES: Final = 256
 PAGE_LINES: Final = 128
 PAGE_CELLS: Final = 4096
 LONG4_SHIFT: Final = 24
-TOMB: Final = 0xFFFFFFFFFFFFFFFF
-TOMB6: Final = 0xFF00
-PROBES: Final = 4
+LONG4_ENTRIES: Final = 8
 HINT_COUNT: Final = 65536
 LENGTHS: Final = 64
 SETS: Final = 256
@@ -133,13 +131,19 @@ class Counter(ct.Structure):
     _fields_ = (("packets", ct.c_uint64), ("bytes", ct.c_uint64))
 
 
-def place4(key: int, lines: int) -> int:
-    """The line in which a key (prefix << 8 | length) is looked for first."""
-    return ((key * 0x9E3779B97F4A7C15 & _WORD) >> 32) * lines >> 32
+def hash4(key: int) -> int:
+    """The hash of an IPv4 prefix beyond /24: address << 8 | length."""
+    return key * 0x9E3779B97F4A7C15 & _WORD
+
+
+def places(value: int, lines: int) -> tuple[int, int]:
+    """The two lines in which an entry with that hash may be, as pf_other() says."""
+    other = (value ^ value >> 31) * 0x9FB21C651E98DF25 & _WORD
+    return (value >> 32) * lines >> 32, (other >> 32) * lines >> 32
 
 
 def hash6(address: int, length: int) -> int:
-    """What pf_one6() computes of a prefix: its upper half says where, its lower half is the check."""
+    """The hash of an IPv6 prefix; its lower half is the check."""
     value = ((address >> 64) ^ length) * 0x9FB21C651E98DF25 & _WORD
     value = ((value ^ value >> 35) + (address & _WORD)) * 0x9E3779B97F4A7C15 & _WORD
     return value ^ value >> 32

@@ -125,4 +125,4 @@ class LimitTables:
             return False
         entry = limit.entry()
         ahead: int = full.value - time.clock_gettime_ns(time.CLOCK_MONOTONIC) * _UNIT
-        return entry.burst < ahead <= (entry.burst + entry.interval) * 2
+        return bool(entry.burst < ahead <= (entry.burst + entry.interval) * 2)

@@ -5,8 +5,8 @@
     await part.start()
     part.protect(addresses)      # the cluster's own; again whenever they change
 
-What is declared is in force as long as XDP programs hang on devices, whatever becomes of this process: only expiry waits for it.
-Nothing is made in the kernel before something is declared.
+What is declared is in force as long as XDP programs hang on devices, whatever becomes of this process: only expiry waits
+for it. Nothing is made in the kernel before something is declared.
 """
 
 from __future__ import annotations

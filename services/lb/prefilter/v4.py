@@ -19,7 +19,7 @@ _WORD: Final = 0xFFFFFFFFFFFFFFFF
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _ROOT_BYTES: Final = abi.ROOT_LINES * abi.LINE
 _PAGE_BYTES: Final = abi.PAGE_LINES * abi.LINE
-_ENTRIES: Final = 8
+_ENTRIES: Final = abi.LONG4_ENTRIES
 
 
 class Full(Exception):
@@ -136,8 +136,8 @@ class Long4:
 
     @staticmethod
     def lines_for(entries: int) -> int:
-        """So many that few lines are full."""
-        return max(16, entries * 5 // (_ENTRIES * 3) + 1)
+        """With room for a quarter more."""
+        return max(16, entries * 10 // (_ENTRIES * 6) + 1)
 
     def fill(self, each: PrefixSet) -> None:
         """Put a set's keys into an empty table. Full."""
@@ -149,33 +149,19 @@ class Long4:
                 key = address << 8 | length
                 line = ((key * _GOLDEN & _WORD) >> 32) * lines >> 32
                 count = used[line]
-                if count < _ENTRIES:
+                # The rest is for those who have this line as their other one.
+                if count < _ENTRIES - 1:
                     words[line * _ENTRIES + count] = key << abi.LONG4_SHIFT | ident
                     used[line] = count + 1
                 else:
                     later.append(key)
         for key in later:
-            self.put(key, ident)
+            self._words[self._room(key)] = key << abi.LONG4_SHIFT | ident
 
     def put(self, key: int, ident: int) -> None:
         """Add or change one. Full: there is no room; nothing has changed."""
-        words, free = self._words, -1
-        line = abi.place4(key, self.memory.lines)
-        for _ in range(abi.PROBES):
-            start = line * _ENTRIES
-            for at in range(start, start + _ENTRIES):
-                word = words[at]
-                if word >> abi.LONG4_SHIFT == key:
-                    words[at] = key << abi.LONG4_SHIFT | ident
-                    return
-                if free < 0 and word in (0, abi.TOMB):
-                    free = at
-            if not words[start + _ENTRIES - 1]:
-                break
-            line = line + 1 if line + 1 < self.memory.lines else 0
-        if free < 0:
-            raise Full
-        words[free] = key << abi.LONG4_SHIFT | ident
+        at = self.find(key)
+        self._words[at if at >= 0 else self._room(key)] = key << abi.LONG4_SHIFT | ident
 
     def put_better(self, key: int, ident: int, ranks: Mapping[int, int]) -> None:
         """Add one unless it is there for a set of a better rank."""
@@ -183,25 +169,47 @@ class Long4:
         if at < 0 or ranks[ident] < ranks[self._words[at] & 0xFF]:
             self.put(key, ident)
 
-    def find(self, key: int) -> int:
-        """Where the word of a key is; -1: nowhere."""
-        words = self._words
-        line = abi.place4(key, self.memory.lines)
-        for _ in range(abi.PROBES):
-            start = line * _ENTRIES
-            for at in range(start, start + _ENTRIES):
-                if words[at] >> abi.LONG4_SHIFT == key:
-                    return at
-            if not words[start + _ENTRIES - 1]:
-                break
-            line = line + 1 if line + 1 < self.memory.lines else 0
-        return -1
-
     def drop(self, key: int) -> None:
         at = self.find(key)
         if at >= 0:
-            # A line that was full once may go on in the next.
-            self._words[at] = abi.TOMB if at % _ENTRIES == _ENTRIES - 1 else 0
+            self._words[at] = 0
+
+    def find(self, key: int) -> int:
+        """Where the word of a key is; -1: nowhere."""
+        words = self._words
+        for start in self._starts(key):
+            for at in range(start, start + _ENTRIES):
+                if words[at] >> abi.LONG4_SHIFT == key:
+                    return at
+        return -1
+
+    def _starts(self, key: int) -> tuple[int, int]:
+        first, second = abi.places(abi.hash4(key), self.memory.lines)
+        return first * _ENTRIES, second * _ENTRIES
+
+    def _room(self, key: int) -> int:
+        """A free place for a key, if need be by moving another to its other line. Full."""
+        starts = self._starts(key)
+        free = self._free(*starts)
+        if free >= 0:
+            return free
+        for start in starts:
+            for at in range(start, start + _ENTRIES):
+                word = self._words[at]
+                elsewhere = self._free(*self._starts(word >> abi.LONG4_SHIFT))
+                if elsewhere >= 0:
+                    # In both for a moment rather than in none.
+                    self._words[elsewhere] = word
+                    return at
+        raise Full
+
+    def _free(self, *starts: int) -> int:
+        words = self._words
+        for start in starts:
+            for at in range(start, start + _ENTRIES):
+                if not words[at]:
+                    return at
+        return -1
 
     def close(self) -> None:
         self.memory.close()

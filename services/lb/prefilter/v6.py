@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NamedTuple
 
 from services.common import errors
 from services.lb.prefilter import abi
@@ -14,7 +14,6 @@ from services.lb.prefilter.v4 import Full
 
 _WORD: Final = 0xFFFFFFFFFFFFFFFF
 _LINE_WORDS: Final = abi.WIDE // 8
-_LAST: Final = 3 * (abi.WIDE_ENTRIES - 1) + 2
 HINTED: Final = 24
 """Lengths from here on are hinted: such a prefix holds at most 256 blocks of 32 bits."""
 HINT_LINES: Final = abi.HINT_COUNT * 8 // abi.LINE
@@ -80,8 +79,8 @@ class Wides:
 
     @staticmethod
     def lines_for(entries: int) -> int:
-        """So many that few lines are full."""
-        return max(16, entries * 5 // (abi.WIDE_ENTRIES * 3) + 1)
+        """With room for a half more."""
+        return max(16, entries * 10 // (abi.WIDE_ENTRIES * 6) + 1)
 
     def fill(self, each: PrefixSet, seen: Callable[[int, int], None]) -> None:
         """Put a set's keys into an empty table, and tell of each. Full."""
@@ -94,7 +93,8 @@ class Wides:
             line = (value >> 32) * lines >> 32
             count = used[line]
             seen(address, length)
-            if count < abi.WIDE_ENTRIES:
+            # The rest is for those who have this line as their other one.
+            if count < abi.WIDE_ENTRIES - 1:
                 at = line * _LINE_WORDS + 3 * count
                 words[at] = address >> 64
                 words[at + 1] = address & _WORD
@@ -107,53 +107,86 @@ class Wides:
 
     def put(self, key: bytes, ident: int) -> None:
         """Add or change one. Full: there is no room; nothing has changed."""
-        at, meta, free = self._search(key)
+        entry = _entry(key)
+        at = self._find(entry)
         if at < 0:
-            if free < 0:
-                raise Full
-            at = free
-            address = int.from_bytes(key[:16])
-            # Nobody's, and not the end of the line, while it is written.
-            self._words[at + 2] = abi.TOMB6
-            self._words[at] = address >> 64
-            self._words[at + 1] = address & _WORD
-        self._words[at + 2] = meta | ident
+            self._write(self._room(entry), entry, ident)
+        else:
+            self._words[at + 2] = entry.meta | ident
 
     def put_better(self, key: bytes, ident: int, ranks: Mapping[int, int]) -> None:
         """Add one unless it is there for a set of a better rank."""
-        at, _, _ = self._search(key)
+        at = self._find(_entry(key))
         if at < 0 or ranks[ident] < ranks[self._words[at + 2] & 0xFF]:
             self.put(key, ident)
 
     def drop(self, key: bytes) -> None:
-        at, _, _ = self._search(key)
+        at = self._find(_entry(key))
         if at >= 0:
-            # A line that was full once may go on in the next.
-            self._words[at + 2] = abi.TOMB6 if at % _LINE_WORDS == _LAST - 2 else 0
+            self._words[at + 2] = 0
 
-    def _search(self, key: bytes) -> tuple[int, int, int]:
-        """Where the entry is (-1: nowhere), its meta without a set, and the first free place (-1: none)."""
-        words, lines, free = self._words, self.memory.lines, -1
-        address, length = int.from_bytes(key[:16]), key[16]
-        value = abi.hash6(address, length)
-        meta = (value & 0xFFFFFFFF) << 32 | length << 8
-        hi, lo = address >> 64, address & _WORD
-        line = (value >> 32) * lines >> 32
-        for _ in range(abi.PROBES):
-            start = line * _LINE_WORDS
-            for at in range(start, start + 3 * abi.WIDE_ENTRIES, 3):
-                word = words[at + 2]
-                if (word ^ meta) < abi.SETS and words[at] == hi and words[at + 1] == lo and word & 0xFF:
-                    return at, meta, free
-                if free < 0 and word in (0, abi.TOMB6):
-                    free = at
-            if not words[start + _LAST]:
-                break
-            line = line + 1 if line + 1 < lines else 0
-        return -1, meta, free
+    def _write(self, at: int, entry: _Entry, ident: int) -> None:
+        # Nobody's while it is written.
+        self._words[at + 2] = 0
+        self._words[at] = entry.hi
+        self._words[at + 1] = entry.lo
+        self._words[at + 2] = entry.meta | ident
+
+    def _places(self, value: int) -> Iterable[int]:
+        """Where an entry with that hash may be."""
+        for line in abi.places(value, self.memory.lines):
+            yield from range(line * _LINE_WORDS, line * _LINE_WORDS + 3 * abi.WIDE_ENTRIES, 3)
+
+    def _find(self, entry: _Entry) -> int:
+        """-1: nowhere."""
+        words = self._words
+        for at in self._places(entry.value):
+            meta = words[at + 2]
+            if (
+                meta & 0xFF
+                and meta & ~0xFF == entry.meta
+                and words[at] == entry.hi
+                and words[at + 1] == entry.lo
+            ):
+                return at
+        return -1
+
+    def _room(self, entry: _Entry) -> int:
+        """A free place for an entry, if need be by moving another to its other line. Full."""
+        free = self._free(entry.value)
+        if free >= 0:
+            return free
+        words = self._words
+        for at in self._places(entry.value):
+            hi, lo, meta = words[at], words[at + 1], words[at + 2]
+            other = _Entry(abi.hash6(hi << 64 | lo, meta >> 8 & 0xFF), hi, lo, meta & ~0xFF)
+            elsewhere = self._free(other.value)
+            if elsewhere >= 0:
+                # In both for a moment rather than in none.
+                self._write(elsewhere, other, meta & 0xFF)
+                return at
+        raise Full
+
+    def _free(self, value: int) -> int:
+        return next((at for at in self._places(value) if not self._words[at + 2]), -1)
 
     def close(self) -> None:
         self.memory.close()
+
+
+class _Entry(NamedTuple):
+    """A prefix as the table has it; meta without a set."""
+
+    value: int
+    hi: int
+    lo: int
+    meta: int
+
+
+def _entry(key: bytes) -> _Entry:
+    address, length = int.from_bytes(key[:16]), key[16]
+    value = abi.hash6(address, length)
+    return _Entry(value, address >> 64, address & _WORD, (value & 0xFFFFFFFF) << 32 | length << 8)
 
 
 def build(sets: Sets, lengths: Lengths, wides: Wides) -> None:
