@@ -38,6 +38,7 @@ COMMANDS = {
     "service": "service",
     "backend": "backend",
     "lb": "lb",
+    "prefilter": "prefilter",
     "connectivity": "connectivity",
     "monitor": "monitor",
     "trace": "trace",
