@@ -22,6 +22,13 @@ struct lb_xdp_port {
 	__u64 mac;
 };
 
+/* Indexes of lb_xdp_tails: what fib_lb_xdp goes on to. */
+enum lb_xdp_tail {
+	LB_XDP_V4 = 0,
+	LB_XDP_V6 = 1,
+};
+
 FIB_MAP("array", __u32, struct lb_xdp, lb_xdp, 1, 0);
+FIB_MAP("prog", __u32, __u32, lb_xdp_tails, 2, 0);
 /* By interface index. */
 FIB_MAP("hash", __u32, struct lb_xdp_port, lb_xdp_ports, 256, 0);

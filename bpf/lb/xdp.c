@@ -246,6 +246,18 @@ static __always_inline int xdp_balance(struct xdp_md *ctx, bool v4)
 	return action;
 }
 
+int fib_lb_xdp4(struct xdp_md *ctx)
+{
+	return xdp_balance(ctx, true);
+}
+
+int fib_lb_xdp6(struct xdp_md *ctx)
+{
+	return xdp_balance(ctx, false);
+}
+
+/* What hangs on devices. The rest are programs of their own: the verifier would walk them once for each way there is through
+ * the prefilter. */
 int fib_lb_xdp(struct xdp_md *ctx)
 {
 	void *data, *end;
@@ -253,16 +265,14 @@ int fib_lb_xdp(struct xdp_md *ctx)
 
 	if (prefilter_check(ctx) != XDP_PASS)
 		return XDP_DROP;
-	/* Read anew: else the verifier walks what follows once for each way through the above. */
-	PF_OPAQUE(ctx);
 	data = (void *)(long)ctx->data;
 	end = (void *)(long)ctx->data_end;
 	if (data + ETH_HLEN > end)
 		return XDP_PASS;
 	type = ((__be16 *)data)[6];
 	if (likely(type == bpf_htons(ETH_P_IP)))
-		return xdp_balance(ctx, true);
-	if (type == bpf_htons(ETH_P_IPV6))
-		return xdp_balance(ctx, false);
+		lb_xdp_tails.call(ctx, LB_XDP_V4);
+	else if (type == bpf_htons(ETH_P_IPV6))
+		lb_xdp_tails.call(ctx, LB_XDP_V6);
 	return XDP_PASS;
 }

@@ -85,7 +85,13 @@ async def install_packets(instance: Instance) -> None:
 
 def xdp() -> loader.ProgramSpec:
     """XDP: the fast path of the uplinks. It shares no slots with tc."""
-    return loader.ProgramSpec(source=Path("lb/xdp.c"), service=SERVICE, functions={XDP: "xdp"}, maps=XDP_MAPS)
+    return loader.ProgramSpec(
+        source=Path("lb/xdp.c"),
+        service=SERVICE,
+        functions=dict.fromkeys((XDP, *XDP_TAILS), "xdp"),
+        maps=XDP_MAPS,
+        slots={xdp_abi.TAILS_MAP: dict(enumerate(XDP_TAILS))},
+    )
 
 
 async def install_xdp(instance: Instance) -> None:

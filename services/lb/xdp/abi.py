@@ -8,7 +8,8 @@ from typing import Final, Self
 
 from services.lb import abi
 
-MAPS: Final = {name: f"{abi.FAMILY}/{name}" for name in ("lb_xdp", "lb_xdp_ports")}
+TAILS_MAP: Final = "lb_xdp_tails"
+MAPS: Final = {name: f"{abi.FAMILY}/{name}" for name in ("lb_xdp", "lb_xdp_ports", TAILS_MAP)}
 """Map -> pin path below an instance's pin directory."""
 MACS: Final = 4
 

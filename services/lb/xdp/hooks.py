@@ -56,7 +56,8 @@ def parts() -> Parts:
 
 def complete(instance: Instance) -> bool:
     pins = [instance.pin_dir / path for path in install.xdp().maps.values()]
-    return all(path.exists() for path in (install.program_path(instance, install.XDP), *pins))
+    pins += [install.program_path(instance, name) for name in (install.XDP, *install.XDP_TAILS)]
+    return all(path.exists() for path in pins)
 
 
 def uplinks(
@@ -114,7 +115,7 @@ class Hooks:
         pins = self._instance.pin_dir
         self._own = BpfMap.open(pins / abi.MAPS["lb_xdp"], ct.c_uint32, abi.Own)
         self._ports = BpfMap.open(pins / abi.MAPS["lb_xdp_ports"], ct.c_uint32, abi.Port)
-        self._mark = bpf.map_info(self._own.fileno()).id
+        self._mark = _mark_of(self._instance)
         self._fd = progs.open_prog(install.program_path(self._instance, install.XDP))
         self._id = bpf.prog_info(self._fd).id
 
@@ -193,11 +194,23 @@ class Hooks:
 def remove(node: Rtnl, instance: Instance) -> list[str]:
     """Take an instance's program off all devices with no service alive; their names."""
     try:
-        with BpfMap.open(instance.pin_dir / abi.MAPS["lb_xdp"], ct.c_uint32, abi.Own) as own:
-            mark = bpf.map_info(own.fileno()).id
+        mark = _mark_of(instance)
     except errors.NotFound:
         return []
     return _detach(node.links(), node, mark)
+
+
+def _mark_of(instance: Instance) -> int:
+    """The id of the map that the program goes on by: whatever its age, it is the instance's if it uses that one."""
+    path = instance.pin_dir / abi.MAPS[abi.TAILS_MAP]
+    try:
+        fd = bpf.get(str(path))
+    except FileNotFoundError:
+        raise errors.NotFound(f"no map pinned at {path}") from None
+    try:
+        return bpf.map_info(fd).id
+    finally:
+        os.close(fd)
 
 
 def _detach(links: Iterable[Link], node: Rtnl, mark: int) -> list[str]:
@@ -212,7 +225,7 @@ def _detach(links: Iterable[Link], node: Rtnl, mark: int) -> list[str]:
 
 
 def _is_mine(link: Link, mark: int) -> bool:
-    """Whether the program of a device is this instance's, of whatever age: it uses its maps."""
+    """Whether the program of a device is this instance's."""
     try:
         with _program(link.xdp_prog_id) as fd:
             known = bpf.prog_info(fd)
