@@ -36,6 +36,7 @@ _BYTECODE, _D_COND = 1, 8
 _TIME_WAIT, _LISTEN, _NEW = 6, 10, 12
 # All states of sockets that a process may still hold and that have a peer.
 _STATES: Final = 0x1FFF & ~(1 << _TIME_WAIT | 1 << _LISTEN | 1 << _NEW | 1 << 0)
+_HELD: Final = _STATES | 1 << _LISTEN
 _RECEIVE: Final = 1 << 16
 _BATCH: Final = 64
 
@@ -72,7 +73,16 @@ class SockDiag:
         if remote is not None:
             condition = _condition(*remote)
             attribute = struct.pack("=HH", 4 + len(condition), _BYTECODE) + condition
-        request = _REQ.pack(family, proto, 0, _STATES) + _ANY_ID + attribute
+        yield from self._dump(proto, family, _STATES, attribute)
+
+    def cookies(self, proto: int, family: int) -> set[int]:
+        """Of all sockets of a family that have a port."""
+        return {cookie for cookie, _ in self._dump(proto, family, _HELD)}
+
+    def _dump(
+        self, proto: int, family: int, states: int, attribute: bytes = b""
+    ) -> Iterator[tuple[int, bytes]]:
+        request = _REQ.pack(family, proto, 0, states) + _ANY_ID + attribute
         self._send([request], _BY_FAMILY, _REQUEST | _DUMP)
         while True:
             for kind, payload in self._receive():

@@ -17,6 +17,7 @@ from typing import Final
 
 from services.common import errors
 from services.common.instance import Instance
+from services.common.kernel.netns import NetNs
 from services.common.kernel.sockdiag import Remote, SockDiag
 from services.lb.model import TCP, UDP
 from services.lb.sockets.entries import Connected, Entries, gone
@@ -62,6 +63,18 @@ class Destroyer:
             new = [each for each in stuck if (each.cookie, each.backend) not in self._ended]
             return self._end(new) + entries.sweep()
 
+    def forget_closed(self) -> int:
+        """Remove entries of sockets that no longer are; how many. There are none unless sockets were closed while the
+        programs were not there to see it, or by the kernel itself (subflows of MPTCP).
+        """
+        with contextlib.closing(Entries(self._instance)) as entries:
+            owners = entries.owners()
+            dead: set[int] = set()
+            # A namespace that is not found may be one that cannot be seen.
+            for netns, space in self._namespaces.open(set(owners)):
+                dead |= owners[netns] - _living(space)
+            return entries.forget(dead)
+
     def _end(self, stuck: list[Connected]) -> int:
         self.problem = ""
         where: defaultdict[int, list[Connected]] = defaultdict(list)
@@ -105,3 +118,14 @@ class Destroyer:
                             answer, f"socket to {mine[cookie].remote[0]}: {errno.errorcode[answer]}"
                         )
         return count
+
+
+def _living(netns: NetNs) -> set[int]:
+    """Cookies of a namespace's sockets."""
+    with SockDiag(netns) as diag:
+        return {
+            cookie
+            for proto in (TCP, UDP)
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for cookie in diag.cookies(proto, family)
+        }

@@ -7,6 +7,7 @@ import mmap
 import os
 import socket
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -17,11 +18,14 @@ from services.common.kernel import bpf
 from services.common.kernel.maps import BpfMap
 from services.common.kernel.sockdiag import Remote
 from services.lb import abi
+from services.lb.model import TCP, UDP
 
 # Parts of keys and values that a look at all of them needs (abi.SockKey, abi.Sock).
 _KEYS: Final = struct.Struct("=Q16s2xBB4x")
 _STATES: Final = struct.Struct("=56xI10xB9x")
 _NEAR: Final = struct.Struct("=Q64xI10xB9x")
+_OWNERS: Final = struct.Struct("=48xQ24x")
+_NEAR_OWNERS: Final = struct.Struct("=Q56xQ24x")
 _NEAR_ENTRY: Final = abi.SockNear.entry.offset
 _CONNECTED: Final = int(abi.SockFlag.CONNECTED)
 
@@ -45,9 +49,7 @@ class Entries:
         """NotFound if the programs have not been loaded."""
         near = BpfMap.open(instance.pin_dir / abi.MAPS["lb_socks_near"], ct.c_uint32, abi.SockNear)
         try:
-            self._near = mmap.mmap(
-                near.fileno(), abi.SOCK_NEAR * ct.sizeof(abi.SockNear), prot=mmap.PROT_READ
-            )
+            self._near = mmap.mmap(near.fileno(), abi.SOCK_NEAR * ct.sizeof(abi.SockNear))
         finally:
             near.close()
         self._map = BpfMap.open(instance.pin_dir / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock)
@@ -81,6 +83,36 @@ class Entries:
                     cookie, _, _, kind = _KEYS.unpack_from(keys, index * _KEYS.size)
                     if kind == abi.SockKind.OWN:
                         yield _connected(cookie, values, index * _STATES.size)
+
+    def owners(self) -> dict[int, set[int]]:
+        """Cookies of all sockets that have entries, by the cookie of their network namespace."""
+        found: defaultdict[int, set[int]] = defaultdict(set)
+        for cookie, netns in _NEAR_OWNERS.iter_unpack(bytes(self._near)):
+            if cookie:
+                found[netns].add(cookie)
+        for keys, values in self._map.items_packed():
+            for (cookie, _, _, kind), (netns,) in zip(
+                _KEYS.iter_unpack(keys), _OWNERS.iter_unpack(values), strict=True
+            ):
+                if kind == abi.SockKind.OWN:
+                    found[netns].add(cookie)
+        return found
+
+    def forget(self, cookies: set[int]) -> int:
+        """Remove the first entries of sockets that are closed; how many. Their further ones are `sweep`'s.
+
+        The kernel counts who has or wants a slot. Should it do so in this very moment, the count stays too high and the slot
+        unused; for the same reason nobody takes off the count of what is in the hash.
+        """
+        removed = 0
+        for cookie in cookies:
+            at = cookie % abi.SOCK_NEAR * _NEAR.size
+            if int.from_bytes(self._near[at : at + 8], "little") == cookie:
+                self._near[at : at + 12] = bytes(12)
+                removed += 1
+            for proto in (TCP, UDP):
+                removed += self._map.delete(abi.SockKey(cookie=cookie, proto=proto, kind=abi.SockKind.OWN))
+        return removed
 
     def sweep(self) -> int:
         """Remove entries that a closed socket has left behind; how many. Each socket has one of kind OWN first and last."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
@@ -38,6 +39,8 @@ RESYNC_S: Final = 5.0
 SWEEP_S: Final = 30.0
 AGAIN_S: Final = (0.0, 0.25, 1.0)
 """When sockets of a removed backend are looked for: one that was about to connect comes a moment later."""
+_FORGET: Final = 20
+"""With each so many sweeps entries are compared with the sockets there are."""
 _SHARE: Final = 3
 """After a look of so many seconds, so many times as long a rest: backends may change all the time."""
 
@@ -186,7 +189,9 @@ class Sockets:
                         await self._news.wait()
 
     async def _sweep(self) -> None:
-        while True:
+        for number in itertools.count():
+            if number % _FORGET == 0:
+                await self._look(self._destroyer.forget_closed)
             await self._look(self._destroyer.sweep)
             await asyncio.sleep(SWEEP_S)
 

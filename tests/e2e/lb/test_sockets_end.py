@@ -170,7 +170,8 @@ s.connect(("10.96.0.10", 80))
     assert time.monotonic() - start < 1
 
 
-async def test_a_sweep_finds_what_nobody_told(rig: Rig, instance: Instance) -> None:
+async def test_a_sweep_finds_what_nobody_told(rig: Rig, sockets: Sockets, instance: Instance) -> None:
+    await sockets.stop()
     rig.serve(("10.90.0.5", 5353))
     _, ids = rig.tables.service([("10.96.0.10", 53)], [("10.90.0.5", 5353)], UDP)
     rig.client.do("s = udp(); s.connect(('10.96.0.10', 53))")
@@ -190,6 +191,31 @@ async def test_a_sweep_finds_what_nobody_told(rig: Rig, instance: Instance) -> N
         assert {key.cookie for key, _ in rig.entries()} == {rig.entries()[0][0].cookie}
         table.delete(abi.SockKey(cookie=rig.entries()[0][0].cookie, addr=FibAddr.of("10.96.0.99"), port=1,
                                  proto=UDP, kind=abi.SockKind.TO))  # fmt: skip
+
+
+async def test_sockets_closed_behind_the_programs_back_are_forgotten(
+    rig: Rig, sockets: Sockets, instance: Instance
+) -> None:
+    await sockets.stop()
+    rig.serve(("10.90.0.5", 5353))
+    rig.tables.service([("10.96.0.10", 53), ("10.96.0.11", 53)], [("10.90.0.5", 5353)], UDP)
+    for name in "st":
+        rig.client.do(f"{name} = udp()")
+        for vip in ("10.96.0.10", "10.96.0.11"):
+            rig.client.do(f"{name}.sendto(b'?', ({vip!r}, 53))")
+    assert len(rig.entries()) == 6
+    destroyer = Destroyer(instance)
+    assert await asyncio.to_thread(destroyer.forget_closed) == 0
+    remove(instance)
+    rig.client.do("s.close()")
+    with contextlib.closing(Hooks(instance)) as hooks:
+        hooks.open()
+        hooks.attach(rig.group.name)
+    assert await asyncio.to_thread(destroyer.forget_closed) == 1
+    assert await asyncio.to_thread(destroyer.sweep) == 2
+    assert len(rig.entries()) == 3
+    rig.client.do("u = udp(); u.connect(('10.96.0.10', 53)); u.close(); t.close()")
+    assert rig.entries() == []
 
 
 async def test_programs_taken_off_come_back(sockets: Sockets, instance: Instance) -> None:
