@@ -14,7 +14,6 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
-from fibril.lb.v1 import lb_pb2 as pb
 from fibril.lb.v1 import lb_pb2_grpc
 from fibril.prefilter.v1 import prefilter_pb2_grpc
 from services.common import errors
@@ -39,6 +38,7 @@ from services.lb.prefilter.part import PrefilterPart
 from services.lb.services import Services
 from services.lb.sockets.sockets import Sockets
 from services.lb.store import Store
+from services.lb.trace import Tracer
 from services.lb.xdp.nexthops import NextHops
 from services.lb.xdp.xdp import Xdp
 
@@ -94,6 +94,7 @@ class LbService:
             self._netlink, self._plane, lambda: [hook.ifindex for hook in self._xdp.attached()]
         )
         self._xdp.on_change(self._next_hops.wake)
+        self._tracer = Tracer(instance, self._plane, lambda: self._local.all, lambda: cfg.lb.sockets)
 
     async def start(self, ctx: HostContext) -> None:
         """Adopt what there is; what the host or etcd lacks now is tried again in the background."""
@@ -135,7 +136,7 @@ class LbService:
         ctx.rpc.add(prefilter_pb2_grpc.add_PrefilterServiceServicer_to_server, self._prefilter.api)
         ctx.rpc.add(
             lb_pb2_grpc.add_LbServiceServicer_to_server,
-            LbApi(self._services, self._store, self._plane, self._health.verdict, _no_trace),
+            LbApi(self._services, self._store, self._plane, self._health.verdict, self._tracer.trace),
         )
 
     async def stop(self) -> None:
@@ -230,10 +231,6 @@ def _addresses_of(urls: Sequence[str]) -> frozenset[IPAddress]:
         with contextlib.suppress(ValueError):
             found.add(ip_address(urlsplit(url).hostname or ""))
     return frozenset(found)
-
-
-def _no_trace(request: pb.TraceServiceRequest) -> pb.TraceServiceResponse:
-    raise errors.Unimplemented("connections cannot be traced yet")
 
 
 def _part(name: str, problem: str, well: str) -> ComponentStatus:

@@ -134,10 +134,10 @@ class Flows:
         found = 0
         for line in sample:
             for sig, _, _, stamp in _FLOW.iter_unpack(mem[line * abi.LINE : (line + 1) * abi.LINE]):
-                found += sig != 0 and (now - stamp & abi.STAMP) <= self._limit(stamp)
+                found += sig != 0 and (now - stamp & abi.STAMP) <= self.limit(stamp)
         return found * size // len(sample)
 
-    def _limit(self, stamp: int) -> int:
+    def limit(self, stamp: int) -> int:
         """flow_limit(): units of silence after which a flow is over."""
         config = self._tables.config
         if stamp & abi.FlowFlag.CLOSING:

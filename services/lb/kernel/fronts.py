@@ -117,6 +117,10 @@ class Fronts:
     def writes(self) -> int:
         return self._inner.writes
 
+    def lookup(self, key: abi.FrontKey) -> abi.Front | None:
+        """As the kernel has it."""
+        return self._inner.table.lookup(key)
+
     def put_many(self, pairs: Mapping[bytes, bytes]) -> None:
         """ResourceExhausted beyond the limit: nothing has changed."""
         new = sum(key not in self._inner.held for key in pairs)
