@@ -3,7 +3,7 @@
     part = PrefilterPart(instance, lambda: [hook.device for hook in xdp.attached()])
     part.on_active(lambda active: xdp.need("prefilter", active))
     await part.start()
-    part.protect(addresses)      # the cluster's own; again whenever they change
+    part.protect(addresses)      # this node's and its etcd's; again whenever they change
 
 What is declared is in force as long as XDP programs hang on devices, whatever becomes of this process: only expiry waits
 for it. Nothing is made in the kernel before something is declared.
@@ -25,7 +25,7 @@ from services.common.kernel import features
 from services.common.pipeline.abi import IPAddress
 from services.common.service import ComponentStatus
 from services.common.telemetry import metrics
-from services.lb.prefilter import abi, install
+from services.lb.prefilter import abi, install, peers
 from services.lb.prefilter.api import PrefilterApi
 from services.lb.prefilter.state import State
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S: Final = 10.0
 SOURCES: Final = 65536
+_BUNCH_S: Final = 0.5
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class PrefilterPart:
         self._callbacks.append(callback)
 
     def protect(self, addresses: Iterable[IPAddress]) -> None:
-        """The cluster's own addresses, which are always allowed: this node's, its peers', its etcd's."""
+        """The cluster's own addresses, which are always allowed: this node's and its etcd's. Other nodes are known."""
         wanted = frozenset(addresses)
         if wanted != self._protected:
             self._protected = wanted
@@ -153,6 +154,12 @@ class PrefilterPart:
         # A change that has begun is ended, whoever has gone meanwhile.
         return await asyncio.shield(loop.run_in_executor(self._thread, lambda: call(*args, **kwargs)))
 
+    def _protect(self) -> None:
+        state = self.state
+        # What was protected by an earlier process stays until it is known who is to be.
+        if self._protected and (state.declared or not len(state.cluster)):
+            state.protect(self._protected | peers.addresses(self._instance))
+
     async def _install(self, wanted: bool = False) -> None:
         """Have the maps, if there is anything for them. wanted: also if there is nothing yet."""
         state = self.state
@@ -184,17 +191,18 @@ class PrefilterPart:
             try:
                 if self._problem:
                     await self._install()
-                await self._run(self.state.protect, self._protected) if self._protected else None
+                await self._run(self._protect)
                 next_expiry = await self._run(self.state.expire)
                 if next_expiry:
-                    # A bunch at once, and none early.
-                    wait = min(wait, max(1.0, next_expiry - time.time()))
+                    wait = min(wait, max(_BUNCH_S, next_expiry - time.time()))
                 self._tell()
             except (errors.FibrilError, OSError) as error:
                 log.warning("the prefilter is behind", extra={"cause": str(error)})
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._wake.wait()
+                # Changes come in bunches.
+                await asyncio.sleep(_BUNCH_S)
 
     # -- metrics
 
