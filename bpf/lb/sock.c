@@ -144,6 +144,22 @@ static __always_inline struct lb_sock *own_of(struct lb_sock_key *key)
 	return lb_socks.lookup(key);
 }
 
+/* Whether a slot is taken, or entries that belong there are in the hash. */
+static __always_inline bool near_busy(struct lb_sock_near *near)
+{
+	return *(volatile __u64 *)&near->claims; /* and near->crowd */
+}
+
+/* Have a free slot: whoever finds itself alone after it has come has it. */
+static __always_inline bool near_claim(struct lb_sock_near *near)
+{
+	__sync_fetch_and_add(&near->claims, 1);
+	if (likely(*(volatile __u32 *)&near->claims == 1))
+		return true;
+	__sync_fetch_and_add(&near->claims, -1);
+	return false;
+}
+
 /* There is none yet: false if it could not be put anywhere, or another thread has just done so. */
 static __always_inline bool own_put(struct lb_sock_key *key, struct lb_sock *entry)
 {
@@ -151,15 +167,10 @@ static __always_inline bool own_put(struct lb_sock_key *key, struct lb_sock *ent
 
 	if (!near)
 		return false;
-	if (!*(volatile __u32 *)&near->claims) {
-		/* Whoever finds itself alone after it has come has the slot. */
-		__sync_fetch_and_add(&near->claims, 1);
-		if (likely(*(volatile __u32 *)&near->claims == 1)) {
-			near->entry = *entry;
-			*(volatile __u64 *)&near->cookie = key->cookie;
-			return true;
-		}
-		__sync_fetch_and_add(&near->claims, -1);
+	if (!*(volatile __u32 *)&near->claims && near_claim(near)) {
+		near->entry = *entry;
+		*(volatile __u64 *)&near->cookie = key->cookie;
+		return true;
 	}
 	/* Counted first: who looks must not overlook it. */
 	__sync_fetch_and_add(&near->crowd, 1);
@@ -229,15 +240,13 @@ static __always_inline void note_further(struct lb_sock_key *key, struct lb_sock
 	answers_from(key, entry, true);
 }
 
-/* What has been chosen, for recvmsg and getpeername. Without room the connection works all the same, under the
- * backend's name. */
-static __always_inline void note(struct lb_sock_key *key, struct lb_sock *entry)
+static __always_inline void note_slowly(struct lb_sock_key *key, const struct lb_sock *chosen)
 {
-	struct lb_sock *own;
+	struct lb_sock entry = *chosen, *own;
 
 	own = own_of(key);
 	if (!own) {
-		if (own_put(key, entry))
+		if (own_put(key, &entry))
 			return;
 		own = own_of(key);
 		if (!own) {
@@ -245,10 +254,25 @@ static __always_inline void note(struct lb_sock_key *key, struct lb_sock *entry)
 			return;
 		}
 	}
-	if (entry->flags & LB_SOCK_CONNECTED || (!(own->flags & LB_SOCK_CONNECTED) && is_for(own, &entry->vip, entry->vport)))
-		put_over(own, entry);
+	if (entry.flags & LB_SOCK_CONNECTED || (!(own->flags & LB_SOCK_CONNECTED) && is_for(own, &entry.vip, entry.vport)))
+		put_over(own, &entry);
 	else
-		note_further(key, own, entry);
+		note_further(key, own, &entry);
+}
+
+/* What has been chosen, for recvmsg and getpeername. Without room the connection works all the same, under the
+ * backend's name. */
+static __always_inline void note(struct lb_sock_key *key, const struct lb_sock *chosen)
+{
+	struct lb_sock_near *near = near_of(key->cookie);
+
+	/* Neither it nor another is there. */
+	if (likely(near && !near_busy(near)) && likely(near_claim(near))) {
+		near->entry = *chosen;
+		*(volatile __u64 *)&near->cookie = key->cookie;
+		return;
+	}
+	note_slowly(key, chosen);
 }
 
 /* The backend that an unconnected socket has for a frontend, if it has one. */
@@ -310,10 +334,10 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	struct fib_addr client;
 	__u64 netns, hash = 0;
 
-	if (!config)
+	if (unlikely(!config))
 		return ASIDE;
 	netns = bpf_get_netns_cookie(ctx);
-	if (!loopback)
+	if (likely(!loopback))
 		front = lb_front_hinted(hint, &to->addr, to->port, to->proto);
 	if (!front)
 		front = front_of_nodes(to, loopback, netns == config->host_netns);
@@ -325,7 +349,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 		return ASIDE;
 	}
 	service = lb_service(front->service);
-	if (!service || !is_ours(config, netns))
+	if (unlikely(!service || !is_ours(config, netns)))
 		return ASIDE;
 	key.cookie = bpf_get_socket_cookie(ctx);
 	if (!connects && known(&key, front, to))
@@ -336,7 +360,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 		hash = (__u64)bpf_get_prandom_u32() << 32;
 	backend = choose_backend(config, service, front->service, false, &client, hash);
 	/* A socket of one family does not reach the other. */
-	if (!backend || fib_addr_is_v4(&backend->addr) != v4)
+	if (unlikely(!backend || fib_addr_is_v4(&backend->addr) != v4))
 		return service->flags & LB_SVC_DROP ? ASIDE : REFUSE;
 	entry.vip = to->addr;
 	entry.vport = to->port;
