@@ -92,7 +92,7 @@ lock: $(VENV)/.stamp ## Resolve the dependencies of pyproject.toml anew into req
 		--no-header --upgrade pyproject.toml -o requirements.lock
 
 # ---- measure -------------------------------------------------------------------------------------------------------
-.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench-identity bench
+.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench-identity bench-lb bench
 bench-pod: install ## Pod to pod: request/response, connections, streams, against veth and bridge
 	@$(BIN)/python -m bench.pod
 
@@ -112,4 +112,8 @@ bench-identity: install ## Identities a second; addresses: from node to node, co
 	@$(BIN)/python -m bench.propagation
 	@$(BIN)/python -m bench.ipcache
 
-bench: bench-datapath bench-ipam bench-cni bench-identity bench-pod ## All benchmarks, one JSON object a line
+bench-lb: install ## Connections to 1 to 50,000 services, programming them; against iptables and nftables
+	@$(BIN)/python -m bench.lb
+	@$(BIN)/python -m bench.lbsock
+
+bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-pod ## All benchmarks, one JSON object a line
