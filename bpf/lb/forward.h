@@ -47,15 +47,15 @@ static __always_inline bool forward_is_error(const struct pkt_ctx *pkt)
 	return pkt->proto == IPPROTO_ICMPV6 && pkt->icmp_type - 1u < 4;
 }
 
-/* Leaves it to fib_lb_icmp, or returns if that is not there. */
-static __always_inline void forward_error(struct __sk_buff *skb, bool uplink)
+/* Leaves it to another program, or returns if that is not there. */
+static __always_inline void forward_leave(struct __sk_buff *skb, __u32 tail, bool uplink)
 {
 	struct lb_work *work = lb_work();
 
 	if (!work)
 		return;
 	work->uplink = uplink;
-	lb_tails.call(skb, LB_TAIL_ICMP);
+	lb_tails.call(skb, tail);
 }
 
 /* The client is told that its packet is too big for `mtu`, or that there is no backend (0). */

@@ -10,6 +10,7 @@
 #include "lb/forward.h"
 #include "lb/reverse.h"
 #include "lb/route.h"
+#include "lb/uplink.c"
 
 #define ICMP_LEN 8
 
@@ -127,7 +128,8 @@ static __always_inline int icmp_to_client(struct __sk_buff *skb, struct pkt_ctx 
 	return slot_after_lb(skb, pkt);
 }
 
-/* The connection whose answer is quoted, as its backend sees it; in work->key. False: there is none. */
+/* The connection whose answer is quoted, as its backend sees it; in work->key. `*nat` is its translation; null: the backend
+ * answers directly, and has that itself. False: there is no connection. */
 static __always_inline bool icmp_recall(struct pkt_ctx *pkt, const struct lb_config *config, struct lb_work *work,
 					const struct icmp_quoted *quoted, struct lb_nat **nat)
 {
@@ -137,6 +139,7 @@ static __always_inline bool icmp_recall(struct pkt_ctx *pkt, const struct lb_con
 	union flow_state state = {};
 	struct lb_backend *backend;
 
+	*nat = 0;
 	if (!flow_find(config, sig, flow_now(config), &state))
 		return false;
 	backend = lb_backend(state.backend);
@@ -153,8 +156,28 @@ static __always_inline bool icmp_recall(struct pkt_ctx *pkt, const struct lb_con
 		return true;
 	if (!forward_node(config, pkt->family, &work->key.local))
 		return false;
+	if (!state.port)
+		return !(backend->flags & LB_BE_LOCAL) && !endpoint_by_address(&backend->addr, pkt->family);
 	*nat = nat_find(&work->key);
 	return *nat;
+}
+
+/* To a backend that answers directly; work->key.local is this node. */
+static __always_inline int icmp_direct(struct __sk_buff *skb, struct pkt_ctx *pkt, struct lb_work *work)
+{
+	struct lb_tuple *key = &work->key;
+	enum uplink_way how = UPLINK_TO_NODE;
+	struct route route;
+
+	if (!uplink_node(&key->remote)) {
+		how = UPLINK_ROUTE;
+		if (route_find(skb, pkt->family, &key->local, &key->remote, dsr_proto(pkt->family),
+			       skb->len - ETH_HLEN + dsr_room(pkt->family), &route))
+			return verdict_drop(skb, pkt, REASON_LB_NO_ROUTE);
+	}
+	if (!dsr_encap(skb, pkt, &key->local, &key->remote, key->rport))
+		return verdict_drop(skb, pkt, REASON_REDIRECT);
+	return uplink_leave(skb, pkt, how, &route);
 }
 
 /* About what a backend sent: where that is, the error goes the way of its connection. */
@@ -165,7 +188,7 @@ static __always_inline int icmp_to_backend(struct __sk_buff *skb, struct pkt_ctx
 	struct ends inside = { .src = key->remote, .dst = key->local, .sport = key->rport, .dport = key->lport };
 	struct ends outer = { .src = pkt->src, .dst = key->remote };
 	bool snat = nat->flags & LB_NAT_SNAT;
-	struct ipcache_entry *entry;
+	enum uplink_way how = UPLINK_TO_NODE;
 	struct route route;
 
 	if (!snat) {
@@ -174,19 +197,15 @@ static __always_inline int icmp_to_backend(struct __sk_buff *skb, struct pkt_ctx
 		return slot_after_lb(skb, pkt);
 	}
 	outer.src = key->local;
-	entry = ipcache_lookup(&outer.dst);
-	if (entry && entry->node) {
-		if (!icmp_rewrite(skb, pkt, quoted, &inside) || !translate(skb, pkt, &outer))
-			return verdict_drop(skb, pkt, REASON_REDIRECT);
-		pkt->src_identity = IDENTITY_REMOTE_NODE;
-		pl_slots.call(skb, SLOT_REMOTE);
-		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+	if (!uplink_node(&outer.dst)) {
+		how = UPLINK_ROUTE;
+		if (route_find(skb, pkt->family, &outer.src, &outer.dst, pkt->proto, skb->len - ETH_HLEN, &route) ||
+		    !router_hop(skb, pkt))
+			return verdict_drop(skb, pkt, REASON_LB_NO_ROUTE);
 	}
-	if (route_find(skb, pkt->family, &outer.src, &outer.dst, pkt->proto, skb->len - ETH_HLEN, &route) || !router_hop(skb, pkt))
-		return verdict_drop(skb, pkt, REASON_LB_NO_ROUTE);
 	if (!icmp_rewrite(skb, pkt, quoted, &inside) || !translate(skb, pkt, &outer))
 		return verdict_drop(skb, pkt, REASON_REDIRECT);
-	return route_leave(skb, pkt, &route);
+	return uplink_leave(skb, pkt, how, &route);
 }
 
 /* What it is none of goes on as it came. */
@@ -210,8 +229,12 @@ int fib_lb_icmp(struct __sk_buff *skb)
 		nat = nat_find(&work->key);
 		if (nat)
 			return icmp_to_client(skb, pkt, &quoted, nat);
-		if (icmp_recall(pkt, config, work, &quoted, &nat) && nat)
-			return icmp_to_backend(skb, pkt, &quoted, work, nat);
+		if (icmp_recall(pkt, config, work, &quoted, &nat)) {
+			if (nat)
+				return icmp_to_backend(skb, pkt, &quoted, work, nat);
+			if (work->uplink)
+				return icmp_direct(skb, pkt, work);
+		}
 	}
 	/* fib_from_uplink comes next, and counts. */
 	if (work->uplink)

@@ -5,3 +5,4 @@
 #include "lb/search.c"
 #include "lb/reject.c"
 #include "lb/icmp.c"
+#include "lb/decap.c"

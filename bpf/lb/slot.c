@@ -2,6 +2,7 @@
 /* Slot LB: what pods send, and what comes for them by whatever way. */
 #pragma once
 
+#include "lb/dsr.h"
 #include "lb/forward.h"
 #include "lb/reverse.h"
 
@@ -64,7 +65,11 @@ int fib_lb(struct __sk_buff *skb)
 		return slot_after_lb(skb, pkt);
 	/* What it is about is not in its own header. */
 	if (unlikely(forward_is_error(pkt)))
-		forward_error(skb, false);
+		forward_leave(skb, LB_TAIL_ICMP, false);
+	/* Only nodes speak as such: their addresses have been checked. Pods may have tunnels of their own. */
+	if (unlikely(dsr_is_tunnel(pkt)) && pkt->src_identity == IDENTITY_REMOTE_NODE && pkt->direction != DIR_TO_POD &&
+	    endpoint_by_address(&pkt->dst, pkt->family))
+		forward_leave(skb, LB_TAIL_DECAP, false);
 	if (likely(!(to | from)))
 		return slot_after_lb(skb, pkt);
 	if (unlikely(!frag_ports(skb, pkt)))

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "identity/sender.h"
+#include "lb/dsr.h"
 #include "lb/forward.h"
 #include "lb/reverse.h"
 #include "lb/route.h"
@@ -61,11 +62,12 @@ enum uplink_way {
 	UPLINK_ROUTE,   /* whoever is behind one of the host's routes */
 };
 
-/* How the packet gets to its backend, which sees it come from `local`. False: it does not, *action ends its way. */
+/* How the packet gets to its backend, which sees it come from `local`; elsewhere with so many bytes more. False: it does not, *action ends its way. */
 static __always_inline bool uplink_choose(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct lb_config *config,
-					  struct lb_backend *backend, const struct endpoint *pod, struct fib_addr *local,
-					  struct route *route, enum uplink_way *how, int *action)
+					  struct lb_backend *backend, const struct endpoint *pod, __u32 room,
+					  struct fib_addr *local, struct route *route, enum uplink_way *how, int *action)
 {
+	__u8 proto = room ? dsr_proto(pkt->family) : pkt->proto;
 	enum route_result found;
 	struct node_entry *node;
 	__u32 mtu = 0;
@@ -81,12 +83,12 @@ static __always_inline bool uplink_choose(struct __sk_buff *skb, struct pkt_ctx 
 		return false;
 	} else if ((node = uplink_node(&backend->addr))) {
 		*how = UPLINK_TO_NODE;
-		mtu = node->mtu && router_too_big(skb, pkt, node->mtu) ? node->mtu : 0;
+		mtu = node->mtu && router_too_big(skb, pkt, node->mtu - room) ? node->mtu - room : 0;
 	} else {
 		*how = UPLINK_ROUTE;
-		found = route_find(skb, pkt->family, local, &backend->addr, pkt->proto, route_len(skb, pkt), route);
+		found = route_find(skb, pkt->family, local, &backend->addr, proto, route_len(skb, pkt) + room, route);
 		if (found == ROUTE_TOO_BIG) {
-			mtu = route->fib.mtu_result;
+			mtu = route->fib.mtu_result - room;
 		} else if (found != ROUTE_OK) {
 			*action = verdict_drop(skb, pkt, REASON_LB_NO_ROUTE);
 			return false;
@@ -98,6 +100,24 @@ static __always_inline bool uplink_choose(struct __sk_buff *skb, struct pkt_ctx 
 	return false;
 }
 
+/* Whether the backend, unless it is here, gets the packet as it is: a connection goes on as it began. */
+static __always_inline bool uplink_direct(const struct pkt_ctx *pkt, const struct lb_way *way)
+{
+	if (way->flow)
+		return !way->state.port;
+	return way->service->flags & (pkt->proto == IPPROTO_TCP ? LB_SVC_DSR : LB_SVC_DSR_UDP);
+}
+
+/* On its way out, translated or in a tunnel. */
+static __always_inline int uplink_leave(struct __sk_buff *skb, struct pkt_ctx *pkt, enum uplink_way how, struct route *route)
+{
+	if (how == UPLINK_ROUTE)
+		return route_leave(skb, pkt, route);
+	pkt->src_identity = IDENTITY_REMOTE_NODE;
+	pl_slots.call(skb, SLOT_REMOTE);
+	return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+}
+
 static __always_inline int uplink_forward(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct lb_config *config,
 					  struct lb_way *way)
 {
@@ -105,14 +125,23 @@ static __always_inline int uplink_forward(struct __sk_buff *skb, struct pkt_ctx 
 	enum uplink_way how;
 	struct fib_addr local;
 	struct route route;
-	__u32 nat = 0;
+	__u32 nat = 0, room;
+	bool direct;
 	int action;
 
 	/* The stack tells the client. */
 	if (unlikely(!uplink_hops_left(skb, pkt)))
 		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
-	if (unlikely(!uplink_choose(skb, pkt, config, way->backend, pod, &local, &route, &how, &action)))
+	direct = uplink_direct(pkt, way);
+	room = direct ? dsr_room(pkt->family) : 0;
+	if (unlikely(!uplink_choose(skb, pkt, config, way->backend, pod, room, &local, &route, &how, &action)))
 		return action;
+	if (direct && (how == UPLINK_TO_NODE || how == UPLINK_ROUTE)) {
+		way_note(way, config);
+		if (!dsr_encap(skb, pkt, &local, &way->backend->addr, way->port))
+			return verdict_drop(skb, pkt, REASON_REDIRECT);
+		return uplink_leave(skb, pkt, how, &route);
+	}
 	if (how != UPLINK_TO_HOST)
 		nat = how == UPLINK_TO_POD ? LB_NAT_OUTSIDE : LB_NAT_OUTSIDE | LB_NAT_SNAT;
 	if (!forward_record(skb, pkt, config, way, &local, nat, &action))
@@ -122,15 +151,10 @@ static __always_inline int uplink_forward(struct __sk_buff *skb, struct pkt_ctx 
 		return verdict_drop(skb, pkt, REASON_REDIRECT);
 	if (how == UPLINK_TO_HOST)
 		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
-	if (how == UPLINK_TO_NODE) {
-		pkt->src_identity = IDENTITY_REMOTE_NODE;
-		pl_slots.call(skb, SLOT_REMOTE);
-		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
-	}
-	if (how == UPLINK_ROUTE) {
+	if (how == UPLINK_ROUTE)
 		router_hop(skb, pkt);
-		return route_leave(skb, pkt, &route);
-	}
+	if (how != UPLINK_TO_POD)
+		return uplink_leave(skb, pkt, how, &route);
 	if (!pod || !router_prepare(skb, pkt, pod))
 		return verdict_drop(skb, pkt, REASON_REDIRECT);
 	return router_enter(skb, pkt);
@@ -170,7 +194,7 @@ int fib_lb_uplink(struct __sk_buff *skb)
 	if (!pkt || !uplink_begin(skb, &at, pkt))
 		return TC_ACT_UNSPEC;
 	if (unlikely(forward_is_error(pkt)))
-		forward_error(skb, true);
+		forward_leave(skb, LB_TAIL_ICMP, true);
 	if (unlikely(!frag_ports(skb, pkt)))
 		return to & LB_HINT_VIP ? verdict_drop(skb, pkt, REASON_LB_FRAGMENT) : TC_ACT_UNSPEC;
 	if (answers && lb_hint(&src) & LB_HINT_BACKEND) {
@@ -183,6 +207,11 @@ int fib_lb_uplink(struct __sk_buff *skb)
 	if (!to)
 		return TC_ACT_UNSPEC;
 	reason = sender_check(pkt, &inside);
+	if (unlikely(dsr_is_tunnel(pkt)) && lb_hint(&dst) & LB_HINT_BACKEND) {
+		if (pkt->src_identity != IDENTITY_REMOTE_NODE)
+			return verdict_drop(skb, pkt, REASON_LB_DSR_SOURCE);
+		forward_leave(skb, LB_TAIL_DECAP, true);
+	}
 	kind = way_find(&way, config, pkt, to, !inside);
 	if (kind == WAY_OTHER)
 		return TC_ACT_UNSPEC;
@@ -210,7 +239,7 @@ int fib_lb_uplink_out(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	pkt->direction = DIR_FROM_HOST;
 	if (unlikely(forward_is_error(pkt)))
-		forward_error(skb, true);
+		forward_leave(skb, LB_TAIL_ICMP, true);
 	if (!frag_ports(skb, pkt))
 		return TC_ACT_UNSPEC;
 	nat = reverse_find(pkt);

@@ -10,6 +10,7 @@ enum lb_tail {
 	LB_TAIL_SEARCH = 1, /* a port for a new connection */
 	LB_TAIL_REJECT = 2, /* the client is told */
 	LB_TAIL_ICMP = 3,   /* an error about some packet */
+	LB_TAIL_DECAP = 4,  /* from a balancer */
 	LB_TAILS = 8,
 };
 

@@ -37,7 +37,7 @@ SOCKETS: Final = {
 SOCK_RELEASE: Final = "fib_release"
 SLOTS: Final = {pipeline.Slot.LB: LB}
 TAILS_MAP: Final = "lb_tails"
-TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject", "fib_lb_icmp")
+TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject", "fib_lb_icmp", "fib_lb_decap")
 """Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
 XDP_MAPS: Final = {

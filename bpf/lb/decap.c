@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The backend's half of direct server return: what a balancer sends in IP, for a pod of this node or a process of this host.
+ * Translated here, it is answered here, and straight to the client. */
+#pragma once
+
+#include "lb/dsr.h"
+#include "lb/forward.h"
+#include "lb/icmp.c"
+
+/* Takes the outer header off and looks at what was inside. */
+static __always_inline __u32 decap_open(struct __sk_buff *skb, struct pkt_ctx *pkt)
+{
+	__u32 reason, room = dsr_room(pkt->family);
+	struct cursor at;
+
+	if (bpf_skb_adjust_room(skb, -(int)room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+		return REASON_MALFORMED;
+	at = parse_begin(skb);
+	reason = parse_eth(&at, skb, pkt);
+	if (!reason)
+		reason = parse_ip(&at, skb, pkt);
+	if (reason)
+		return reason;
+	return pkt->family && !(pkt->flags & PKT_VLAN) ? REASON_NONE : REASON_MALFORMED;
+}
+
+/* Records whom the backend will answer. */
+static __always_inline enum nat_result decap_record(const struct lb_config *config, const struct pkt_ctx *pkt, struct lb_work *work,
+						    __u32 flags)
+{
+	__u32 now = flow_now(config), before = 0;
+	struct lb_nat *known;
+
+	work->key.lport = pkt->sport;
+	work->key.local = pkt->src;
+	work->key.proto = pkt->proto;
+	work->nat.client = pkt->src;
+	work->nat.vip = pkt->dst;
+	work->nat.cport = pkt->sport;
+	work->nat.vport = pkt->dport;
+	work->nat.flags = flags;
+	known = nat_find(&work->key);
+	if (known && nat_is_of(known, &work->nat) && !flow_begins(known->stamp, pkt->proto, pkt->tcp_flags))
+		before = known->stamp;
+	work->nat.stamp = flow_stamp(before, now, pkt->proto, pkt->tcp_flags);
+	if (likely(before && before == work->nat.stamp))
+		return NAT_OK;
+	return nat_write(config, &work->key, &work->nat);
+}
+
+static __always_inline int decap_deliver(struct __sk_buff *skb, struct pkt_ctx *pkt, bool uplink)
+{
+	if (uplink)
+		return verdict_pass(skb, pkt, VERDICT_TO_STACK, TC_ACT_UNSPEC);
+	return slot_after_lb(skb, pkt);
+}
+
+/* An error about what the backend has answered. */
+static __always_inline int decap_error(struct __sk_buff *skb, struct pkt_ctx *pkt, struct lb_work *work)
+{
+	struct icmp_quoted quoted = {};
+	struct ends inside, outer;
+	struct lb_nat *nat;
+
+	if (!icmp_read(skb, pkt, &quoted))
+		return verdict_drop(skb, pkt, REASON_MALFORMED);
+	work->key.local = quoted.ends.dst;
+	work->key.lport = quoted.ends.dport;
+	work->key.proto = quoted.proto;
+	nat = nat_find(&work->key);
+	if (!nat || !fib_addr_same(&nat->vip, &quoted.ends.src))
+		return verdict_drop(skb, pkt, REASON_LB_NO_BACKEND);
+	inside.src = work->key.remote;
+	inside.dst = quoted.ends.dst;
+	inside.sport = work->key.rport;
+	inside.dport = quoted.ends.dport;
+	outer.src = pkt->src;
+	outer.dst = work->key.remote;
+	outer.sport = outer.dport = 0;
+	if (!icmp_rewrite(skb, pkt, &quoted, &inside) || !translate(skb, pkt, &outer))
+		return verdict_drop(skb, pkt, REASON_REDIRECT);
+	return decap_deliver(skb, pkt, work->uplink);
+}
+
+int fib_lb_decap(struct __sk_buff *skb)
+{
+	struct lb_config *config = lb_configuration();
+	struct pkt_ctx *pkt = slot_packet();
+	struct lb_work *work = lb_work();
+	enum nat_result result;
+	struct ends to = {};
+	__u32 reason;
+
+	if (!pkt || !work || !config)
+		return TC_ACT_SHOT;
+	__builtin_memset(&work->key, 0, sizeof(work->key));
+	__builtin_memset(&work->nat, 0, sizeof(work->nat));
+	work->key.remote = pkt->dst;
+	if (!dsr_port(skb, pkt, &work->key.rport))
+		return verdict_drop(skb, pkt, REASON_TRUNCATED);
+	reason = decap_open(skb, pkt);
+	if (reason)
+		return verdict_drop(skb, pkt, reason);
+	pkt->src_identity = ipcache_identity(&pkt->src);
+	if (forward_is_error(pkt))
+		return decap_error(skb, pkt, work);
+	/* What is not the first fragment needs no ports. */
+	if (frag_ports(skb, pkt)) {
+		result = decap_record(config, pkt, work, work->uplink ? 0 : LB_NAT_OUTSIDE);
+		if (unlikely(result != NAT_OK)) {
+			lb_count(LB_STAT_NAT_FULL);
+			return verdict_drop(skb, pkt, REASON_LB_NAT_FULL);
+		}
+	}
+	to.src = pkt->src;
+	to.dst = work->key.remote;
+	to.sport = pkt->sport;
+	to.dport = work->key.rport;
+	if (!translate(skb, pkt, &to))
+		return verdict_drop(skb, pkt, REASON_REDIRECT);
+	return decap_deliver(skb, pkt, work->uplink);
+}
