@@ -32,12 +32,13 @@ struct pf_line {
 	__u64 words[8];
 };
 
-/* Five IPv6 prefixes, three words each: upper and lower half of the address in host order, and PF_META; the last word is
- * unused. */
+/* Five IPv6 prefixes, three words each: upper and lower half of the address in host order, and PF_META. The last word is 0
+ * while no entry that would be in this line is in its other one. */
 struct pf_wide {
 	__u64 words[16];
 };
 #define PF_WIDE_ENTRIES 5
+#define PF_WIDE_SPILLS 15
 
 /* A root cell, 32 bits: the set, or this and the number of a page. */
 #define PF_PAGE 0x80000000

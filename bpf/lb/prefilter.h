@@ -128,7 +128,7 @@ static __always_inline __u32 pf_one6(const struct pf_config *config, __u32 gener
 			found |= meta & pf_none((meta ^ wanted) >> 8 | (PF_READ64(&line[3 * at]) ^ hi) |
 						(PF_READ64(&line[3 * at + 1]) ^ lo));
 		}
-		if (found)
+		if (found || !PF_READ64(&line[PF_WIDE_SPILLS]))
 			break;
 		index = pf_other(hash, lines);
 	}

@@ -26,6 +26,7 @@ TABLES: Final = 4
 LINE: Final = 64
 WIDE: Final = 128
 WIDE_ENTRIES: Final = 5
+WIDE_SPILLS: Final = 15
 PAGE: Final = 0x80000000
 ROOTS: Final = 4096
 ROOT_LINES: Final = 256

@@ -126,6 +126,9 @@ class Wides:
             self._words[at + 2] = 0
 
     def _write(self, at: int, entry: _Entry, ident: int) -> None:
+        first = abi.places(entry.value, self.memory.lines)[0]
+        if at // _LINE_WORDS != first:
+            self._words[first * _LINE_WORDS + abi.WIDE_SPILLS] = 1
         # Nobody's while it is written.
         self._words[at + 2] = 0
         self._words[at] = entry.hi
