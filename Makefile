@@ -99,6 +99,7 @@ bench-pod: install ## Pod to pod: request/response, connections, streams, agains
 bench-datapath: install ## Nanoseconds a packet, against a fixed yardstick
 	@$(BIN)/python -m bench.datapath
 	@$(BIN)/python -m bench.lbpath
+	@$(BIN)/python -m bench.lbprefilter
 
 bench-cni: install ## CNI ADD and DEL, against bridge and host-local
 	@$(BIN)/python -m bench.cni
