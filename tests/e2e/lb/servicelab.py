@@ -17,10 +17,10 @@ from fibril.lb.v1 import lb_pb2_grpc
 from tests.e2e.modes.modelab import ModeLab
 
 _SERVER = """
-import socket, sys, threading
+import contextlib, socket, sys, threading
 name, port = sys.argv[1], int(sys.argv[2])
 def serve(conn):
-    with conn:
+    with conn, contextlib.suppress(OSError):
         conn.sendall(name.encode() + b"\\n")
         while data := conn.recv(4096):
             conn.sendall(data)

@@ -190,6 +190,27 @@ def test_watchers_see_what_the_node_serves(
     assert {table.name for table in usage.tables} and "sock" in usage.counters
 
 
+def test_a_backend_that_is_not_well_gets_no_connections(
+    landscape: ModeLab, stubs: list[lb_pb2_grpc.LbServiceStub], servers: dict[str, str]
+) -> None:
+    check = pb.HealthCheck(tcp=pb.HealthCheck.Tcp(), interval_ms=200, unhealthy_after=2, healthy_after=1)
+    service = web(landscape, servers, health_check=check)
+    # Nobody listens there.
+    service.backends.add(address=servers["c1n2"], port=8081)
+    stubs[0].UpsertService(pb.UpsertServiceRequest(service=service))
+    served(stubs, 2)
+    for each in stubs:
+        found = get(each)
+        assert found is not None
+        (sick,) = [b for b in found.backends if b.effective_state == pb.BACKEND_STATE_QUARANTINED]
+        assert sick.port == 8081 and sick.state == pb.BACKEND_STATE_ACTIVE and sick.health
+    with client(landscape, "c1n2") as host:
+        assert host.names(VIP) == set(NODES)
+        with server(landscape, "c1n2", "p2", "late", 8081):
+            served(stubs, 3)
+            assert "late" in host.names(VIP, 64)
+
+
 def test_a_node_of_a_lab_keeps_to_its_own_sockets(landscape: ModeLab) -> None:
     for node in NODES:
         own = landscape.instance(node).cgroup
