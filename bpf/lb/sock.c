@@ -12,6 +12,10 @@
  * stretch; ranges of sources concern clients elsewhere. Where the client's port is not known yet, Maglev has nothing to
  * hash: such a service, too, spreads sockets at random.
  *
+ * Without a backend the call fails at once (ECONNREFUSED), as it would if somebody answered. Where the service is to say
+ * nothing, the destination stays as it is: packets of pods end in the slot LB, those of the host where its routes lead,
+ * and who waits gets the first backend that comes, by packets.
+ *
  * A process may be preempted here and others run on the same CPU, so all state is on the stack. Entries of one socket are
  * written by threads that share it without a lock: what they lose to each other is the answer to a datagram under way,
  * or a link of the chain of entries, whose rest services/lb/sockets/sweep.py finds.
@@ -339,9 +343,9 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	netns = bpf_get_netns_cookie(ctx);
 	if (likely(!loopback))
 		front = lb_front_hinted(hint, &to->addr, to->port, to->proto);
-	if (!front)
+	if (unlikely(!front))
 		front = front_of_nodes(to, loopback, netns == config->host_netns);
-	if (likely(!front)) {
+	if (unlikely(!front)) {
 		if (unlikely(hint & LB_HINT_BACKEND) && is_ours(config, netns)) {
 			key.cookie = bpf_get_socket_cookie(ctx);
 			go_direct(&key, to, connects);
@@ -356,7 +360,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 		return MOVED;
 	client.q[0] = netns;
 	client.q[1] = 0;
-	if (service->flags & LB_SVC_MAGLEV)
+	if (unlikely(service->flags & LB_SVC_MAGLEV))
 		hash = (__u64)bpf_get_prandom_u32() << 32;
 	backend = choose_backend(config, service, front->service, false, &client, hash);
 	/* A socket of one family does not reach the other. */
