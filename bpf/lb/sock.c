@@ -12,13 +12,13 @@
  * stretch; ranges of sources concern clients elsewhere. Where the client's port is not known yet, Maglev has nothing to
  * hash: such a service, too, spreads sockets at random.
  *
- * Without a backend the call fails at once (ECONNREFUSED), as it would if somebody answered. Where the service is to say
+ * Without a backend the call fails at once (ECONNREFUSED), as if a host had refused it. Where the service is to say
  * nothing, the destination stays as it is: packets of pods end in the slot LB, those of the host where its routes lead,
  * and who waits gets the first backend that comes, by packets.
  *
  * A process may be preempted here and others run on the same CPU, so all state is on the stack. Entries of one socket are
  * written by threads that share it without a lock: what they lose to each other is the answer to a datagram under way,
- * or a link of the chain of entries, whose rest services/lb/sockets/sweep.py finds.
+ * or a link of the chain of entries, whose rest services/lb/sockets/entries.py finds.
  */
 #include <uapi/linux/in.h>
 
