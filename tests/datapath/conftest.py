@@ -12,7 +12,9 @@ import pytest
 from services.common.instance import Instance
 from services.common.kernel import features
 from services.common.pipeline import install
+from tests.datapath.cluster import Cluster
 from tests.datapath.harness import PODS, Datapath
+from tests.datapath.lbkit import Lab, Uplink, installed
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +42,33 @@ def dp(instance: Instance) -> Iterator[Datapath]:
             datapath.remove(pod)
         datapath.watch(drops=0, forward=0)
         datapath.close()
+
+
+@pytest.fixture(scope="module")
+def with_lb(instance: Instance) -> Iterator[None]:
+    with installed(instance):
+        yield
+
+
+@pytest.fixture
+def lab(with_lb: None, dp: Datapath) -> Iterator[Lab]:
+    """The balancer with empty tables."""
+    cluster = Cluster(dp)
+    made = Lab(cluster)
+    yield made
+    made.close()
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def uplink_space(with_lb: None, instance: Instance) -> Iterator[Uplink]:
+    made = Uplink(instance)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def uplink(uplink_space: Uplink, lab: Lab) -> Uplink:
+    """And what is around its node."""
+    uplink_space.lab = lab
+    return uplink_space

@@ -22,8 +22,9 @@ from services.common.kernel.netlink import Rtnl
 from services.common.kernel.netns import NetNs
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
+from services.identity.network import install as identity
 from services.lb import abi, install
-from tests.datapath.cluster import Cluster, loaded
+from tests.datapath.cluster import TUNNEL_SPEC, Cluster
 from tests.datapath.harness import Result
 from tests.datapath.lbtables import LbTables
 
@@ -42,13 +43,25 @@ PROTO = {TCP: 6, UDP: 17}
 
 @contextlib.contextmanager
 def installed(instance: Instance) -> Iterator[None]:
-    """Have identity's and the balancer's programs in an instance's pipeline."""
-    with loaded(instance):
-        asyncio.run(loader.load([install.packets()], instance.pin_dir))
-        try:
-            yield
-        finally:
-            progs.clear_slot(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP], pipeline.Slot.LB)
+    """Have identity's and the balancer's programs in an instance's pipeline. They are compiled once a session."""
+    slots = instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP]
+    if install.program_path(instance, install.LB).exists():
+        for owner in (identity, install):
+            for slot, name in owner.SLOTS.items():
+                with progs.opened(owner.program_path(instance, name)) as fd:
+                    progs.set_slot(slots, slot, fd)
+    else:
+        asyncio.run(loader.load([identity.spec(), TUNNEL_SPEC, install.packets()], instance.pin_dir))
+    try:
+        yield
+    finally:
+        for slot in (pipeline.Slot.LB, pipeline.Slot.REMOTE):
+            progs.clear_slot(slots, slot)
+
+
+def own(pod: pipeline.Endpoint, family: int) -> str:
+    """A pod's address."""
+    return str(pod.ipv4 if family == 4 else pod.ipv6)
 
 
 class Lab:
@@ -131,15 +144,17 @@ def answer(sent: bytes, layer: Any, **fields: Any) -> Any:
 class Uplink:
     """A namespace with an uplink and routes: clients by a router, a server beside. All neighbours are permanent."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
+    lab: Lab
+    """Set for each test."""
+
+    def __init__(self, instance: Instance) -> None:
         self._exit = contextlib.ExitStack()
         path = Path(f"/run/netns/fbl-{secrets.token_hex(3)}")
         netns.add(path)
         self._exit.callback(netns.remove, path)
         self.netns = self._exit.enter_context(NetNs.open(path))
         self._fds = {
-            name: self._exit.enter_context(progs.opened(install.program_path(lab.dp.instance, name)))
+            name: self._exit.enter_context(progs.opened(install.program_path(instance, name)))
             for name in (install.UPLINK, install.UPLINK_OUT)
         }
         with self.netns.entered():

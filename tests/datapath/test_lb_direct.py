@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,14 +11,13 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 
-from services.common.instance import Instance
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.network.install import FROM_OVERLAY, FROM_UPLINK
 from services.identity.numbers import Reserved
 from services.lb import abi, install
-from tests.datapath.cluster import OVERLAY, ROUTED, UNDERLAY, Cluster, Tunnel
-from tests.datapath.harness import REDIRECT, UNSPEC, A, B, Datapath
+from tests.datapath.cluster import OVERLAY, ROUTED, UNDERLAY, Tunnel
+from tests.datapath.harness import REDIRECT, UNSPEC, A, B
 from tests.datapath.lbkit import (
     CLIENT,
     NARROW,
@@ -30,16 +28,15 @@ from tests.datapath.lbkit import (
     SERVER,
     SERVER_MAC,
     VIP,
-    Lab,
     Uplink,
     answer,
     arriving,
     exact,
-    installed,
     outside,
+    own,
     rewritten,
 )  # fmt: skip
-from tests.datapath.packets import ether, ip
+from tests.datapath.packets import ether
 from tests.datapath.test_between_nodes import IDENTITY, PEER, host, inner
 from tests.datapath.test_lb_related import check, error, fragments, joined, original
 
@@ -55,27 +52,6 @@ BALANCER = {
     OVERLAY: {4: UNDERLAY[OVERLAY][0], 6: "fd77::2"},
     ROUTED: {4: UNDERLAY[ROUTED][0], 6: UNDERLAY[ROUTED][1]},
 }
-
-
-@pytest.fixture(scope="module")
-def with_lb(instance: Instance) -> Iterator[None]:
-    with installed(instance):
-        yield
-
-
-@pytest.fixture
-def uplink(with_lb: None, dp: Datapath) -> Iterator[Uplink]:
-    cluster = Cluster(dp)
-    lab = Lab(cluster)
-    made = Uplink(lab)
-    yield made
-    made.close()
-    lab.close()
-    cluster.close()
-
-
-def own(pod: pipeline.Endpoint, family: int) -> str:
-    return str(pod.ipv4 if family == 4 else pod.ipv6)
 
 
 def tunnel(family: int, src: str, dst: str, port: int, ttl: int = 64, tos: int = 0) -> Any:

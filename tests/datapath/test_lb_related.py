@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,12 @@ from scapy.layers.inet6 import (
 )
 from scapy.layers.l2 import Ether
 
-from services.common.instance import Instance
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.network.install import FROM_OVERLAY
 from services.identity.numbers import Reserved
-from tests.datapath.cluster import OVERLAY, UNDERLAY, Cluster, Tunnel
-from tests.datapath.harness import REDIRECT, UNSPEC, A, B, Datapath
+from tests.datapath.cluster import OVERLAY, UNDERLAY, Tunnel
+from tests.datapath.harness import REDIRECT, UNSPEC, A, B
 from tests.datapath.lbkit import (
     CLIENT,
     HAIRPIN,
@@ -31,13 +29,12 @@ from tests.datapath.lbkit import (
     ROUTER,
     SERVER,
     VIP,
-    Lab,
     Uplink,
     answer,
     arriving,
     exact,
-    installed,
     outside,
+    own,
     rewritten,
 )  # fmt: skip
 from tests.datapath.packets import ether, ip
@@ -45,27 +42,6 @@ from tests.datapath.test_between_nodes import IDENTITY, PEER, host, inner
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 EACH = pytest.mark.parametrize("layer", [TCP, UDP])
-
-
-@pytest.fixture(scope="module")
-def with_lb(instance: Instance) -> Iterator[None]:
-    with installed(instance):
-        yield
-
-
-@pytest.fixture
-def uplink(with_lb: None, dp: Datapath) -> Iterator[Uplink]:
-    cluster = Cluster(dp)
-    lab = Lab(cluster)
-    made = Uplink(lab)
-    yield made
-    made.close()
-    lab.close()
-    cluster.close()
-
-
-def own(pod: pipeline.Endpoint, family: int) -> str:
-    return str(pod.ipv4 if family == 4 else pod.ipv6)
 
 
 def error(about: Any, src: str, kind: str = "mtu", length: int = 0) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,40 +13,20 @@ from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP, SCTPChunkData
 
-from services.common.instance import Instance
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.network.install import FROM_OVERLAY, FROM_UPLINK
 from services.identity.numbers import Reserved
 from services.lb import abi
-from tests.datapath.cluster import OVERLAY, ROUTED, UNDERLAY, Cluster, Tunnel
-from tests.datapath.harness import REDIRECT, UNSPEC, A, B, Datapath
-from tests.datapath.lbkit import HAIRPIN, VIP, Lab, exact, installed, rewritten
+from tests.datapath.cluster import OVERLAY, ROUTED, UNDERLAY, Tunnel
+from tests.datapath.harness import REDIRECT, UNSPEC, A, B
+from tests.datapath.lbkit import HAIRPIN, VIP, Lab, exact, own, rewritten
 from tests.datapath.packets import ether, ip
 from tests.datapath.test_between_nodes import IDENTITY, PEER, arriving, host, inner
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 EACH = pytest.mark.parametrize("layer", [TCP, UDP])
 UNCHANGED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-
-
-@pytest.fixture(scope="module")
-def with_lb(instance: Instance) -> Iterator[None]:
-    with installed(instance):
-        yield
-
-
-@pytest.fixture
-def lab(with_lb: None, dp: Datapath) -> Iterator[Lab]:
-    cluster = Cluster(dp)
-    made = Lab(cluster)
-    yield made
-    made.close()
-    cluster.close()
-
-
-def own(pod: pipeline.Endpoint, family: int) -> str:
-    return str(pod.ipv4 if family == 4 else pod.ipv6)
 
 
 def answer(sent: bytes, layer: Any, **fields: Any) -> Any:

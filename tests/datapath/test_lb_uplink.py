@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes as ct
 import socket
-from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -15,7 +14,6 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
 
-from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.abi import FibAddr
@@ -23,8 +21,8 @@ from services.common.pipeline.reasons import Reason
 from services.identity.network.install import FROM_OVERLAY
 from services.identity.numbers import Reserved
 from services.lb import abi, install
-from tests.datapath.cluster import HERE, OVERLAY, ROUTED, UNDERLAY, Cluster, Tunnel
-from tests.datapath.harness import REDIRECT, SMALL, UNSPEC, A, B, Datapath
+from tests.datapath.cluster import HERE, OVERLAY, ROUTED, UNDERLAY, Tunnel
+from tests.datapath.harness import REDIRECT, SMALL, UNSPEC, A, B
 from tests.datapath.lbkit import (
     CLIENT,
     NARROW,
@@ -34,13 +32,12 @@ from tests.datapath.lbkit import (
     SERVER,
     SERVER_MAC,
     VIP,
-    Lab,
     Uplink,
     answer,
     arriving,
     exact,
-    installed,
     outside,
+    own,
     rewritten,
 )  # fmt: skip
 from tests.datapath.packets import ether, ip
@@ -54,27 +51,6 @@ EXAMPLES = {
     "suppress_health_check": [HealthCheck.function_scoped_fixture],
 }
 SPORT, DATA, HOPS = st.integers(1, 65535), st.binary(max_size=64), st.integers(2, 255)
-
-
-@pytest.fixture(scope="module")
-def with_lb(instance: Instance) -> Iterator[None]:
-    with installed(instance):
-        yield
-
-
-@pytest.fixture
-def uplink(with_lb: None, dp: Datapath) -> Iterator[Uplink]:
-    cluster = Cluster(dp)
-    lab = Lab(cluster)
-    made = Uplink(lab)
-    yield made
-    made.close()
-    lab.close()
-    cluster.close()
-
-
-def own(pod: pipeline.Endpoint, family: int) -> str:
-    return str(pod.ipv4 if family == 4 else pod.ipv6)
 
 
 def in_ranges(port: int) -> bool:
