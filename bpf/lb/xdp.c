@@ -270,9 +270,13 @@ int fib_lb_xdp(struct xdp_md *ctx)
 	if (data + ETH_HLEN > end)
 		return XDP_PASS;
 	type = ((__be16 *)data)[6];
-	if (likely(type == bpf_htons(ETH_P_IP)))
+	/* Two calls, which compilers must not make one of: only to a constant place does the kernel jump directly. */
+	if (likely(type == bpf_htons(ETH_P_IP))) {
 		lb_xdp_tails.call(ctx, LB_XDP_V4);
-	else if (type == bpf_htons(ETH_P_IPV6))
+		asm volatile("/* IPv4 */");
+	} else if (type == bpf_htons(ETH_P_IPV6)) {
 		lb_xdp_tails.call(ctx, LB_XDP_V6);
+		asm volatile("/* IPv6 */");
+	}
 	return XDP_PASS;
 }
