@@ -254,4 +254,9 @@ def _error(error: OSError, what: str) -> errors.FibrilError:
         return errors.PermissionDenied(
             f"{what}: {error.strerror}", fix="run as root with CAP_BPF and CAP_NET_ADMIN"
         )
+    if error.errno == errno.E2BIG:
+        return errors.FailedPrecondition(
+            f"{what}: as many programs are there as the kernel takes",
+            fix="remove some, such as those of nodes that ended without `fibril down`",
+        )
     return errors.FailedPrecondition(f"{what}: {error.strerror}")

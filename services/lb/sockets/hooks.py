@@ -7,6 +7,7 @@ entries hangs first and is taken off last, so that no socket leaves one behind. 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from services.lb import abi, install
 
 if TYPE_CHECKING:
     from services.common.instance import Instance
+
+log = logging.getLogger(__name__)
 
 _FIRST: Final = install.SOCK_RELEASE
 # It is the last of these; and who asks must get answers before anybody is translated.
@@ -115,6 +118,7 @@ def _detach(mark: int, keep: Path | None = None) -> list[Path]:
             if path != keep and _has(path, mark):
                 for name in reversed(_ORDER):
                     attach.detach_cgroup(path, install.SOCKETS[name], name, mark)
+                log.info("programs for sockets removed", extra={"cgroup": str(path)})
                 gone.append(path)
     return gone
 

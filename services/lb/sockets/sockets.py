@@ -69,6 +69,8 @@ class Sockets:
         self._due: deque[tuple[float, frozenset[int]]] = deque()
         self._news = asyncio.Event()
         self._problem = "not attached yet"
+        # Whether what an earlier configuration left elsewhere is gone.
+        self._alone = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -146,8 +148,9 @@ class Sockets:
 
     async def _attach(self) -> None:
         if not self._wanted:
-            for path in await self._run(hooks.remove, self._instance):
-                log.info("programs for sockets removed", extra={"cgroup": str(path)})
+            if not self._alone:
+                await self._run(hooks.remove, self._instance)
+            self._alone = True
             return
         there = self._hooks.ready and await self._run(hooks.complete, self._instance)
         if not there and not await self._datapath.install():
@@ -155,7 +158,9 @@ class Sockets:
         missing = await self._run(self._hooks.attach, self._cgroup)
         if missing:
             log.info("programs attached to a cgroup", extra={"cgroup": self._cgroup, "programs": missing})
+        if not self._alone:
             await self._run(self._hooks.detach_others, self._cgroup)
+            self._alone = True
 
     async def _use(self) -> None:
         await self._run(self._hooks.open)
