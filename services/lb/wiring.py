@@ -6,6 +6,7 @@ part (XDP, hooks of control groups) is named in status; the others work without.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes as ct
 from collections.abc import Sequence
@@ -107,8 +108,8 @@ class LbService:
         self._plane.on_planned(self._planned)
         await self._plane.start()
         await self._tables.install()
-        await self._sockets.start()
-        await self._packets.start()
+        # Each is compiled by a process of its own, which takes seconds.
+        await asyncio.gather(self._sockets.start(), self._packets.start())
         await self._xdp.start()
         await self._prefilter.start()
         await self._next_hops.start()
