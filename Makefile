@@ -52,7 +52,7 @@ status: install-node ## Show the health of every part of the node
 	@$(BIN)/fibril --instance $(INSTANCE) status
 
 # ---- test ----------------------------------------------------------------------------------------------------------
-.PHONY: test test-unit test-datapath test-e2e test-interop soak-identity lint format
+.PHONY: test test-unit test-datapath test-e2e test-interop soak-identity soak-lb lint format
 test: lint test-unit test-datapath test-e2e test-interop ## Install what is missing and run everything CI runs
 
 test-unit: install ## Pure Python; no root
@@ -70,6 +70,9 @@ test-interop: install ## Real etcd, podman, containerd and CNI plugins
 soak-identity: install ## Identities in a storm and under faults for SOAK_S seconds (300), every answer recorded and checked
 	FIBRIL_SOAK_S=$(or $(SOAK_S),300) $(PYTEST) -s tests/interop/identity/test_identity_history.py \
 		tests/interop/identity/test_identity_sweeper.py -k "history or storm"
+
+soak-lb: install ## Backends that change a thousand times a second under traffic for SOAK_S seconds (300), with processes killed
+	FIBRIL_SOAK_S=$(or $(SOAK_S),300) $(PYTEST) -s tests/e2e/lb/test_lb_churn.py
 
 lint: install ## Formatting, types, contracts, generated code
 	$(BIN)/ruff check .
