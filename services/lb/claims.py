@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from services.common.pipeline.abi import IPAddress
 from services.lb.model import ANY_V4, ANY_V6, TCP, Spec
 
-BLOCK: Final = 1024
+BLOCK: Final = 4096
 """Ports of a place."""
 
 

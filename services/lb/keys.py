@@ -2,7 +2,7 @@
 
     /fibril/v1/<cluster>/lb/services/<name>                   fibril.lb.v1.Service without backends
     /fibril/v1/<cluster>/lb/backends/<name>/<address>:<port>  fibril.lb.v1.Backend: one changed backend is one key
-    /fibril/v1/<cluster>/vips/<address>/<block>               fibril.lb.v1.StoredClaims: whose 1,024 of its ports are
+    /fibril/v1/<cluster>/vips/<address>/<block>               fibril.lb.v1.StoredClaims: whose 4,096 of its ports are
 
 All that is followed is below lb/; claims are only read by those who change services.
 

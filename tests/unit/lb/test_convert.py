@@ -14,7 +14,7 @@ from fibril.lb.v1 import lb_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.lb import convert
 from services.lb.abi import BackendState
-from services.lb.claims import Claim, Claims, wanted
+from services.lb.claims import BLOCK, Claim, Claims, Place, wanted
 from services.lb.model import (
     ANY_V4,
     ANY_V6,
@@ -253,13 +253,28 @@ def test_ports_of_different_nodes_do_not_meet() -> None:
         return pb.Frontend(type=pb.FrontendType.ValueType(kind), port=80, node=node)
 
     spec = convert.spec(service(frontends=[front("a"), front("b")], health_check_node_port=81))
-    assert wanted(spec)[ANY_V6] == (Claim(TCP, 80, 80, "a"), Claim(TCP, 80, 80, "b"), Claim(TCP, 81, 81))
+    assert wanted(spec)[Place(ANY_V6, 0)] == (
+        Claim(TCP, 80, 80, "a"),
+        Claim(TCP, 80, 80, "b"),
+        Claim(TCP, 81, 81),
+    )
     for other in (front("a"), front("", pb.FRONTEND_TYPE_NODE_PORT)):
         with pytest.raises(InvalidArgument):
             convert.spec(service(frontends=[front("a"), other]))
     with pytest.raises(InvalidArgument) as caught:
         convert.spec(service(frontends=[front("a")], health_check_node_port=80))
     assert caught.value.field == "service.health_check_node_port"
+
+
+def test_a_range_is_claimed_wherever_it_reaches() -> None:
+    every = pb.Frontend(address="10.0.0.1", port=1, port_last=65535 - 8080)
+    spec = convert.spec(service(frontends=[every]))
+    places = [place.block for place in wanted(spec) if place.address == ip_address("10.0.0.1")]
+    assert places == list(range((65535 - 8080) // BLOCK + 1))
+    many = [pb.Frontend(address=f"10.0.0.{n}", port=1, port_last=40000) for n in range(2, 9)]
+    with pytest.raises(InvalidArgument) as caught:
+        convert.spec(service(frontends=many))
+    assert caught.value.field == "service.frontends" and str(BLOCK) in str(caught.value)
 
 
 CLAIM = st.builds(
