@@ -215,10 +215,12 @@ class Tables:
             else:
                 root, spread = int.from_bytes(key[:2]) >> 4, 1 << max(0, 12 - key[-1])
                 blocks.add((root, root + spread - 1))
-        cells = self._cells
-        for first, last in blocks:
-            if cells is not None and not any(a <= first and last <= b for a, b in blocks - {(first, last)}):
-                cells.paint(sets, first, last)
+        done = -1
+        # Of two that overlap one holds the other.
+        for first, last in sorted(blocks, key=lambda block: (block[0], -block[1])):
+            if self._cells is not None and last > done:
+                self._cells.paint(sets, first, last)
+                done = last
 
     def _change4(self, key: bytes, ident: int) -> None:
         if self._long4 is None or self._cells is None:

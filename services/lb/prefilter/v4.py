@@ -97,7 +97,10 @@ class Cells:
         outer: dict[int, list[tuple[int, int]]] = {}
         lowest, highest = (first << 20).to_bytes(4), ((last << 20) + 0xFFFFF).to_bytes(4)
         for each in reversed(sets.ranked):
-            for address, length in _unpack(each.v4.within(lowest, highest)):
+            raw = each.v4.within(lowest, highest)
+            if min(raw[SIZE[4] - 1 :: SIZE[4]], default=32) > 24:
+                continue
+            for address, length in _unpack(raw):
                 if length <= 12:
                     outer.setdefault(length, []).append((address, each.ident))
                 elif length <= 24:
@@ -236,10 +239,14 @@ def long_count(sets: Sets) -> int:
 
 
 def page_count(sets: Sets) -> int:
-    """/12 that have something longer within."""
-    pages = bytearray(abi.ROOTS)
+    """Blocks of /12 that have something within: as many pages as there will be at most."""
+    blocks: set[int] = set()
     for each in sets.ranked:
-        for address, length in _unpack(each.v4.raw):
-            if length > 12:
-                pages[address >> 20] = 1
-    return sum(pages)
+        index = 0
+        while index < len(each.v4):
+            block = int.from_bytes(each.v4.at(index)[:2]) >> 4
+            blocks.add(block)
+            index = (
+                each.v4.find((block + 1 << 20).to_bytes(4), index) if block + 1 < abi.ROOTS else len(each.v4)
+            )
+    return len(blocks)
