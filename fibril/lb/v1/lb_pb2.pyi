@@ -537,7 +537,7 @@ class Service(_message.Message):
     health_check_node_port: _builtins.int
     """TCP port on which each node answers HTTP 200 while it has a local active backend, else 503; 0: none. For load balancers outside."""
     revision: _builtins.int
-    """Output: revision of the last change, from etcd. In UpsertService: 0, or the revision that is to be replaced."""
+    """Output: revision of the last change, backends included, from etcd. In UpsertService: 0, or the revision that is to be replaced."""
     @_builtins.property
     def frontends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Frontend]:
         """At least one. No two services have the same address, protocol and port."""

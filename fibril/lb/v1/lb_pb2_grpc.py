@@ -30,7 +30,10 @@ class LbServiceStub:
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     def __init__(self, channel):
@@ -101,7 +104,10 @@ class LbServiceServicer:
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     def UpsertService(self, request, context):
@@ -162,6 +168,7 @@ class LbServiceServicer:
 
     def ImportServices(self, request_iterator, context):
         """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end.
+        A service that is refused ends it; others of its message may have been written by then, and those of earlier ones are.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -252,7 +259,10 @@ class LbService:
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     @staticmethod

@@ -31,7 +31,10 @@ class LbServiceStub:
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     @_typing.overload
@@ -55,7 +58,9 @@ class LbServiceStub:
     SetBackendState: _grpc.UnaryUnaryMultiCallable[_lb_pb2.SetBackendStateRequest, _lb_pb2.SetBackendStateResponse]
     """SetBackendState changes the state of backends and nothing else."""
     ImportServices: _grpc.StreamUnaryMultiCallable[_lb_pb2.ImportServicesRequest, _lb_pb2.ImportServicesResponse]
-    """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end."""
+    """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end.
+    A service that is refused ends it; others of its message may have been written by then, and those of earlier ones are.
+    """
     TraceService: _grpc.UnaryUnaryMultiCallable[_lb_pb2.TraceServiceRequest, _lb_pb2.TraceServiceResponse]
     """TraceService explains what this node does with a connection, from what is in the kernel. Nothing is sent."""
     GetUsage: _grpc.UnaryUnaryMultiCallable[_lb_pb2.GetUsageRequest, _lb_pb2.GetUsageResponse]
@@ -67,7 +72,10 @@ class LbServiceAsyncStub(LbServiceStub):
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,7 +96,9 @@ class LbServiceAsyncStub(LbServiceStub):
     SetBackendState: _aio.UnaryUnaryMultiCallable[_lb_pb2.SetBackendStateRequest, _lb_pb2.SetBackendStateResponse]  # type: ignore[assignment]
     """SetBackendState changes the state of backends and nothing else."""
     ImportServices: _aio.StreamUnaryMultiCallable[_lb_pb2.ImportServicesRequest, _lb_pb2.ImportServicesResponse]  # type: ignore[assignment]
-    """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end."""
+    """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end.
+    A service that is refused ends it; others of its message may have been written by then, and those of earlier ones are.
+    """
     TraceService: _aio.UnaryUnaryMultiCallable[_lb_pb2.TraceServiceRequest, _lb_pb2.TraceServiceResponse]  # type: ignore[assignment]
     """TraceService explains what this node does with a connection, from what is in the kernel. Nothing is sent."""
     GetUsage: _aio.UnaryUnaryMultiCallable[_lb_pb2.GetUsageRequest, _lb_pb2.GetUsageResponse]  # type: ignore[assignment]
@@ -99,7 +109,10 @@ class LbServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; ALREADY_EXISTS when a frontend belongs to another service (it is named);
     RESOURCE_EXHAUSTED when a table of the kernel cannot hold it, with count and limit; FAILED_PRECONDITION when `revision` is not
-    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing.
+    the present one; UNAVAILABLE when etcd is needed and away: reads go on, and so does all traffic. A call that fails has changed nothing,
+    but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
+    changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
+    not there before the last step). Either call can be made again.
     """
 
     @_abc_1.abstractmethod
@@ -172,7 +185,9 @@ class LbServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_lb_pb2.ImportServicesRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_lb_pb2.ImportServicesResponse, _abc.Awaitable[_lb_pb2.ImportServicesResponse]]:
-        """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end."""
+        """ImportServices upserts many services, in batches; each message is written before the next is read. Answered at the end.
+        A service that is refused ends it; others of its message may have been written by then, and those of earlier ones are.
+        """
 
     @_abc_1.abstractmethod
     def TraceService(
