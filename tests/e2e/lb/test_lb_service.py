@@ -233,3 +233,29 @@ def test_what_cannot_be_is_refused_with_a_remedy(stubs: list[lb_pb2_grpc.LbServi
         stubs[0].DeleteService(pb.DeleteServiceRequest(name="x"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert time.monotonic() - begun < 5
+
+
+def test_nothing_is_left_of_a_node_that_served(
+    landscape: ModeLab, stubs: list[lb_pb2_grpc.LbServiceStub]
+) -> None:
+    """The last: there is one node less afterwards."""
+    front = pb.Frontend(type=pb.FRONTEND_TYPE_NODE_PORT, port=30080)
+    service = pb.Service(name="default/web:http", frontends=[front])
+    stubs[0].UpsertService(pb.UpsertServiceRequest(service=service))
+
+    def hooks() -> str:
+        return landscape.exec("c1n2", "tc", "filter", "show", "dev", "eth0", "ingress").stdout
+
+    wait_for(lambda: "fib_lb_uplink" in hooks(), "programs at the uplink")
+    link = landscape.exec("c1n2", "ip", "-d", "link", "show", "dev", "eth0")
+    instance = landscape.instance("c1n2")
+    # By a process of the node's own control group, which outlives it.
+    done = landscape.exec("c1n2", "sh", "-c", "fibril down && echo alive")
+    assert "alive" in done.stdout, done
+    assert not cgroup.path_of(instance.cgroup).exists() or not cgroup.processes(
+        cgroup.path_of(instance.cgroup)
+    )
+    assert "fib_" not in hooks()
+    after = landscape.exec("c1n2", "ip", "-d", "link", "show", "dev", "eth0").stdout
+    assert "xdp" not in after, (link.stdout, after)
+    assert not instance.pin_dir.exists()
