@@ -290,7 +290,8 @@ struct lb_config {
 	__u32 uplink_ifindex;
 	struct fib_addr snat_v6;
 	__u32 uplink_mtu;
-	__u32 reserved[13];
+	__u32 epoch; /* moves on with every change of lb_fronts: what programs remember of them is good for one */
+	__u32 reserved[12];
 };
 _Static_assert(sizeof(struct lb_config) == 128, "ABI");
 

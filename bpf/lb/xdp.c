@@ -16,6 +16,7 @@
 #include "lb/xdp_packet.h"
 #include "lb/xdp_route.h"
 #include "lb/xdp_dsr.h"
+#include "lb/xdp_front.h"
 #include "lb/xdp_snat.h"
 
 /* The frame's receiver if that is this machine; 0: another one's, or many. */
@@ -64,7 +65,7 @@ static __always_inline bool xdp_goes_on(struct xdp_way *way, __u32 hint)
 static __always_inline bool xdp_serve(struct xdp_way *way, const struct lb_config *config, __u32 hint)
 {
 	const struct xdp_packet *packet = &way->packet;
-	struct lb_front *front = lb_front_hinted(hint, &packet->dst, packet->dport, packet->proto);
+	struct lb_front *front = xdp_front_find(config, hint, &packet->dst, packet->dport, packet->proto, way->now);
 	__u64 hash = way->sig;
 
 	if (!front)

@@ -324,7 +324,7 @@ class Config(ct.Structure):
         ("beat_shift", ct.c_uint32), ("flags", ct.c_uint32), ("syn_s", ct.c_uint16), ("close_s", ct.c_uint16),
         ("tcp_s", ct.c_uint16), ("any_s", ct.c_uint16), ("snat_v4", ct.c_uint32), ("snat_ports", ct.c_uint32 * 2),
         ("uplink_ifindex", ct.c_uint32), ("snat_v6", FibAddr), ("uplink_mtu", ct.c_uint32),
-        ("reserved", ct.c_uint32 * 13),
+        ("epoch", ct.c_uint32), ("reserved", ct.c_uint32 * 12),
     )  # fmt: skip
 
 

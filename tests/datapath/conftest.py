@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from services.common.pipeline import install
 from tests.datapath.cluster import Cluster
 from tests.datapath.harness import PODS, Datapath
 from tests.datapath.lbkit import Lab, Uplink, installed
+from tests.datapath.xdpkit import XdpRig
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,12 @@ def instance() -> Iterator[Instance]:
         yield made
     finally:
         shutil.rmtree(made.pin_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def xdp_rig() -> Iterator[XdpRig]:
+    with contextlib.ExitStack() as stack:
+        yield XdpRig(stack)
 
 
 @pytest.fixture

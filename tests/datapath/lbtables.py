@@ -55,6 +55,8 @@ class LbTables:
         self.config = abi.Config(
             seed=SEED, flow_mask=flows - 1, beat_shift=beat_shift(), syn_s=60, close_s=10, tcp_s=21600, any_s=60,
             snat_ports=(ct.c_uint32 * 2)(1024 << 16 | 29999, 61000 << 16 | 65535),
+            # What programs remember of tables before these is of no use.
+            epoch=time.monotonic_ns() // 1000 & 0xFFFFFFFF,
         )  # fmt: skip
         self.write_config()
         self._services, self._backends, self._slots = 1, 1, _FIRST_SLOT
@@ -133,6 +135,7 @@ class LbTables:
                 front.flags = _front_flags(address, outside)
                 table.update(abi.FrontKey.of(ip_address(address), port, proto), front)
                 self.hint(address, abi.Hint.VIP)
+        self.fronts_changed()
         return index, ids
 
     def backend(self, service: int, address: str, port: int, flags: int = 0) -> int:
@@ -149,6 +152,11 @@ class LbTables:
         with self.fronts() as table:
             table.update(abi.FrontKey.of(ip_address(address), 0, 0), abi.Front(flags=abi.FrontFlag.NODE))
         self.hint(address, abi.Hint.NODE)
+        self.fronts_changed()
+
+    def fronts_changed(self) -> None:
+        """To be called after a change of `fronts` that programs may know otherwise."""
+        self.write_config(epoch=(self.config.epoch + 1) & 0xFFFFFFFF)
 
     def flows(self) -> list[abi.Flow]:
         raw = bytes(self._mapped[abi.Table.FLOWS])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -37,10 +36,9 @@ DSR = abi.ServiceFlag.DSR | abi.ServiceFlag.DSR_UDP
 MAGLEV = abi.ServiceFlag.MAGLEV
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[XdpRig]:
-    with contextlib.ExitStack() as stack:
-        yield XdpRig(stack)
+@pytest.fixture
+def rig(xdp_rig: XdpRig) -> XdpRig:
+    return xdp_rig
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from ipaddress import ip_address
 
 import pytest
 from scapy.layers.inet import TCP
@@ -13,10 +12,9 @@ from services.lb import abi
 from tests.datapath.xdpkit import TX, VIP, XdpRig, backend_address, frame, ip
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[XdpRig]:
-    with contextlib.ExitStack() as stack:
-        yield XdpRig(stack)
+@pytest.fixture
+def rig(xdp_rig: XdpRig) -> XdpRig:
+    return xdp_rig
 
 
 def serve(rig: XdpRig) -> int:
@@ -100,3 +98,17 @@ def test_a_service_takes_a_vip_over_for_new_connections(rig: XdpRig) -> None:
         assert backend(rig, 1, "A") == old
         assert backend(rig, 1, "S") == backend_address(4, 9)
         assert backend(rig, 2, "A") == backend_address(4, 9)
+
+
+def test_a_frontend_that_changes_is_not_remembered(rig: XdpRig) -> None:
+    with rig.fresh() as tables:
+        index, ids = tables.service([(VIP[4], 80)], [(backend_address(4, n), 8080) for n in range(2)],
+                                    flags=abi.ServiceFlag.DSR)
+        for number, ident in enumerate(ids):
+            rig.direct(ident, number)
+        backend(rig, 1, "S")
+        with tables.fronts() as fronts:
+            fronts.delete(abi.FrontKey.of(ip_address(VIP[4]), 80, 6))
+        tables.fronts_changed()
+        rig.passes(ip(4) / TCP(sport=2, dport=80, flags="S"))
+        assert tables.line(abi.Table.SERVICES, index, abi.Service).connections == 1

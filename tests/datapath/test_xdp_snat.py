@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes as ct
 import socket
 from collections.abc import Iterator
@@ -40,10 +39,9 @@ BOTH = pytest.mark.parametrize("family", FAMILIES)
 PROTO = {TCP: 6, UDP: 17}
 
 
-@pytest.fixture(scope="module")
-def rig() -> Iterator[XdpRig]:
-    with contextlib.ExitStack() as stack:
-        yield XdpRig(stack)
+@pytest.fixture
+def rig(xdp_rig: XdpRig) -> XdpRig:
+    return xdp_rig
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes as ct
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Generic, TypeVar
 
@@ -89,6 +89,8 @@ class Fronts:
 
     def __init__(self, outer: Outer, limit: int) -> None:
         self._outer, self.limit = outer, limit
+        self.changed: Callable[[], None] = lambda: None
+        """Called after every change."""
         ident = outer.lookup(0)
         if ident is not None and ident.value:
             fd = bpf.map_fd_by_id(ident.value)
@@ -125,13 +127,20 @@ class Fronts:
         """ResourceExhausted beyond the limit: nothing has changed."""
         new = sum(key not in self._inner.held for key in pairs)
         self._ensure(len(self._inner.held) + new)
-        self._inner.put_many(pairs)
+        try:
+            self._inner.put_many(pairs)
+        finally:
+            self.changed()
 
     def drop(self, key: bytes) -> None:
         self._inner.drop(key)
+        self.changed()
 
     def compare(self) -> int:
-        return self._inner.compare()
+        found = self._inner.compare()
+        if found:
+            self.changed()
+        return found
 
     def _ensure(self, count: int) -> None:
         if count > self.limit:

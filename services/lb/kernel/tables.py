@@ -50,6 +50,7 @@ class Tables:
             with BpfMap.open(pins / abi.MAPS["lb_config"], ct.c_uint32, abi.Config) as config:
                 self._config = mmap.mmap(config.fd, mmap.PAGESIZE)
             self.config = abi.Config.from_buffer(self._config)
+            self.fronts.changed = self._front_changed
         except BaseException:
             self._exit.close()
             raise
@@ -61,6 +62,10 @@ class Tables:
         lines = Lines(self.lines_outer, table, smallest, limit)
         self._exit.callback(lines.close)
         return lines
+
+    def _front_changed(self) -> None:
+        """Has programs look frontends up anew."""
+        self.config.epoch = (self.config.epoch + 1) & 0xFFFFFFFF
 
     def stat(self, which: abi.Stat) -> int:
         """A counter of the programs', all CPUs together."""
