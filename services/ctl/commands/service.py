@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +72,8 @@ def apply(ctl: Ctl, files: Sequence[str], dry_run: bool) -> None:
 
     Backends come from EndpointSlices. A slice applied alone replaces its own backends and no others.
     """
+    import asyncio
+
     from services.lb import kubernetes
 
     parsed = kubernetes.parse(balancing.read(files))
@@ -95,6 +96,8 @@ def apply(ctl: Ctl, files: Sequence[str], dry_run: bool) -> None:
 
 async def _stored(ctl: Ctl, channel: Any, parsed: Any) -> dict[str, pb.Service]:
     """What there is of all that a file may concern."""
+    import asyncio
+
     names = {*parsed.services, *parsed.own, *(each.service for each in parsed.slices)}
     prefixes = {name.rpartition(":")[0] + ":" if ":" in name else f"{name}:" for name in names} | set(
         parsed.own
