@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
+from functools import lru_cache
 from typing import Final, TypeVar
 
 from services.common import errors
@@ -94,8 +95,21 @@ def any_address(value: str, at: str) -> IPAddress:
     return found
 
 
+@lru_cache(1 << 15)
+def _host(value: str) -> IPAddress | None:
+    """The address if there is nothing wrong with it; the same ones come again and again."""
+    try:
+        return _checked(value, "")
+    except errors.InvalidArgument:
+        return None
+
+
 def address(value: str, at: str) -> IPAddress:
     """Of a single host that every node can mean the same by."""
+    return _host(value) or _checked(value, at)
+
+
+def _checked(value: str, at: str) -> IPAddress:
     found = any_address(value, at)
     for wrong, why in (
         (found.is_unspecified, "stands for every address"),

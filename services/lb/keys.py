@@ -12,6 +12,7 @@ Names are quoted as in URLs, "/" included, so that no name is the beginning of a
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache, partial
 from urllib.parse import quote, unquote
 
 from fibril.lb.v1 import lb_pb2 as pb
@@ -31,13 +32,18 @@ def vips(cluster: str) -> str:
     return f"/fibril/v1/{cluster}/vips/"
 
 
+# The same names come with each of their backends.
+_quote = lru_cache(1 << 12)(partial(quote, safe=""))
+_unquote = lru_cache(1 << 12)(unquote)
+
+
 def service_key(name: str) -> str:
     """Below root, as all that follow."""
-    return SERVICES + quote(name, safe="")
+    return SERVICES + _quote(name)
 
 
 def backends_prefix(name: str) -> str:
-    return f"{BACKENDS}{quote(name, safe='')}/"
+    return f"{BACKENDS}{_quote(name)}/"
 
 
 def backend_key(name: str, key: BackendKey) -> str:
@@ -52,14 +58,19 @@ def place_of(key: str) -> Place:
 
 def service_of(key: str) -> str:
     """The name in a service's key."""
-    return unquote(key.removeprefix(SERVICES))
+    return _unquote(key.removeprefix(SERVICES))
+
+
+def backend_name(key: str) -> str:
+    """The service in a backend's key."""
+    return _unquote(key.removeprefix(BACKENDS).partition("/")[0])
 
 
 def backend_of(key: str) -> tuple[str, BackendKey]:
     """Service and backend of a backend's key. ValueError."""
     name, _, where = key.removeprefix(BACKENDS).partition("/")
     address, _, port = where.rpartition(":")
-    return unquote(name), BackendKey(ipaddress.ip_address(address), int(port))
+    return _unquote(name), BackendKey(ipaddress.ip_address(address), int(port))
 
 
 def encode_claims(claims: Claims) -> bytes:

@@ -117,10 +117,10 @@ class Services:
                 # Written anew, perhaps for its revision's sake only.
                 return (spec.name, None) if spec != before else ("", None)
             if key.startswith(keys.BACKENDS):
-                name, which = keys.backend_of(key)
-                backend = keys.decode_backend(value)
-                if backend.key != which:
-                    raise ValueError(f"it holds the backend {backend.key}")
+                name, backend = keys.backend_name(key), keys.decode_backend(value)
+                which = backend.key
+                if keys.backend_key(name, which) != key:
+                    raise ValueError(f"it holds the backend {which}")
                 self.backends.setdefault(name, {})[which] = backend
                 self._backend_revisions[name] = max(revision, self._backend_revisions.get(name, 0))
                 if name in self.specs:
