@@ -36,7 +36,8 @@ def test_the_best_default_route_of_each_family_counts() -> None:
 
 
 def test_no_default_route_no_device() -> None:
-    assert names(default(4, 2, kind=UNREACHABLE), default(4, 4), replace(default(4, 2), destination=ip_network("10.0.0.0/8"))) == []
+    other = replace(default(4, 2), destination=ip_network("10.0.0.0/8"))
+    assert names(default(4, 2, kind=UNREACHABLE), default(4, 4), other) == []
 
 
 @pytest.mark.parametrize(
