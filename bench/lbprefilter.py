@@ -3,7 +3,8 @@
 The subject is the program that hangs on uplinks. prefilter_drop_N is a packet from an address that is one of N in a set, the
 same one each time; "_65536" takes so many of them in turn (the cost of taking turns is taken off), "_v6" is IPv6.
 prefilter_pass_1m is a packet that no set holds, while a million prefixes are declared: what all others pay for it (it includes
-what the balancer then does with a packet that is none of its own). prefilter_load_1m is the time from a million prefixes as
+what the balancer then does with a packet that is none of its own), prefilter_none the same with nothing declared, and
+prefilter_limit with a limit for every source. prefilter_load_1m is the time from a million prefixes as
 text to their being in force.
 """
 
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,9 @@ from services.common.kernel.maps import BpfMap
 from services.lb import install as lb
 from services.lb.prefilter import install
 from services.lb.prefilter.keys import Keys, family_of, parse_all
+from services.lb.prefilter.limits import RATE_MAX, Limit, LimitTables
 from services.lb.prefilter.model import PrefixSet, Sets
+from services.lb.prefilter.part import SOURCES
 from services.lb.prefilter.tables import Tables
 
 SERVICE: Final = "lbprefilter"
@@ -116,6 +119,18 @@ def run(bench: Bench, instance: Instance) -> None:
                     "prefilter_drop_10_v6": partial(measure, subject, frame("2001:db8:2::1"), XDP_DROP)})
         for name in ("prefilter_drop_10", "prefilter_drop_10_v6"):
             emit(name, value=ns[name], baseline_value=ns["yardstick"])
+
+        tables.rebuild(Sets(()))
+        ns = taken({**always, "prefilter_none": partial(measure, subject, frame("192.0.2.129"), XDP_PASS)})
+        emit("prefilter_none", value=ns["prefilter_none"], baseline_value=ns["yardstick"])
+        limits = LimitTables(instance, SOURCES)
+        limits.open()
+        opened.callback(limits.close)
+        limits.agree([Limit(ip_network("0.0.0.0/0"), RATE_MAX, RATE_MAX, 0)])
+        tables.limits(True)
+        ns = taken({**always, "prefilter_limit": partial(measure, subject, frame("192.0.2.129"), XDP_PASS)})
+        emit("prefilter_limit", value=ns["prefilter_limit"], baseline_value=ns["yardstick"])
+        tables.limits(False)
 
         lists = {family: texts(family, many) for family in (4, 6)}
         load = {family: declare(tables, lists[family]) for family in (6, 4)}

@@ -4,8 +4,8 @@
  * IPv4: a root cell for each /12, and where a /12 is not all of one set, a page of cells, one for each /24. A cell has the
  * set of the longest prefix of at most 24 bits, and which lengths beyond 24 exist within: those are in a hash. So a source
  * costs two loads, and one more for each such length. A million single addresses take 32 MiB of pages and 13 MiB of hash.
- * IPv6: a hash of all prefixes, asked once for each length that a hint by the source's first 32 bits names. A million take
- * 43 MiB.
+ * IPv6: a hash of all prefixes, asked for each length that a hint by the source's first 32 bits names, longest first. A
+ * million take 42 MiB.
  *
  * Tables are made in generations of two: a new one is built beside the one in force, and config.generation says which
  * counts, so that a whole set is replaced between two packets. Small changes are made in place, each with one store that
@@ -76,7 +76,7 @@ struct pf_generation {
 	__u32 lines4; /* of PF_LONG4 */
 	__u32 lines6; /* of pf_wides */
 	__u64 always; /* lengths that hints say nothing about */
-	struct pf_length lengths[PF_LENGTHS]; /* of bit n, at (1 << n) * PF_DE_BRUIJN >> 58 */
+	struct pf_length lengths[PF_LENGTHS]; /* of bit n, at (1 << n) * PF_DE_BRUIJN >> 58; longer ones have lower bits */
 };
 
 /* One element. */

@@ -16,15 +16,6 @@
  * ways that the verifier has to walk. Compilers would put them back if they saw through the values. */
 #define PF_OPAQUE(value) asm volatile("" : "+r"(value))
 
-/* The larger one, of less than 2^63. */
-static __always_inline __u64 pf_max(__u64 a, __u64 b)
-{
-	__u64 less = b - a;
-
-	PF_OPAQUE(less);
-	return b - (less & -(less >> 63));
-}
-
 /* All ones if 0. */
 static __always_inline __u64 pf_none(__u64 value)
 {
@@ -140,25 +131,26 @@ static __always_inline bool pf_link_local(const struct pf_from *from)
 	return !from->v4 && from->hi >> 54 == 0xfe80 >> 6;
 }
 
-/* As pf_set4. Lengths have no order; the longest that is found wins. */
+/* As pf_set4. */
 static __always_inline __u32 pf_set6(const struct pf_config *config, __u32 generation, const struct pf_from *from)
 {
 	const struct pf_generation *now = &config->generations[generation];
-	__u32 hint = ((__u32)(from->hi >> 32) * 0x9e3779b1) >> 16;
-	__u64 *line = pf_line(generation, PF_HINTS, hint / 8), lengths, bit, found, best = config->zero;
+	__u32 hint = ((__u32)(from->hi >> 32) * 0x9e3779b1) >> 16, found;
+	__u64 *line = pf_line(generation, PF_HINTS, hint / 8), lengths, bit;
 	const struct pf_length *length;
 
 	if (!line)
 		return 0;
-	lengths = line[hint % 8] | now->always;
+	lengths = PF_READ64(&line[hint % 8]) | now->always;
 	for (int at = 0; at < PF_LENGTHS && lengths; at++) {
 		bit = lengths & -lengths;
 		lengths ^= bit;
 		length = &now->lengths[bit * PF_DE_BRUIJN >> 58];
 		found = pf_one6(config, generation, from->hi & length->hi, from->lo & length->lo, length->length);
-		best = pf_max(best, found | (length->length << 8 & ~pf_none(found)));
+		if (found)
+			return unlikely(pf_link_local(from)) && length->length < 10 ? 0 : found;
 	}
-	return unlikely(pf_link_local(from)) && best >> 8 < 10 ? 0 : best & (PF_SETS - 1);
+	return 0;
 }
 
 static __always_inline void pf_count(__u32 element, __u64 bytes)

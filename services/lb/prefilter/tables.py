@@ -16,7 +16,6 @@ import time
 from collections.abc import Collection
 from typing import Final
 
-from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.lb.prefilter import abi, v4, v6
@@ -199,9 +198,6 @@ class Tables:
         try:
             self._in_place(sets, keys)
         except v4.Full:
-            self.rebuild(sets)
-        except errors.ResourceExhausted:
-            # There may be fewer lengths than bits in use.
             self.rebuild(sets)
 
     def _in_place(self, sets: Sets, keys: Collection[bytes]) -> None:

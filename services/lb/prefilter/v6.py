@@ -33,11 +33,21 @@ class Lengths:
             if entry.used:
                 self._bits[entry.length] = bit
 
+    def reserve(self, lengths: int) -> None:
+        """Give each of these lengths (one bit each) its bit in an empty table. ResourceExhausted."""
+        require_lengths(lengths)
+        for length in reversed(range(129)):
+            if lengths >> length & 1:
+                self._take(length)
+
     def announce(self, address: int, length: int) -> None:
-        """Have prefixes of that length looked for where this one is. ResourceExhausted."""
+        """Have prefixes of that length looked for where this one is. Full: there is no bit for it here."""
         bit = self._bits.get(length)
         if bit is None:
-            bit = self._new(length)
+            # What is found first must be the longest.
+            if len(self._bits) == abi.LENGTHS or any(length > other for other in self._bits):
+                raise Full
+            bit = self._take(length)
         if length < HINTED:
             self._generation.always |= 1 << bit
             return
@@ -45,29 +55,22 @@ class Lengths:
         for block in range(first, first + (1 << 32 - length if length < 32 else 1)):
             self._words[(block * 0x9E3779B1 & 0xFFFFFFFF) >> 16] |= 1 << bit
 
-    def _new(self, length: int) -> int:
-        bit = len(self._bits)
-        if bit == abi.LENGTHS:
-            raise too_many_lengths(bit + 1)
+    def _take(self, length: int) -> int:
+        bit = self._bits[length] = len(self._bits)
         self._generation.lengths[abi.length_at(bit)] = abi.Length.of(length)
-        self._bits[length] = bit
         return bit
 
     def close(self) -> None:
         self.memory.close()
 
 
-def too_many_lengths(count: int) -> errors.ResourceExhausted:
-    return errors.ResourceExhausted(
-        f"IPv6 prefixes of {count} different lengths, at most {abi.LENGTHS} are looked up",
-        fix="round prefixes of rare lengths to others",
-    )
-
-
 def require_lengths(lengths: int) -> None:
     """ResourceExhausted if there are more different lengths than can be looked up; one bit a length."""
     if lengths.bit_count() > abi.LENGTHS:
-        raise too_many_lengths(lengths.bit_count())
+        raise errors.ResourceExhausted(
+            f"IPv6 prefixes of {lengths.bit_count()} different lengths, at most {abi.LENGTHS} are looked up",
+            fix="round prefixes of rare lengths to others",
+        )
 
 
 class Wides:
@@ -194,6 +197,7 @@ def _entry(key: bytes) -> _Entry:
 
 def build(sets: Sets, lengths: Lengths, wides: Wides) -> None:
     """Fill empty tables. Full, ResourceExhausted."""
+    lengths.reserve(lengths_of(sets))
     ranks = {each.ident: rank for rank, each in enumerate(sets.ranked)}
     for number, each in enumerate(sorted(sets.ranked, key=lambda one: -len(one.v6))):
         if number == 0:
