@@ -1,0 +1,1 @@
+"""The policy service: who may talk to whom."""
