@@ -17,6 +17,7 @@
 #include "lib/maps.h"
 
 /* Reserved identities that programs give (services/identity/numbers.py has all). */
+#define IDENTITY_HOST 1
 #define IDENTITY_WORLD 2
 #define IDENTITY_INIT 5
 #define IDENTITY_REMOTE_NODE 6

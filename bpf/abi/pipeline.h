@@ -29,6 +29,7 @@ enum slot {
 	SLOT_NEIGHBOUR = 5, /* ARP and neighbour discovery from a pod */
 	SLOT_REMOTE = 6,    /* what is for no pod of this node; empty: the host's stack */
 	SLOT_FROM_OVERLAY = 7, /* the rest of from_overlay, behind LB */
+	SLOT_LB_ANSWER = 8, /* LB's part for answers of pods, behind POLICY_EGRESS */
 	SLOT_COUNT = 16,
 };
 
@@ -46,13 +47,15 @@ enum direction {
 #define PKT_FRAG_LATER 0x2 /* any other: ports are 0 */
 #define PKT_TRANSLATED 0x4 /* orig_dst and orig_dport hold what the packet was sent to */
 #define PKT_VLAN 0x8       /* tagged; no slot ever sees such a packet */
+#define PKT_ANSWERS 0x10   /* of a service's backend; SLOT_LB_ANSWER is to give it the service's address */
+#define PKT_ANSWER 0x20    /* that has been done: orig_dst and orig_dport hold what the packet came from */
 
 /* What is known of the packet being handled. Holds for one packet on one CPU from entry to verdict: bottom
  * halves are off in tc, so nothing comes between. Whoever rewrites the packet keeps this in step. */
 struct pkt_ctx {
 	struct fib_addr src;
 	struct fib_addr dst;
-	struct fib_addr orig_dst; /* only with PKT_TRANSLATED */
+	struct fib_addr orig_dst; /* only with PKT_TRANSLATED or PKT_ANSWER */
 	__u32 src_id;             /* endpoint ids; 0: none on this node, or not looked up yet */
 	__u32 dst_id;
 	__u32 src_identity;       /* 0: not known */
@@ -63,7 +66,7 @@ struct pkt_ctx {
 	__u32 flags;              /* PKT_* */
 	__be16 sport;             /* 0 where the protocol has no ports */
 	__be16 dport;
-	__be16 orig_dport;        /* only with PKT_TRANSLATED */
+	__be16 orig_dport;        /* as orig_dst */
 	__be16 ethertype;         /* of the network header, behind VLAN tags */
 	__u16 l4_off;             /* bytes from the start of the frame to the transport header */
 	__u8 l4_len;              /* bytes of the TCP or UDP header, else 0 */

@@ -21,6 +21,13 @@ enum drop_reason {
 	REASON_LINK_LOCAL = 15, /* Destination is an IPv6 link-local address. */
 	REASON_MARTIAN = 16, /* An address no router forwards (unspecified, loopback, reserved, IPv4-mapped IPv6). */
 	REASON_SLOT_MISSING = 17, /* The program a packet should go to next is not installed. */
+	REASON_POLICY_DENIED = 32, /* A rule forbids it. */
+	REASON_POLICY_DEFAULT = 33, /* No rule allows it, and rules select the endpoint. */
+	REASON_POLICY_UNKNOWN = 34, /* The endpoint's policy is not in the kernel yet. */
+	REASON_POLICY_LOCKDOWN = 35, /* The endpoint is in lockdown. */
+	REASON_POLICY_REVOKED = 36, /* The connection was allowed once and no longer is. */
+	REASON_POLICY_FRAGMENT = 37, /* A fragment whose first one was not seen. */
+	REASON_POLICY_BROKEN = 38, /* The tables of a policy contradict themselves. */
 	REASON_LB_NO_BACKEND = 64, /* The service has no backend now. */
 	REASON_LB_SOURCE = 65, /* The client is outside the service's source ranges. */
 	REASON_LB_NO_PORT = 66, /* All ports of the node towards this backend are in use. */

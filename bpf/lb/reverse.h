@@ -46,6 +46,12 @@ static __always_inline bool reverse_translate(struct __sk_buff *skb, struct pkt_
 	struct ends to = { .src = nat->vip, .dst = nat->client, .sport = nat->vport, .dport = nat->cport };
 
 	lb_count(LB_STAT_REVERSED);
+	/* Policy knows the connection by its backend. */
+	if (!(pkt->flags & PKT_TRANSLATED)) {
+		pkt->orig_dst = pkt->src;
+		pkt->orig_dport = pkt->sport;
+		pkt->flags |= PKT_ANSWER | PKT_TRANSLATED;
+	}
 	return translate(skb, pkt, &to);
 }
 
@@ -93,5 +99,6 @@ static __always_inline int reverse(struct __sk_buff *skb, struct pkt_ctx *pkt, c
 		pl_slots.call(skb, SLOT_REMOTE);
 		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
 	}
-	return slot_after_lb(skb, pkt);
+	/* A pod's policy has been asked before, unless it answers itself. */
+	return pkt->flags & PKT_ANSWERS ? slot_forward(skb, pkt) : slot_after_lb(skb, pkt);
 }

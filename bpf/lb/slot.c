@@ -48,6 +48,19 @@ static __always_inline int slot_from_overlay(struct __sk_buff *skb, struct pkt_c
 	return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
 }
 
+/* What POLICY_EGRESS leaves of an answer. */
+int fib_lb_answer(struct __sk_buff *skb)
+{
+	struct lb_config *config = lb_configuration();
+	struct pkt_ctx *pkt = slot_packet();
+	struct lb_nat *nat;
+
+	if (!pkt || !config)
+		return TC_ACT_SHOT;
+	nat = reverse_find(pkt);
+	return nat ? reverse(skb, pkt, config, nat) : slot_forward(skb, pkt);
+}
+
 int fib_lb(struct __sk_buff *skb)
 {
 	struct lb_config *config = lb_configuration();
@@ -76,8 +89,14 @@ int fib_lb(struct __sk_buff *skb)
 		return to & LB_HINT_VIP ? verdict_drop(skb, pkt, REASON_LB_FRAGMENT) : slot_after_lb(skb, pkt);
 	if (from) {
 		nat = reverse_find(pkt);
-		if (nat)
+		if (nat) {
+			/* Policy is asked about what the pod sends, not about what the client sees. */
+			if (pkt->direction == DIR_FROM_POD && !(nat->flags & LB_NAT_HAIRPIN)) {
+				pkt->flags |= PKT_ANSWERS;
+				pl_slots.call(skb, SLOT_POLICY_EGRESS);
+			}
 			return reverse(skb, pkt, config, nat);
+		}
 	}
 	if (!to || (pkt->direction != DIR_FROM_POD && pkt->direction != DIR_FROM_OVERLAY))
 		return slot_after_lb(skb, pkt);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "abi/pipeline.h"
+#include "lib/likely.h"
 #include "lib/verdict.h"
 
 /* Null only if the map were gone: then there is nothing to account to, and the caller drops. */
@@ -31,11 +32,19 @@ static __always_inline int slot_after_policy_ingress(struct __sk_buff *skb, stru
 	return slot_deliver(skb, pkt);
 }
 
-/* What POLICY_EGRESS ends with when it lets a packet pass. */
-static __always_inline int slot_after_policy_egress(struct __sk_buff *skb, struct pkt_ctx *pkt)
+/* To whom it is for. */
+static __always_inline int slot_forward(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
 	pl_slots.call(skb, SLOT_FORWARD);
 	return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+}
+
+/* What POLICY_EGRESS ends with when it lets a packet pass. */
+static __always_inline int slot_after_policy_egress(struct __sk_buff *skb, struct pkt_ctx *pkt)
+{
+	if (unlikely(pkt->flags & PKT_ANSWERS))
+		pl_slots.call(skb, SLOT_LB_ANSWER);
+	return slot_forward(skb, pkt);
 }
 
 /* What LB ends with: the packet goes on where it would have without. */
@@ -51,5 +60,5 @@ static __always_inline int slot_after_lb(struct __sk_buff *skb, struct pkt_ctx *
 	}
 	if (pkt->direction == DIR_FROM_POD)
 		pl_slots.call(skb, SLOT_POLICY_EGRESS);
-	return slot_after_policy_egress(skb, pkt);
+	return slot_forward(skb, pkt);
 }

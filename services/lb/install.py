@@ -35,7 +35,8 @@ SOCKETS: Final = {
 }
 """Program -> where it hangs; what removes a socket's entries comes last."""
 SOCK_RELEASE: Final = "fib_release"
-SLOTS: Final = {pipeline.Slot.LB: LB}
+LB_ANSWER: Final = "fib_lb_answer"
+SLOTS: Final = {pipeline.Slot.LB: LB, pipeline.Slot.LB_ANSWER: LB_ANSWER}
 TAILS_MAP: Final = "lb_tails"
 TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject", "fib_lb_icmp", "fib_lb_decap")
 """Programs that others go on to, in order of enum lb_tail."""
@@ -69,7 +70,7 @@ def packets() -> loader.ProgramSpec:
     return loader.ProgramSpec(
         source=Path("lb/lb.c"),
         service=SERVICE,
-        functions=dict.fromkeys((LB, UPLINK_OUT, *TAILS), "sched_cls"),
+        functions=dict.fromkeys((*SLOTS.values(), UPLINK_OUT, *TAILS), "sched_cls"),
         maps={**MAPS, TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}"},
         slots={
             pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()},

@@ -17,11 +17,11 @@ from typing import Final
 from fibril.lb.v1 import lb_pb2 as pb
 from services.common import errors
 from services.common.instance import Instance
+from services.common.kernel.beats import beat
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.abi import FibAddr, IPAddress
 from services.lb import abi, convert, fields
-from services.lb.kernel.flows import beat
 from services.lb.kernel.tables import Tables
 from services.lb.kernel.writer import Plane
 from services.lb.model import BackendKey

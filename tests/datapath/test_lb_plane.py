@@ -19,8 +19,8 @@ import pytest
 
 from services.common.instance import Instance
 from services.common.kernel import bpf, features, loader
+from services.common.kernel.lines import Lines
 from services.lb import abi, maglev
-from services.lb.kernel.lines import Lines
 from services.lb.kernel.writer import Plane, RemovedBackend
 from services.lb.locality import Locality
 from services.lb.model import (
@@ -456,7 +456,7 @@ async def test_connections_outlive_the_growth_of_their_tables(clean: Instance) -
     plane, _ = await begin(clean, declared)
     flows, tables = plane.flows, plane.tables
     assert flows is not None and tables is not None
-    from services.lb.kernel.flows import beat
+    from services.common.kernel.beats import beat
 
     stamp = beat(tables.config.beat_shift) >> 2 & abi.STAMP | abi.FlowFlag.CONFIRMED | abi.FlowFlag.TCP
     written = {}

@@ -92,6 +92,34 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """The program a packet should go to next is not installed.
     Restart the service that owns it; `fibril bpf` shows which slots are filled.
     """
+    DROP_REASON_POLICY_DENIED: _DropReason.ValueType  # 32
+    """A rule forbids it.
+    `fibril policy why` names the rule.
+    """
+    DROP_REASON_POLICY_DEFAULT: _DropReason.ValueType  # 33
+    """No rule allows it, and rules select the endpoint.
+    `fibril policy why` names what was asked; add a rule that allows it.
+    """
+    DROP_REASON_POLICY_UNKNOWN: _DropReason.ValueType  # 34
+    """The endpoint's policy is not in the kernel yet.
+    Passes within moments of a pod's birth; otherwise `fibril status` says what the policy service lacks.
+    """
+    DROP_REASON_POLICY_LOCKDOWN: _DropReason.ValueType  # 35
+    """The endpoint is in lockdown.
+    `fibril policy endpoint set ID --lockdown off`.
+    """
+    DROP_REASON_POLICY_REVOKED: _DropReason.ValueType  # 36
+    """The connection was allowed once and no longer is.
+    `fibril policy why` names the rule.
+    """
+    DROP_REASON_POLICY_FRAGMENT: _DropReason.ValueType  # 37
+    """A fragment whose first one was not seen.
+    Path MTU discovery avoids fragments; else look for reordering on the way.
+    """
+    DROP_REASON_POLICY_BROKEN: _DropReason.ValueType  # 38
+    """The tables of a policy contradict themselves.
+    Restart the policy service, which writes them anew; report this.
+    """
     DROP_REASON_LB_NO_BACKEND: _DropReason.ValueType  # 64
     """The service has no backend now.
     `fibril service get` shows its backends and their states; the client was told, unless the service says drop.
@@ -237,6 +265,34 @@ Look at the sender.
 DROP_REASON_SLOT_MISSING: DropReason.ValueType  # 17
 """The program a packet should go to next is not installed.
 Restart the service that owns it; `fibril bpf` shows which slots are filled.
+"""
+DROP_REASON_POLICY_DENIED: DropReason.ValueType  # 32
+"""A rule forbids it.
+`fibril policy why` names the rule.
+"""
+DROP_REASON_POLICY_DEFAULT: DropReason.ValueType  # 33
+"""No rule allows it, and rules select the endpoint.
+`fibril policy why` names what was asked; add a rule that allows it.
+"""
+DROP_REASON_POLICY_UNKNOWN: DropReason.ValueType  # 34
+"""The endpoint's policy is not in the kernel yet.
+Passes within moments of a pod's birth; otherwise `fibril status` says what the policy service lacks.
+"""
+DROP_REASON_POLICY_LOCKDOWN: DropReason.ValueType  # 35
+"""The endpoint is in lockdown.
+`fibril policy endpoint set ID --lockdown off`.
+"""
+DROP_REASON_POLICY_REVOKED: DropReason.ValueType  # 36
+"""The connection was allowed once and no longer is.
+`fibril policy why` names the rule.
+"""
+DROP_REASON_POLICY_FRAGMENT: DropReason.ValueType  # 37
+"""A fragment whose first one was not seen.
+Path MTU discovery avoids fragments; else look for reordering on the way.
+"""
+DROP_REASON_POLICY_BROKEN: DropReason.ValueType  # 38
+"""The tables of a policy contradict themselves.
+Restart the policy service, which writes them anew; report this.
 """
 DROP_REASON_LB_NO_BACKEND: DropReason.ValueType  # 64
 """The service has no backend now.

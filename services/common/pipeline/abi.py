@@ -54,6 +54,7 @@ class Slot(enum.IntEnum):
     NEIGHBOUR = 5
     REMOTE = 6
     FROM_OVERLAY = 7
+    LB_ANSWER = 8
 
 
 SLOT_COUNT: Final = 16
@@ -96,6 +97,8 @@ class PacketFlag(enum.IntFlag):
     FRAG_LATER = 0x2
     TRANSLATED = 0x4
     VLAN = 0x8
+    ANSWERS = 0x10
+    ANSWER = 0x20
 
 
 class FibAddr(ct.Structure):

@@ -27,6 +27,13 @@ class Reason(enum.IntEnum):
     LINK_LOCAL = 15
     MARTIAN = 16
     SLOT_MISSING = 17
+    POLICY_DENIED = 32
+    POLICY_DEFAULT = 33
+    POLICY_UNKNOWN = 34
+    POLICY_LOCKDOWN = 35
+    POLICY_REVOKED = 36
+    POLICY_FRAGMENT = 37
+    POLICY_BROKEN = 38
     LB_NO_BACKEND = 64
     LB_SOURCE = 65
     LB_NO_PORT = 66
@@ -134,6 +141,34 @@ TEXTS: Final[dict[int, tuple[str, str]]] = {
     17: (
         "The program a packet should go to next is not installed.",
         "Restart the service that owns it; `fibril bpf` shows which slots are filled.",
+    ),
+    32: (
+        "A rule forbids it.",
+        "`fibril policy why` names the rule.",
+    ),
+    33: (
+        "No rule allows it, and rules select the endpoint.",
+        "`fibril policy why` names what was asked; add a rule that allows it.",
+    ),
+    34: (
+        "The endpoint's policy is not in the kernel yet.",
+        "Passes within moments of a pod's birth; otherwise `fibril status` says what the policy service lacks.",
+    ),
+    35: (
+        "The endpoint is in lockdown.",
+        "`fibril policy endpoint set ID --lockdown off`.",
+    ),
+    36: (
+        "The connection was allowed once and no longer is.",
+        "`fibril policy why` names the rule.",
+    ),
+    37: (
+        "A fragment whose first one was not seen.",
+        "Path MTU discovery avoids fragments; else look for reordering on the way.",
+    ),
+    38: (
+        "The tables of a policy contradict themselves.",
+        "Restart the policy service, which writes them anew; report this.",
     ),
     64: (
         "The service has no backend now.",

@@ -12,17 +12,17 @@ import hashlib
 import logging
 import random
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from services.common import errors
 from services.common.kernel import bpf
+from services.common.kernel.beats import beat, beat_shift
+from services.common.kernel.lines import Lines
 from services.common.kernel.maps import BpfMap
 from services.lb import abi
 from services.lb.kernel.fronts import inner_of
-from services.lb.kernel.lines import Lines
 from services.lb.kernel.tables import Tables
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,6 @@ FULL_NATS: Final = 0.6
 _SAMPLE: Final = 512
 _LINES_A_STEP: Final = 2048
 _FLOW: Final = struct.Struct("=QIHH")
-# Linux's number of it; time has no name for it.
-_MONOTONIC_COARSE: Final = 6
-# The kernel begins to count its ticks so many seconds before they no longer fit 32 bits.
-_TICKS_BEGIN_S: Final = -300
 
 
 @dataclass(frozen=True)
@@ -53,21 +49,6 @@ class Limits:
     close_s: int = 10
     tcp_s: int = 21600
     any_s: int = 120
-
-
-def beat_shift() -> int:
-    """What makes about a second of the kernel's ticks."""
-    return max(0, _hertz().bit_length() - 1)
-
-
-def _hertz() -> int:
-    """The kernel's ticks a second."""
-    return round(1 / time.clock_getres(_MONOTONIC_COARSE))
-
-
-def beat(shift: int) -> int:
-    """lb_beat() of now."""
-    return (1 << 32) + int((time.monotonic() + _TICKS_BEGIN_S) * _hertz()) >> shift
 
 
 def seed_of(cluster: str) -> int:

@@ -15,10 +15,10 @@ from typing import Final, Generic, TypeVar
 
 from services.common import errors
 from services.common.kernel import bpf
+from services.common.kernel.lines import Outer
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline.abi import IPAddress
 from services.lb import abi
-from services.lb.kernel.lines import Outer
 
 SMALLEST: Final = 4096
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from services.common.kernel.lines import Lines
 from services.common.pipeline.abi import IPAddress
 from services.lb import abi
-from services.lb.kernel.lines import Lines
 
 
 class Hints:

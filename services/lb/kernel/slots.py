@@ -13,8 +13,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from services.common.kernel.lines import Lines
 from services.lb import abi
-from services.lb.kernel.lines import Lines
 
 SMALLEST: Final = 4
 FIRST: Final = abi.SLOTS_A_LINE

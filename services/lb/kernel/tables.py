@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.common.instance import Instance
+from services.common.kernel.lines import Lines, Outer
 from services.common.kernel.maps import BpfMap
 from services.lb import abi
 from services.lb.kernel.fronts import Fronts, Known, open_known
-from services.lb.kernel.lines import Lines, Outer
 
 FRONT_MAX: Final = 1 << 20
 SLOT_LINES_MAX: Final = 1 << 20

@@ -1,4 +1,4 @@
-"""Tables of 64-byte lines, an inner array of lb_lines each, in this process's memory.
+"""Tables of 64-byte lines, inner arrays of an outer one, in this process's memory.
 
 A table grows by building a larger one, copying and flipping the outer pointer: programs that have the old one in hand
 read what was there a moment ago. Used by one thread.
@@ -7,6 +7,7 @@ read what was there a moment ago. Used by one thread.
 from __future__ import annotations
 
 import ctypes as ct
+import enum
 import mmap
 import os
 from typing import Any, Final, TypeVar
@@ -14,11 +15,13 @@ from typing import Any, Final, TypeVar
 from services.common import errors
 from services.common.kernel import bpf
 from services.common.kernel.maps import BpfMap
-from services.lb import abi
 
 S = TypeVar("S", bound=ct.Structure)
 Outer = BpfMap[Any, ct.c_uint32]
-_FLAGS: Final = abi.INNER | abi.MMAPABLE
+INNER: Final = 1 << 12
+MMAPABLE: Final = 1 << 10
+"""Flags of these arrays: BPF_F_INNER_MAP lets them differ in size."""
+LINE: Final = 64
 
 
 class Lines:
@@ -27,7 +30,7 @@ class Lines:
     limit: lines it may grow to.
     """
 
-    def __init__(self, outer: Outer, table: abi.Table, smallest: int, limit: int) -> None:
+    def __init__(self, outer: Outer, table: enum.IntEnum, smallest: int, limit: int) -> None:
         self._outer, self._table, self.limit = outer, table, limit
         self._fd = -1
         self.mem: mmap.mmap
@@ -42,7 +45,7 @@ class Lines:
 
     def _make(self, lines: int) -> int:
         try:
-            return bpf.map_create("array", 4, abi.LINE, lines, _FLAGS, f"lb_{self._table.name.lower()}"[:15])
+            return bpf.map_create("array", 4, LINE, lines, INNER | MMAPABLE, self._table.name.lower()[:15])
         except OSError as error:
             raise errors.ResourceExhausted(
                 f"no memory for {lines} lines of {self._table.name.lower()}: {os.strerror(error.errno or 0)}"
@@ -54,7 +57,7 @@ class Lines:
         self._fd = fd
         self.size = bpf.map_info(fd).max_entries
         # The mapping before lives on as long as a structure in it is in use.
-        self.mem = mmap.mmap(fd, self.size * abi.LINE)
+        self.mem = mmap.mmap(fd, self.size * LINE)
 
     def ensure(self, lines: int) -> bool:
         """Have at least so many lines; whether it grew. ResourceExhausted beyond the limit: nothing has changed."""
@@ -68,7 +71,7 @@ class Lines:
         size = self.size
         while size < lines:
             size = min(size * 2, self.limit)
-        before, length = self.mem, self.size * abi.LINE
+        before, length = self.mem, self.size * LINE
         self._take(self._make(size))
         self.mem[:length] = before[:length]
         self._outer.update(int(self._table), self._fd)
@@ -81,11 +84,11 @@ class Lines:
 
     def at(self, index: int, kind: type[S]) -> S:
         """The structure in a line, in the kernel's memory; until the table grows."""
-        return kind.from_buffer(self.mem, index * abi.LINE)
+        return kind.from_buffer(self.mem, index * LINE)
 
     def clear(self, index: int) -> None:
-        start = index * abi.LINE
-        self.mem[start : start + abi.LINE] = bytes(abi.LINE)
+        start = index * LINE
+        self.mem[start : start + LINE] = bytes(LINE)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -1,0 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The policy service's programs as one unit. */
+#include "policy/slots.c"
+#include "policy/decide.c"

@@ -1,0 +1,73 @@
+"""What the policy service loads: its maps alone, and the programs of its slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from services.common.kernel import loader, progs
+from services.common.pipeline import abi as pipeline
+from services.policy import abi
+
+if TYPE_CHECKING:
+    from services.common.instance import Instance
+
+SERVICE: Final = "policy"
+SLOTS: Final = {
+    pipeline.Slot.POLICY_EGRESS: "fib_policy_egress",
+    pipeline.Slot.POLICY_INGRESS: "fib_policy_ingress",
+}
+TAILS_MAP: Final = "pol_tails"
+TAILS: Final = ("fib_policy_decide", "fib_policy_related", "fib_policy_reject")
+"""Programs that others go on to, in order of enum pol_tail."""
+TABLES: Final = "fib_policy_maps"
+MAPS: Final = {
+    **{name: path for name, path in pipeline.MAPS.items() if not path.startswith(pipeline.NODE_FAMILY)},
+    **abi.MAPS,
+    TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}",
+}
+
+
+def tables() -> loader.ProgramSpec:
+    """The maps alone: they can be filled before any packet is asked about."""
+    return loader.ProgramSpec(
+        source=Path("policy/maps.c"), service=SERVICE, functions={TABLES: "xdp"}, maps=dict(abi.MAPS)
+    )
+
+
+def tables_complete(instance: Instance) -> bool:
+    """Whether all maps are pinned."""
+    return all((instance.pin_dir / path).exists() for path in abi.MAPS.values())
+
+
+async def install_tables(instance: Instance) -> None:
+    """Make the maps, adopting what there are. Raises what loader.load raises."""
+    await loader.load([tables()], instance.pin_dir)
+
+
+def programs() -> loader.ProgramSpec:
+    """The slots."""
+    return loader.ProgramSpec(
+        source=Path("policy/policy.c"),
+        service=SERVICE,
+        functions=dict.fromkeys((*SLOTS.values(), *TAILS), "sched_cls"),
+        maps=MAPS,
+        slots={
+            # Where programs go on to is there before anything comes by.
+            TAILS_MAP: dict(enumerate(TAILS)),
+            pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()},
+        },
+    )
+
+
+def programs_complete(instance: Instance) -> bool:
+    """Whether the slots are filled and the programs pinned."""
+    pins = instance.pin_dir
+    if not all((pins / "prog" / SERVICE / name).exists() for name in (*SLOTS.values(), *TAILS)):
+        return False
+    return set(map(int, SLOTS)) <= set(progs.slots(pins / pipeline.MAPS[pipeline.SLOTS_MAP]))
+
+
+async def install_programs(instance: Instance) -> None:
+    """Load the programs anew, adopting what maps there are. Raises what loader.load raises."""
+    await loader.load([programs()], instance.pin_dir)
