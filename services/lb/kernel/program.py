@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from services.common.kernel.indexes import Indexes
+from services.common.kernel.room import Room
 from services.common.pipeline.abi import FibAddr, IPAddress
 from services.lb import abi
 from services.lb.kernel.fronts import range_keys
 from services.lb.kernel.hints import Hints
-from services.lb.kernel.numbers import Indexes, next_id
-from services.lb.kernel.slots import Room, Stretch
+from services.lb.kernel.numbers import next_id
+from services.lb.kernel.slots import Stretch
 from services.lb.kernel.tables import Tables
 from services.lb.model import BackendKey, Frontend, FrontendType, IPNetwork
 from services.lb.plan import FamilyPlan
@@ -116,7 +118,7 @@ class Program:
                 self._left_backends.setdefault(backend.service, {})[key] = backend.id
         self._backend_indexes = Indexes(tables.backends.limit, "backends", used)
         self._service_indexes = Indexes(tables.services.limit, "services", self._left.values())
-        self.room = Room(tables.slots)
+        self.room = Room(tables.slots, abi.SLOTS_A_LINE)
         words = []
         for index in self._left.values():
             line = tables.services.at(index, abi.Service)

@@ -8,76 +8,14 @@ from __future__ import annotations
 
 import ctypes as ct
 import struct
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from services.common.kernel.lines import Lines
+from services.common.kernel.room import Room, room_for
 from services.lb import abi
 
-SMALLEST: Final = 4
-FIRST: Final = abi.SLOTS_A_LINE
-"""Slots of the first line are never used."""
-REST_S: Final = 1.0
-"""After which no program reads a stretch that was given back."""
 _WORD: Final = struct.Struct("=I")
-
-
-def room_for(count: int) -> int:
-    """Slots that a stretch of `count` takes."""
-    return max(SMALLEST, 1 << (count - 1).bit_length())
-
-
-class Room:
-    """Which slots are free. Free pieces of one size are as good as each other, so nothing is searched."""
-
-    def __init__(self, lines: Lines, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lines = lines
-        self._clock = clock
-        self._end = FIRST
-        self._free: dict[int, list[int]] = {}
-        self._resting: deque[tuple[float, int, int]] = deque()
-        self.used = 0
-        """Slots given out."""
-
-    def adopt(self, taken: Iterable[tuple[int, int]]) -> None:
-        """Stretches (first, count) that are in use; before anything is given out."""
-        for first, count in sorted(set(taken)):
-            self._give(self._end, first)
-            self._end = max(self._end, first + room_for(count))
-            self.used += room_for(count)
-
-    def _give(self, first: int, end: int) -> None:
-        while first < end:
-            size = 1 << ((end - first).bit_length() - 1)
-            if size >= SMALLEST:
-                self._free.setdefault(size, []).append(first)
-            first += size
-
-    def take(self, count: int) -> int:
-        """First slot of room for so many. ResourceExhausted."""
-        self._wake()
-        size = room_for(count)
-        if free := self._free.get(size):
-            first = free.pop()
-        else:
-            first = self._end
-            self.lines.ensure(-(-(first + size) // abi.SLOTS_A_LINE))
-            self._end = first + size
-        self.used += size
-        return first
-
-    def give(self, first: int, count: int) -> None:
-        """Room that was taken for `count` is not wanted any more; programs may still be reading it."""
-        self._resting.append((self._clock() + REST_S, first, room_for(count)))
-        self.used -= room_for(count)
-
-    def _wake(self) -> None:
-        now = self._clock()
-        while self._resting and self._resting[0][0] <= now:
-            _, first, size = self._resting.popleft()
-            self._free.setdefault(size, []).append(first)
 
 
 class Stretch:

@@ -1,0 +1,47 @@
+"""Which prefixes an address is in, for a table where the longest one answers for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from services.policy.model import CidrPeer, IPNetwork
+
+
+def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, int]:
+    """What each prefix named by the peers, holes included, means for the addresses that have no longer one: the bits of
+    all peers that they belong to.
+    """
+    own: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
+    holes: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
+    for peer, bits in peers:
+        if peer.prefix in peer.excepted:
+            continue
+        own.setdefault(peer.prefix, []).append((peer, bits))
+        for hole in peer.excepted:
+            own.setdefault(hole, [])
+            holes.setdefault(hole, []).append((peer, bits))
+    found: dict[IPNetwork, int] = {}
+    # Around the present one, widest first, each with its peers.
+    around: list[tuple[IPNetwork, list[tuple[CidrPeer, int]]]] = []
+    for prefix in sorted(own, key=lambda each: (each.version, int(each.network_address), each.prefixlen)):
+        while around and not _holds(around[-1][0], prefix):
+            around.pop()
+        inherited = around[-1][1] if around else []
+        gone = holes.get(prefix)
+        if gone:
+            left = {id(peer) for peer, _ in gone}
+            inherited = [each for each in inherited if id(each[0]) not in left]
+        here = [*inherited, *own[prefix]] if own[prefix] else inherited
+        around.append((prefix, here))
+        mask = 0
+        for _, bits in here:
+            mask |= bits
+        found[prefix] = mask
+    return found
+
+
+def _holds(outer: IPNetwork, inner: IPNetwork) -> bool:
+    if outer.version != inner.version or outer.prefixlen > inner.prefixlen:
+        return False
+    shift = outer.max_prefixlen - outer.prefixlen
+    return int(outer.network_address) >> shift == int(inner.network_address) >> shift
