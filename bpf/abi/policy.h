@@ -71,8 +71,9 @@ struct pol_policy {
 	__u32 prefixes; /* number of its table in pol_prefixes; 0: it names none */
 	struct pol_side sides[2]; /* enum pol_direction */
 	__u32 unknown;  /* class of an identity that user space has not heard of: as little as any that it could turn out to be */
-	__u32 pad;
-	__u64 reserved[4];
+	__u32 first;    /* its stretch of POL_CELLS, for user space that comes after the one that wrote it */
+	__u32 count;
+	__u32 reserved[7];
 };
 _Static_assert(sizeof(struct pol_policy) == 64, "ABI");
 
@@ -231,7 +232,8 @@ struct pol_config {
 	__u32 close_s;    /* TCP that both ends have closed, or one has reset */
 	__u32 tcp_s;      /* TCP */
 	__u32 any_s;      /* all else */
-	__u32 reserved[10];
+	__u32 revision;   /* the last one that was used; user space's */
+	__u32 reserved[9];
 };
 _Static_assert(sizeof(struct pol_config) == 64, "ABI");
 

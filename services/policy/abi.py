@@ -122,7 +122,7 @@ class Policy(ct.Structure):
 
     _fields_ = (
         ("peers", ct.c_uint32), ("prefixes", ct.c_uint32), ("sides", Side * 2), ("unknown", ct.c_uint32),
-        ("pad", ct.c_uint32), ("reserved", ct.c_uint64 * 4),
+        ("first", ct.c_uint32), ("count", ct.c_uint32), ("reserved", ct.c_uint32 * 7),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ class Config(ct.Structure):
 
     _fields_ = (
         ("beat_shift", ct.c_uint32), ("flags", ct.c_uint32), ("syn_s", ct.c_uint32), ("close_s", ct.c_uint32),
-        ("tcp_s", ct.c_uint32), ("any_s", ct.c_uint32), ("reserved", ct.c_uint32 * 10),
+        ("tcp_s", ct.c_uint32), ("any_s", ct.c_uint32), ("revision", ct.c_uint32), ("reserved", ct.c_uint32 * 9),
     )  # fmt: skip
 
 

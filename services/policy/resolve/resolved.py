@@ -35,9 +35,9 @@ CELLS_MAX: Final = 1 << 20
 """Cells that the tables of one policy may take."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RuleRef:
-    """A rule and where it is from. number: what the kernel calls it."""
+    """A rule and where it is from. number: what the kernel calls it. One object a rule as long as it does not change."""
 
     key: PolicyKey
     index: int
