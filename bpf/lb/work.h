@@ -3,6 +3,7 @@
 #pragma once
 
 #include "abi/lb.h"
+#include "lib/answer.h"
 #include "lib/maps.h"
 
 enum lb_tail {
@@ -14,8 +15,6 @@ enum lb_tail {
 	LB_TAILS = 8,
 };
 
-#define LB_QUOTE 120 /* bytes of a packet that an error quotes */
-
 /* Holds for one packet, as struct pkt_ctx does. */
 struct lb_work {
 	struct lb_tuple key;
@@ -25,7 +24,7 @@ struct lb_work {
 	__u32 at;     /* number of the last one */
 	__u32 mtu;    /* for LB_TAIL_REJECT: what the packet does not fit; 0: there is no backend */
 	__u32 uplink; /* 1: at the uplink, else in slot LB */
-	__u32 quote[32];
+	__u32 quote[ANSWER_QUOTE_WORDS];
 };
 
 FIB_MAP("prog", __u32, __u32, lb_tails, LB_TAILS, 0);
