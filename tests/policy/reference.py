@@ -24,7 +24,7 @@ ENDPOINTS_ALTHOUGH_RESERVED = (3, 4, 5)
 
 @dataclass(frozen=True)
 class Who:
-    """One end of a connection. labels: its own; {"reserved:host": ""} and such for reserved identities; of a subject that is_node
+    """One end of a connection. labels: its own; {"reserved:host": ""} or so for reserved identities; of a subject that is_node
     the node's.
     """
 

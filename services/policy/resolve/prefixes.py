@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
+from typing import Final
 
 from services.policy.model import CidrPeer, IPNetwork
+
+_MAPPED: Final = ip_network("::ffff:0:0/96")
+_ALL_IPV4: Final = ip_network("0.0.0.0/0")
 
 
 def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, int]:
@@ -14,10 +19,13 @@ def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, in
     own: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
     holes: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
     for peer, bits in peers:
-        if peer.prefix in peer.excepted:
+        if peer.prefix in peer.excepted or _holds(_MAPPED, peer.prefix):
+            # Of addresses of IPv4 as IPv6 has them there are no packets.
             continue
         own.setdefault(peer.prefix, []).append((peer, bits))
         for hole in peer.excepted:
+            if _holds(_MAPPED, hole):
+                continue
             own.setdefault(hole, [])
             holes.setdefault(hole, []).append((peer, bits))
     found: dict[IPNetwork, int] = {}
@@ -37,6 +45,9 @@ def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, in
         for _, bits in here:
             mask |= bits
         found[prefix] = mask
+    if any(prefix.version == 6 and _holds(prefix, _MAPPED) for prefix in found):
+        # The kernel has IPv4 in there.
+        found.setdefault(_ALL_IPV4, 0)
     return found
 
 

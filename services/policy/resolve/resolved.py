@@ -8,7 +8,7 @@ what a class says on the ports depends on nothing but its mask, and thousands of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from services.common.errors import ResourceExhausted
@@ -25,11 +25,12 @@ from services.policy.model import (
     Port,
     Rule,
     ServicePeer,
+    Tier,
 )
 from services.policy.resolve.prefixes import prefix_masks
 from services.policy.resolve.ranges import Asked, Default, Range, Spans, find, flatten, spans_of
 from services.policy.resolve.selectors import Term
-from services.policy.resolve.world import NamedPort, World
+from services.policy.resolve.world import IPAddress, NamedPort, World
 
 CELLS_MAX: Final = 1 << 20
 """Cells that the tables of one policy may take."""
@@ -46,8 +47,9 @@ class RuleRef:
 
     @property
     def order(self) -> tuple[int, int, PolicyKey, int]:
-        """By which rules are asked."""
-        return self.rule.tier, self.rule.priority, self.key, self.index
+        """By which rules are asked; in NORMAL priority does not count."""
+        priority = 0 if self.rule.tier is Tier.NORMAL else self.rule.priority
+        return self.rule.tier, priority, self.key, self.index
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Bit:
     ref: RuleRef
     order: int
     spans: Spans
+    needs: int = 0
+    """Mask of another that must be there, too."""
 
     def asked(self) -> Asked:
         rule = self.ref.rule
@@ -133,12 +137,21 @@ class Resolved:
             names = []
         if rule.ports is None or numbers:
             self._peers(self._bit(Bit(ref, order, spans_of(numbers if rule.ports is not None else None))), rule)
+        addresses = 0
+        if names and any(not isinstance(peer, EndpointPeer | EntityPeer) for peer in rule.peers or ()):
+            # Says nothing by itself: it takes an address of the rule's and an identity with the name.
+            addresses = self._bit(Bit(ref, order, ()))
+            self._addresses(addresses, rule)
         for port in names:
             self.names.add(port.name)
             for stands_for, having in self._world.named.get(port.name, {}).items():
                 found = _number(port, stands_for)
-                if found:
-                    self._restrict(self._bit(Bit(ref, order, spans_of(found))), rule, having)
+                if not found:
+                    continue
+                bit = Bit(ref, order, spans_of(found))
+                self._restrict(self._bit(bit), rule, having)
+                if addresses:
+                    self._restricted.append(Restricted(self._bit(replace(bit, needs=addresses)), None, having))
 
     def _bit(self, bit: Bit) -> int:
         mask = 1 << len(self.bits)
@@ -151,9 +164,13 @@ class Resolved:
             self._always |= mask
             return
         for peer in rule.peers:
+            if isinstance(peer, EndpointPeer | EntityPeer):
+                self.terms[peer] = self.terms.get(peer, 0) | mask
+        self._addresses(mask, rule)
+
+    def _addresses(self, mask: int, rule: Rule) -> None:
+        for peer in rule.peers or ():
             match peer:
-                case EndpointPeer() | EntityPeer():
-                    self.terms[peer] = self.terms.get(peer, 0) | mask
                 case CidrPeer():
                     self._cidrs[peer] = self._cidrs.get(peer, 0) | mask
                 case ServicePeer():
@@ -267,11 +284,14 @@ class Resolved:
             self._ranges[key] = found
         return found
 
-    def _of(self, mask: int) -> list[Bit]:
+    def _of(self, mask: int, certain: int = 0) -> list[Bit]:
         found = []
+        there = mask | certain
         while mask:
             low = mask & -mask
-            found.append(self.bits[low.bit_length() - 1])
+            bit = self.bits[low.bit_length() - 1]
+            if not bit.needs & ~there:
+                found.append(bit)
             mask ^= low
         return found
 
@@ -281,9 +301,14 @@ class Resolved:
         """
         certain = (certain | self._always) & self._sides[direction]
         sure = self._of(certain)
-        possible = self._of(self._sides[direction] & ~certain)
+        possible = self._of(self._sides[direction] & ~certain, certain)
         harmful = [bit for bit in possible if bit.ref.rule.action is Action.DENY]
-        passing = [bit for bit in possible if bit.ref.rule.action is Action.PASS]
+        # The last tier's leave nothing but to allow.
+        passing = [
+            bit
+            for bit in possible
+            if bit.ref.rule.action is Action.PASS and bit.ref.rule.tier is not Tier.BASELINE
+        ]
         default = self.default(direction)
         # A rule that passes on may skip one that allows, or one that denies: whichever is worse.
         first = flatten([bit.asked() for bit in (*sure, *harmful)], default)
@@ -299,6 +324,15 @@ class Resolved:
             return find(self.unknown(direction, address_mask), protocol, port)
         mask = self.masks[self.classes.get(number, 0)]
         return find(self.ranges(direction, mask | address_mask), protocol, port)
+
+    def address_mask(self, address: IPAddress | None) -> int:
+        """Of the longest prefix that holds an address."""
+        found, longest = 0, -1
+        if address is not None:
+            for prefix, mask in self._prefixes.items():
+                if prefix.version == address.version and prefix.prefixlen > longest and address in prefix:
+                    found, longest = mask, prefix.prefixlen
+        return found
 
     def prefixes(self) -> Mapping[IPNetwork, int]:
         """Prefix -> mask of the rules that addresses match for which it is the longest."""

@@ -1,0 +1,184 @@
+"""Any policies, any endpoints: the tables say what the rules say, peer by peer and port by port."""
+
+from __future__ import annotations
+
+import random
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from services.identity.numbers import Reserved
+from services.policy import abi
+from services.policy.model import (
+    TCP,
+    Action,
+    CidrPeer,
+    Direction,
+    Entity,
+    EntityPeer,
+    Kind,
+    Policy,
+    PolicyKey,
+    Rule,
+    Selector,
+    Tier,
+)
+from services.policy.resolve.numbers import RuleNumbers
+from services.policy.resolve.resolved import Resolved, RuleRef, Tables
+from services.policy.resolve.selectors import Selectors
+from services.policy.resolve.world import NodeFacts, World
+from tests.policy.reference import Decision, Who, concerns, decide
+from tests.policy.strategies import QUESTIONS, Universe, policy_sets, question, universes
+from tests.policy.tables import Answer, Prefixes, look_up
+
+A_TIME = 250
+"""Questions asked of each world."""
+KEY = PolicyKey(Kind.FIBRIL, "", "a")
+seeds = st.integers(0, 2**32 - 1)
+numbers = RuleNumbers()
+often = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def world_of(universe: Universe) -> World:
+    return World(
+        selectors_of(universe),
+        {name: frozenset(backends) for name, backends in universe.services.items()},
+        {name: NodeFacts(node.labels, frozenset(node.addresses)) for name, node in universe.nodes.items()},
+        {
+            name: {port: set(having) for port, having in standing.items()}
+            for name, standing in universe.named.items()
+        },
+    )
+
+
+def selectors_of(universe: Universe) -> Selectors:
+    made = Selectors()
+    for number, own in universe.identities.items():
+        made.add(number, own)
+    return made
+
+
+def refs_of(policies: list[Policy], subject: Who) -> list[RuleRef]:
+    return [
+        RuleRef(policy.key, index, rule, numbers.number(policy.key, index))
+        for policy in policies
+        for index, rule in enumerate(policy.rules)
+        if concerns(rule, subject)
+    ]
+
+
+def resolved_for(policies: list[Policy], subject: Who, world: World) -> Resolved:
+    named = {name: port for name, (port,) in subject.named_ports.items()}
+    return Resolved(refs_of(policies, subject), named, world)
+
+
+def same(answer: Answer, wanted: Decision) -> bool:
+    deciding = numbers.rule(answer.rule) if answer.rule else None
+    return (
+        answer.allowed == wanted.allowed
+        and deciding == wanted.deciding
+        and answer.enforced >= wanted.enforced
+        and (wanted.allowed or (answer.reject, answer.keep) == (wanted.reject, wanted.keep))
+    )
+
+
+@often
+@given(universes(), policy_sets, seeds)
+def test_tables_say_what_the_rules_say(universe: Universe, policies: list[Policy], seed: int) -> None:
+    world, some = world_of(universe), random.Random(seed)
+    made = {}
+    for subject in universe.subjects:
+        resolved = resolved_for(policies, subject, world)
+        resolved.classify()
+        tables = resolved.tables()
+        made[id(subject)] = resolved, tables, Prefixes(tables.prefixes)
+    asked = [who for who in universe.subjects if refs_of(policies, who)] or universe.subjects
+    for _ in range(A_TIME):
+        subject, direction, peer, protocol, port = question(universe, asked, some)
+        resolved, tables, prefixes = made[id(subject)]
+        wanted = decide(policies, subject, direction, peer, protocol, port, universe.services, universe.nodes)
+        answer = look_up(
+            tables,
+            direction,
+            resolved.classes.get(peer.identity, 0),
+            prefixes.find(peer.address),
+            protocol,
+            port,
+        )
+        assert same(answer, wanted), (answer, wanted, subject, direction, peer, protocol, port)
+        event(f"allowed {wanted.allowed}, by a rule {wanted.deciding is not None}")
+
+
+@often
+@given(universes(), policy_sets, seeds)
+def test_whom_nothing_is_known_of_is_allowed_what_all_are(
+    universe: Universe, policies: list[Policy], seed: int
+) -> None:
+    """Whatever labels an identity may turn out to have, and whatever ports, it was not allowed too much."""
+    world, some = world_of(universe), random.Random(seed)
+    for subject in universe.subjects:
+        resolved = resolved_for(policies, subject, world)
+        resolved.classify()
+        tables = resolved.tables()
+        prefixes = Prefixes(tables.prefixes)
+        for who in some.sample(universe.peers, 8):
+            for direction in Direction:
+                protocol, port = some.choice(QUESTIONS)
+                answer = look_up(
+                    tables, direction, tables.unknown, prefixes.find(who.address), protocol, port
+                )
+                if not answer.allowed:
+                    assert answer.verdict & abi.VERDICT in (abi.Verdict.DENY, abi.Verdict.DEFAULT)
+                    continue
+                # Of those who could be at that address.
+                for other in universe.peers:
+                    turned_out = Who(other.labels, other.identity, who.address, other.named_ports)
+                    wanted = decide(
+                        policies,
+                        subject,
+                        direction,
+                        turned_out,
+                        protocol,
+                        port,
+                        universe.services,
+                        universe.nodes,
+                    )
+                    assert wanted.allowed, (answer, wanted, subject, direction, turned_out, protocol, port)
+
+
+def of_rules(*rules: Rule) -> tuple[Resolved, Tables, Prefixes]:
+    """Rules for a pod beside which there are only reserved identities."""
+    world = World()
+    for each in Reserved:
+        world.selectors.add(each, {each.label: ""})
+    resolved = resolved_for([Policy(KEY, rules)], Who({}, 1000), world)
+    resolved.classify()
+    tables = resolved.tables()
+    return resolved, tables, Prefixes(tables.prefixes)
+
+
+@pytest.mark.parametrize("prefix", ["::/0", "::/80", "::ffff:0:0/96", "::ffff:c000:200/120"])
+def test_prefixes_of_ipv6_hold_no_addresses_of_ipv4(prefix: str) -> None:
+    rule = Rule(
+        Selector(), Direction.INGRESS, Action.ALLOW, (CidrPeer(ip_network(prefix)),), default_deny=True
+    )
+    resolved, tables, prefixes = of_rules(rule)
+    world = resolved.classes.get(Reserved.WORLD, 0)
+    for address, allowed in ((ip_address("192.0.2.1"), False), (ip_address("::1"), prefix < "::f")):
+        answer = look_up(tables, Direction.INGRESS, world, prefixes.find(address), TCP, 80)
+        assert answer.allowed is allowed
+
+
+def test_unknown_identity_may_be_one_that_the_last_tier_would_not_pass() -> None:
+    """PASS of the administrator and no PASS of the baseline: denied, though either alone would allow it."""
+    passed = (EntityPeer(Entity.INIT),)
+    direction = Direction.INGRESS
+    _, tables, _ = of_rules(
+        Rule(Selector(), direction, Action.PASS, passed, tier=Tier.ADMIN),
+        Rule(Selector(), direction, Action.ALLOW, tier=Tier.ADMIN),
+        Rule(Selector(), direction, Action.PASS, (EntityPeer(Entity.WORLD),), tier=Tier.BASELINE),
+        Rule(Selector(), direction, Action.DENY, tier=Tier.BASELINE),
+    )
+    assert not look_up(tables, direction, tables.unknown, 0, TCP, 80).allowed
