@@ -49,6 +49,7 @@ enum direction {
 #define PKT_VLAN 0x8       /* tagged; no slot ever sees such a packet */
 #define PKT_ANSWERS 0x10   /* of a service's backend; SLOT_LB_ANSWER is to give it the service's address */
 #define PKT_ANSWER 0x20    /* that has been done: orig_dst and orig_dport hold what the packet came from */
+#define PKT_QUOTED 0x40    /* an error quotes a service's address; room has its backend's (4 words) and both ports, the client's first */
 
 /* What is known of the packet being handled. Holds for one packet on one CPU from entry to verdict: bottom
  * halves are off in tc, so nothing comes between. Whoever rewrites the packet keeps this in step. */

@@ -208,6 +208,14 @@ static __always_inline int icmp_to_backend(struct __sk_buff *skb, struct pkt_ctx
 	return uplink_leave(skb, pkt, how, &route);
 }
 
+/* Policy knows the connection that an error is about by its backend. */
+static __always_inline void icmp_note(struct pkt_ctx *pkt, const struct icmp_quoted *quoted)
+{
+	__builtin_memcpy(pkt->room, &quoted->ends.dst, sizeof(quoted->ends.dst));
+	pkt->room[4] = (__u32)quoted->ends.dport << 16 | quoted->ends.sport;
+	pkt->flags |= PKT_QUOTED;
+}
+
 /* What it is none of goes on as it came. */
 int fib_lb_icmp(struct __sk_buff *skb)
 {
@@ -227,8 +235,10 @@ int fib_lb_icmp(struct __sk_buff *skb)
 		work->key.lport = quoted.ends.sport;
 		work->key.proto = quoted.proto;
 		nat = nat_find(&work->key);
-		if (nat)
+		if (nat) {
+			icmp_note(pkt, &quoted);
 			return icmp_to_client(skb, pkt, &quoted, nat);
+		}
 		if (icmp_recall(pkt, config, work, &quoted, &nat)) {
 			if (nat)
 				return icmp_to_backend(skb, pkt, &quoted, work, nat);

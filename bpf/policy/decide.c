@@ -241,6 +241,20 @@ static __always_inline int decide_pass(struct __sk_buff *skb, struct pkt_ctx *pk
 	return work->end == POL_EGRESS ? slot_after_policy_egress(skb, pkt) : slot_after_policy_ingress(skb, pkt);
 }
 
+/* What fib_policy_reject has made, and cannot be asked about: it is no packet of a connection that was allowed. */
+static __always_inline bool decide_is_refusal(const struct pkt_ctx *pkt)
+{
+	return (pkt->proto == IPPROTO_TCP && pkt->tcp_flags & TCP_RST) || decide_is_error(pkt);
+}
+
+static __always_inline int decide_pass_refusal(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct pol_work *work)
+{
+	/* There may be another pod's policy to come. */
+	if (work->end == POL_INGRESS || !pkt->dst_id)
+		skb->mark = 0;
+	return decide_pass(skb, pkt, work);
+}
+
 /* Nobody asks whether a pod may speak to itself. */
 static __always_inline bool decide_is_self(const struct pkt_ctx *pkt)
 {
@@ -289,6 +303,8 @@ int fib_policy_decide(struct __sk_buff *skb)
 
 	if (!pkt || !work || !config)
 		return TC_ACT_SHOT;
+	if (unlikely(skb->mark == POL_MARK && decide_is_refusal(pkt)))
+		return decide_pass_refusal(skb, pkt, work);
 	id = work->end == POL_EGRESS ? pkt->src_id : pkt->dst_id;
 	owner = skb->ifindex;
 	/* The compiler would choose between two addresses, one of which the verifier wants to see as it is. */
@@ -319,14 +335,4 @@ int fib_policy_decide(struct __sk_buff *skb)
 	if (decision <= DECIDE_NEW)
 		return decide_pass(skb, pkt, work);
 	return decide_deny(skb, config, pkt, work, ep, decision, decide_reason(work, decision), now);
-}
-
-int fib_policy_related(struct __sk_buff *skb)
-{
-	return TC_ACT_SHOT;
-}
-
-int fib_policy_reject(struct __sk_buff *skb)
-{
-	return TC_ACT_SHOT;
 }

@@ -2,3 +2,5 @@
 /* The policy service's programs as one unit. */
 #include "policy/slots.c"
 #include "policy/decide.c"
+#include "policy/related.c"
+#include "policy/reject.c"

@@ -2,6 +2,7 @@
 /* What programs of this unit leave to each other: rare work is in programs of its own, reached by tail calls. */
 #pragma once
 
+#include "lib/answer.h"
 #include "lib/maps.h"
 #include "policy/ct.h"
 
@@ -12,6 +13,10 @@ enum pol_tail {
 	POL_TAILS = 4,
 };
 
+/* skb->mark of refusals on their way from a pod's host side back into it, as if the pod had sent them. Pods cannot mark packets: the
+ * mark goes when a packet leaves their namespace. */
+#define POL_MARK 0x66
+
 /* Holds for one packet, as struct pkt_ctx does. */
 struct pol_work {
 	struct ct_key key;
@@ -21,7 +26,7 @@ struct pol_work {
 	__u32 revision; /* of the policy that was asked */
 	__u32 unrelated; /* 1: POL_TAIL_RELATED has looked in vain */
 	__u32 reason;    /* for POL_TAIL_REJECT */
-	__u32 quote[32];
+	__u32 quote[ANSWER_QUOTE_WORDS];
 };
 
 FIB_MAP("prog", __u32, __u32, pol_tails, POL_TAILS, 0);
