@@ -35,7 +35,8 @@ static __always_inline void report(const struct pkt_ctx *pkt, const struct pol_w
 	event->icmp_type = pkt->icmp_type;
 	event->icmp_code = pkt->icmp_code;
 	*(__u32 *)event->pad = 0;
-	pol_events.ringbuf_submit(event, 0);
+	/* Nobody is woken: who reads them comes by itself. */
+	pol_events.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }
 
 /* A refusal: the first of its kind in each beat, with the number of those before it that were not told. */

@@ -14,6 +14,7 @@ SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ipam": (*SHARED, "pools", "endpoints", "cni", "monitor"),
     "identity": (*SHARED, "identities"),
     "lb": (*SHARED, "lb"),
+    "policy": (*SHARED, "policy"),
 }
 
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "service": "service",
     "backend": "backend",
     "lb": "lb",
+    "policy": "policy",
     "prefilter": "prefilter",
     "connectivity": "connectivity",
     "monitor": "monitor",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from services.common.etcd.embedded import EmbeddedEtcd, Member
 
 # Service -> module that runs it; in order of start.
-SERVICES = {"ipam": "services.ipam", "identity": "services.identity", "lb": "services.lb"}
+SERVICES = {"ipam": "services.ipam", "identity": "services.identity", "lb": "services.lb", "policy": "services.policy"}
 ETCD = "etcd"  # name of the child process, its directory and its log
 POLL_S = 0.02
 HOPELESS_RESTARTS = 4  # a child that died this often while coming up will not come up

@@ -42,10 +42,19 @@ def _lb(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Se
     return build(instance, cfg), cfg.host
 
 
+def _policy(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Service, HostConfig]:
+    from services.policy.__main__ import build
+    from services.policy.config import PolicyConfig
+
+    cfg = command.load("policy", PolicyConfig, file, overrides)
+    return build(instance, cfg), cfg.host
+
+
 BUILD: Mapping[str, Callable[[Instance, Path | None, Overrides], tuple[Service, HostConfig]]] = {
     "ipam": _ipam,
     "identity": _identity,
     "lb": _lb,
+    "policy": _policy,
 }
 
 

@@ -11,6 +11,7 @@ import enum
 from typing import Final, Self
 
 from services.common.pipeline.abi import FibAddr
+from services.common.pipeline.abi import PolicyEp as Ep
 from services.policy.model import IPNetwork
 
 FAMILY: Final = "policy/v1"
@@ -52,6 +53,7 @@ class EpFlag(enum.IntFlag):
 
 
 ENFORCED: Final = 0x1
+__all__ = ["Ep"]
 
 
 class Verdict(enum.IntFlag):
@@ -101,14 +103,6 @@ class CtFlag(enum.IntFlag):
     TOLD_CLOSED = 0x20
     ALLOWED_INGRESS = 0x40
     ALLOWED_EGRESS = 0x80
-
-
-class Ep(ct.Structure):
-    """struct pol_ep."""
-
-    _fields_ = (
-        ("policy", ct.c_uint32), ("revision", ct.c_uint32), ("flags", ct.c_uint32), ("owner", ct.c_uint32),
-    )  # fmt: skip
 
 
 class Side(ct.Structure):

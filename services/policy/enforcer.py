@@ -82,9 +82,11 @@ class Enforcer:
 
     def __init__(self, world: World, numbers: RuleNumbers, node_labels: Mapping[str, str]) -> None:
         self.world, self.numbers = world, numbers
-        self._node_labels = node_labels
-        self._writer: Writer | None = None
+        self.node_labels = node_labels
+        self.writer: Writer | None = None
         self.ready = False
+        self.waiting = ""
+        """What is not in step yet, for people."""
         self.policies: dict[PolicyKey, Policy] = {}
         self._refs: dict[PolicyKey, tuple[RuleRef, ...]] = {}
         self.endpoints: dict[int, Endpoint] = {}
@@ -151,7 +153,7 @@ class Enforcer:
         before = self.endpoints.get(number)
         self.endpoints[number] = endpoint
         node = number == HOST
-        labels = dict(self._node_labels) if node else effective(endpoint.labels)
+        labels = dict(self.node_labels) if node else effective(endpoint.labels)
         key: GroupKey = frozenset(labels.items()), frozenset(endpoint.named.items()), node
         if before is not None and self._group_of[number] != key:
             self._leave(number)
@@ -173,8 +175,8 @@ class Enforcer:
         if self.endpoints.pop(number, None) is None:
             return
         self._leave(number)
-        if self._writer is not None and self._pruned:
-            self._writer.clear_endpoint(number)
+        if self.writer is not None and self._pruned:
+            self.writer.clear_endpoint(number)
 
     def _leave(self, number: int) -> None:
         key = self._group_of.pop(number)
@@ -190,7 +192,7 @@ class Enforcer:
         if number in self.world.selectors.labels:
             return
         self.world.selectors.add(number, labels)
-        self._gone.pop(number, None)
+        # If it was there before and is still to be taken away, that comes first: its labels may be others now.
         self._new[number] = None
         self._news.set()
 
@@ -254,7 +256,7 @@ class Enforcer:
     # ---- enforcing ------------------------------------------------------------------------------------------
     def use(self, writer: Writer | None) -> None:
         """Tables to write to; None: they are gone."""
-        self._writer = writer
+        self.writer = writer
         self._pruned = False
         for content in self.contents.values():
             if content.resolved is not None:
@@ -286,16 +288,16 @@ class Enforcer:
                 async with asyncio.timeout(REST_S):
                     await self._news.wait()
             except TimeoutError:
-                if self._writer is not None:
-                    self._writer.rest()
+                if self.writer is not None:
+                    self.writer.rest()
                 continue
             self._news.clear()
-            if self.ready and self._writer is not None:
-                await self.flush(self._writer)
+            if self.ready and self.writer is not None:
+                await self.flush(self.writer)
 
     async def flush(self, writer: Writer) -> None:
         """Write all that has changed."""
-        while self._writer is writer:
+        while self.writer is writer:
             noted = self._noted
             if self._gone:
                 self._take_identities(writer)
@@ -344,7 +346,7 @@ class Enforcer:
         else:
             # What it had may serve the new one for its peers; it is released when that is there.
             self._dirty.pop(content, None)
-            self._build(self._writer, content, before)
+            self._build(self.writer, content, before)
 
     @staticmethod
     def _names(group: Group, refs: Iterable[RuleRef]) -> frozenset[tuple[str, NamedPort]]:
@@ -406,8 +408,8 @@ class Enforcer:
                 if not users:
                     del self._users[term]
             content.resolved.close()
-        if content.published is not None and self._writer is not None:
-            self._writer.retire(content.published, after)
+        if content.published is not None and self.writer is not None:
+            self.writer.retire(content.published, after)
 
     def _unuse(self, group: Group) -> None:
         content, group.content = group.content, None
@@ -416,14 +418,14 @@ class Enforcer:
             self._release(content)
 
     def _give(self, number: int, content: Content) -> None:
-        if self._writer is None or content.published is None or not self.ready:
+        if self.writer is None or content.published is None or not self.ready:
             return
         endpoint = self.endpoints[number]
         if number == HOST and not content.key[0]:
             # The host has no policy unless one selects it.
-            self._writer.clear_endpoint(HOST)
+            self.writer.clear_endpoint(HOST)
             return
-        self._writer.set_endpoint(number, endpoint.owner, content.published, endpoint.flags)
+        self.writer.set_endpoint(number, endpoint.owner, content.published, endpoint.flags)
         for callback in self._callbacks:
             callback(number)
 
@@ -445,10 +447,15 @@ class Enforcer:
         selectors = self.world.selectors
         pending: list[tuple[Content, int, int]] = []
         again: dict[Content, None] = {}
-        by_name = {each for each in self.contents.values() if each.resolved is not None and each.resolved.names}
+        # Besides those with a term: class 0 of a policy that took over classes may be of those whom a rule matches.
+        others = {
+            each
+            for each in self.contents.values()
+            if each.resolved is not None and (each.resolved.names or each.resolved.masks[0])
+        }
         for number in new:
             terms = selectors.matching(number)
-            concerned = {content for term in terms for content in self._users.get(term, ())} | by_name
+            concerned = {content for term in terms for content in self._users.get(term, ())} | others
             for content in concerned:
                 if content.resolved is None or number in content.resolved.classes:
                     continue

@@ -709,7 +709,7 @@ class UpsertPoliciesRequest(_message.Message):
     """True: check, and change nothing."""
     @_builtins.property
     def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Policy]:
-        """At most 1,000."""
+        """At most 100, and 1 MiB together."""
 
     def __init__(
         self,
@@ -769,7 +769,7 @@ class DeletePoliciesRequest(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___PolicyKey]:
-        """At most 1,000."""
+        """At most 100."""
 
     def __init__(
         self,

@@ -179,7 +179,7 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ApplyDocuments(self, request, context):
-        """ApplyDocuments upserts (or deletes) what YAML or JSON documents declare: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
+        """ApplyDocuments checks all of what YAML or JSON documents declare, then upserts (or deletes) it, a hundred at a time: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
         NetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy, lists of these.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

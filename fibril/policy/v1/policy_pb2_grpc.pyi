@@ -61,7 +61,7 @@ class PolicyServiceStub:
     WatchPolicies: _grpc.UnaryStreamMultiCallable[_policy_pb2.WatchPoliciesRequest, _policy_pb2.WatchPoliciesResponse]
     """WatchPolicies streams policies: snapshot, SYNCED, then changes."""
     ApplyDocuments: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ApplyDocumentsRequest, _policy_pb2.ApplyDocumentsResponse]
-    """ApplyDocuments upserts (or deletes) what YAML or JSON documents declare: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
+    """ApplyDocuments checks all of what YAML or JSON documents declare, then upserts (or deletes) it, a hundred at a time: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
     NetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy, lists of these.
     """
     Trace: _grpc.UnaryUnaryMultiCallable[_policy_pb2.TraceRequest, _policy_pb2.TraceResponse]
@@ -114,7 +114,7 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     WatchPolicies: _aio.UnaryStreamMultiCallable[_policy_pb2.WatchPoliciesRequest, _policy_pb2.WatchPoliciesResponse]  # type: ignore[assignment]
     """WatchPolicies streams policies: snapshot, SYNCED, then changes."""
     ApplyDocuments: _aio.UnaryUnaryMultiCallable[_policy_pb2.ApplyDocumentsRequest, _policy_pb2.ApplyDocumentsResponse]  # type: ignore[assignment]
-    """ApplyDocuments upserts (or deletes) what YAML or JSON documents declare: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
+    """ApplyDocuments checks all of what YAML or JSON documents declare, then upserts (or deletes) it, a hundred at a time: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
     NetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy, lists of these.
     """
     Trace: _aio.UnaryUnaryMultiCallable[_policy_pb2.TraceRequest, _policy_pb2.TraceResponse]  # type: ignore[assignment]
@@ -200,7 +200,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.ApplyDocumentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.ApplyDocumentsResponse, _abc.Awaitable[_policy_pb2.ApplyDocumentsResponse]]:
-        """ApplyDocuments upserts (or deletes) what YAML or JSON documents declare: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
+        """ApplyDocuments checks all of what YAML or JSON documents declare, then upserts (or deletes) it, a hundred at a time: CiliumNetworkPolicy, CiliumClusterwideNetworkPolicy,
         NetworkPolicy, ClusterNetworkPolicy, AdminNetworkPolicy, BaselineAdminNetworkPolicy, lists of these.
         """
 

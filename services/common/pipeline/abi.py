@@ -39,6 +39,8 @@ MAPS: Final = {
     **{name: f"{NODE_FAMILY}/{name}" for name in ("nd_nodes", "nd_config")},
 }
 """Map -> pin path below an instance's pin directory."""
+POLICY_EPS: Final = "policy/v1/pol_eps"
+"""Pin path of the policies in force, for who waits for one; services.policy.abi has the family."""
 
 _V4_PREFIX: Final = bytes(10) + b"\xff\xff"
 
@@ -203,6 +205,14 @@ class Event(ct.Structure):
         ("family", ct.c_uint8), ("proto", ct.c_uint8), ("tcp_flags", ct.c_uint8), ("icmp_type", ct.c_uint8),
         ("icmp_code", ct.c_uint8), ("pad", ct.c_uint8),
     )
+
+
+class PolicyEp(ct.Structure):
+    """struct pol_ep: what is in force for an endpoint. policy 0: nothing is known, everything is denied."""
+
+    _fields_ = (
+        ("policy", ct.c_uint32), ("revision", ct.c_uint32), ("flags", ct.c_uint32), ("owner", ct.c_uint32),
+    )  # fmt: skip
 
 
 class IpcacheFlag(enum.IntFlag):

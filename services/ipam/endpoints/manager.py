@@ -283,7 +283,10 @@ class EndpointManager:
         ifindex = await self._kernel.wire(record)
         if call.abandoned:
             raise errors.Cancelled("the caller gave up; the endpoint is undone")
-        return await self._settled(record, record.to(State.READY, host_ifindex=ifindex))
+        ready = await self._settled(record, record.to(State.READY, host_ifindex=ifindex))
+        # Whoever makes policies has been told by now.
+        await self._kernel.admitted(ready)
+        return ready
 
     async def _undo(self, number: int, key: Key, cause: BaseException) -> None:
         """After a failed creation. What cannot be undone now stays recorded as DELETING and is tried

@@ -25,6 +25,7 @@ from services.common.pipeline import install
 from services.ipam.endpoints import model
 from services.ipam.endpoints import observe as observing
 from services.ipam.endpoints.epmaps import EndpointMaps
+from services.ipam.endpoints.gate import PolicyGate
 from services.ipam.endpoints.model import EndpointRecord, EndpointSpec, Heirs, Place
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class PodOps:
         self._programs: dict[Direction, int] = {}
         self._tags: dict[Direction, str] = {}
         self._reason: errors.FibrilError | None = errors.Unavailable("the data path is not installed yet")
+        self._gate = PolicyGate(instance)
 
     # ---- the data path as a whole -----------------------------------------------------------------------
     async def open(self) -> None:
@@ -95,6 +97,10 @@ class PodOps:
 
     def mtu(self) -> int:
         return self._node.mtu
+
+    async def admitted(self, record: EndpointRecord) -> None:
+        """Wait for the endpoint's policy, on a node that has any. Unavailable: it did not come."""
+        await self._gate.wait(record.id, record.host_ifindex)
 
     # ---- one endpoint -----------------------------------------------------------------------------------
     async def place(self, spec: EndpointSpec) -> Place:

@@ -51,5 +51,8 @@ class Kernel(Protocol):
         included; an endpoint the kernel does not have is passed over.
         """
 
+    async def admitted(self, record: EndpointRecord) -> None:
+        """Wait for the endpoint's policy, on a node that has any. Unavailable: it did not come."""
+
     async def check(self, record: EndpointRecord) -> list[str]:
         """Every difference, one sentence each."""

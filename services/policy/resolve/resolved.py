@@ -219,11 +219,19 @@ class Resolved:
     def _same_classes(self, before: Resolved, masks: Mapping[int, int]) -> bool:
         """Take over another's classes if no two identities of one class are told apart now."""
         found: dict[int, int] = {}
-        classes = before.classes
-        for number in self._world.selectors.labels:
+        classes, others = before.classes, 0
+        for number, index in classes.items():
             mask = masks.get(number, 0)
-            if found.setdefault(classes.get(number, 0), mask) != mask:
+            if found.setdefault(index, mask) != mask:
                 return False
+        for number, mask in masks.items():
+            if number not in classes:
+                others += 1
+                if found.setdefault(0, mask) != mask:
+                    return False
+        # All that neither names.
+        if len(self._world.selectors.labels) > len(classes) + others and found.setdefault(0, 0):
+            return False
         if len(before.masks) > 2 * len(found) + 16:
             # Too many that nobody has any longer.
             return False

@@ -15,9 +15,12 @@ from services.ctl.node import SERVICES
 from services.identity.config import IdentityConfig
 from services.ipam.config import IpamConfig
 from services.lb.config import LbConfig
+from services.policy.config import PolicyConfig
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
-CONFIGS: dict[str, type[Any]] = {"ipam": IpamConfig, "identity": IdentityConfig, "lb": LbConfig}
+CONFIGS: dict[str, type[Any]] = {
+    "ipam": IpamConfig, "identity": IdentityConfig, "lb": LbConfig, "policy": PolicyConfig,
+}  # fmt: skip
 
 
 def test_every_service_is_here() -> None:
@@ -61,11 +64,12 @@ def test_processes_of_one_file_listen_on_ports_of_their_own(tmp_path: Path) -> N
         f'host: {{rpc: {{tcp: "[::1]:7400", {tls}}}, telemetry: {{prometheus: "127.0.0.1:9464"}}}}\n'
     )
     loaded = [command.load(name, cls, file, {}).host for name, cls in CONFIGS.items()]
-    assert [host.rpc.tcp for host in loaded] == ["[::1]:7400", "[::1]:7401", "[::1]:7402"]
+    assert [host.rpc.tcp for host in loaded] == [f"[::1]:{port}" for port in range(7400, 7404)]
     assert [host.telemetry.prometheus for host in loaded] == [
         "127.0.0.1:9464",
         "127.0.0.1:9465",
         "127.0.0.1:9466",
+        "127.0.0.1:9467",
     ]
     any_free = command.load(
         "identity", CONFIGS["identity"], None, {"host.telemetry.prometheus": "127.0.0.1:0"}

@@ -67,6 +67,9 @@ class World:
         self.identities[record.id] = record.identity
         return 500
 
+    async def admitted(self, record: EndpointRecord) -> None:
+        """There are no policies here."""
+
     async def identify(self, records: Sequence[EndpointRecord]) -> None:
         await self.step("identify")
         self.identities.update({record.id: record.identity for record in records})

@@ -125,6 +125,9 @@ class Told(World):
     async def lease(self, record: EndpointRecord) -> Lease:
         return Lease(f"10.0.{record.id // 250}.{record.id % 250}", "10.0.0.254")
 
+    async def admitted(self, record: Any) -> None:
+        """There are no policies here."""
+
     async def identify(self, records: Any) -> None:
         await super().identify(records)
         self.batches.append(len(records))

@@ -1,0 +1,132 @@
+"""fibril.flow.v1.FlowFilter to a predicate on records. What is cheap to look at is looked at first."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from fibril.flow.v1 import flow_pb2 as pb
+from services.common.errors import InvalidArgument
+from services.common.pipeline.abi import FibAddr
+from services.policy.flows.store import Predicate, Record
+
+FILTERS_MAX: Final = 64
+_PORT_MAX: Final = 65535
+
+
+class Names(Protocol):
+    """Who knows what numbers stand for."""
+
+    @property
+    def node(self) -> str:
+        """This node's name."""
+
+    def labels(self, identity: int) -> Mapping[str, str]:
+        """Of an identity; none if it is not known."""
+
+    def pod(self, endpoint: int) -> str:
+        """Name of an endpoint of this node; empty if it is not known."""
+
+    def rule(self, number: int) -> tuple[str, str]:
+        """Policy and rule with that number; empty if it is no policy's."""
+
+
+def selected(allow: Sequence[pb.FlowFilter], deny: Sequence[pb.FlowFilter], names: Names) -> Predicate:
+    """Whether any of the first (or there is none) and none of the second matches. InvalidArgument names the field."""
+    wanted = [_filter(each, names, f"allow[{at}]") for at, each in enumerate(allow)]
+    unwanted = [_filter(each, names, f"deny[{at}]") for at, each in enumerate(deny)]
+    if len(wanted) + len(unwanted) > FILTERS_MAX:
+        raise InvalidArgument(f"{len(wanted) + len(unwanted)} filters", field="allow", fix=f"give at most {FILTERS_MAX}")
+
+    def matches(record: Record) -> bool:
+        if wanted and not any(each(record) for each in wanted):
+            return False
+        return not any(each(record) for each in unwanted)
+
+    return matches
+
+
+def _filter(message: pb.FlowFilter, names: Names, at: str) -> Predicate:
+    found: list[Predicate] = []
+    for field in ("verdict", "type", "protocol"):
+        if getattr(message, field):
+            found.append(_equals("proto" if field == "protocol" else field, getattr(message, field)))
+    if message.direction:
+        found.append(_equals("direction", message.direction - 1))
+    if message.drop_reason:
+        found.append(_equals("reason", message.drop_reason))
+    if message.port:
+        if message.port > _PORT_MAX:
+            raise InvalidArgument(f"{message.port} is no port", field=f"{at}.port")
+        found.append(_either("sport", "dport", message.port))
+    if message.endpoint:
+        found.append(_either("src_id", "dst_id", message.endpoint))
+    if message.identity:
+        found.append(_either("src_identity", "dst_identity", message.identity))
+    found += _addresses(message, at)
+    found += _by_name(message, names)
+    return lambda record: all(each(record) for each in found)
+
+
+def _equals(field: str, value: int) -> Predicate:
+    return lambda record: getattr(record, field) == value
+
+
+def _either(one: str, other: str, value: int) -> Predicate:
+    return lambda record: value in (getattr(record, one), getattr(record, other))
+
+
+def _addresses(message: pb.FlowFilter, at: str) -> list[Predicate]:
+    found: list[Predicate] = []
+    if message.address:
+        holds = _prefix(message.address, f"{at}.address")
+        found.append(lambda record: holds(record.src) or holds(record.dst))
+    if message.source_address:
+        source = _prefix(message.source_address, f"{at}.source_address")
+        found.append(lambda record: source(record.src))
+    if message.destination_address:
+        destination = _prefix(message.destination_address, f"{at}.destination_address")
+        found.append(lambda record: destination(record.dst))
+    return found
+
+
+def _prefix(text: str, at: str) -> Callable[[bytes], bool]:
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise InvalidArgument(f"{text[:60]!r} is no prefix", field=at, fix="as 10.0.0.1 or 10.0.0.0/8") from None
+    shift = network.max_prefixlen - network.prefixlen
+    wanted = int.from_bytes(bytes(FibAddr.of(network.network_address)), "big") >> shift
+    return lambda raw: int.from_bytes(raw, "big") >> shift == wanted
+
+
+def _by_name(message: pb.FlowFilter, names: Names) -> list[Predicate]:
+    found: list[Predicate] = []
+    if message.pod:
+        pod = message.pod
+        found.append(lambda record: _is_pod(pod, names, record.src_id) or _is_pod(pod, names, record.dst_id))
+    if message.source_pod:
+        source = message.source_pod
+        found.append(lambda record: _is_pod(source, names, record.src_id))
+    if message.destination_pod:
+        destination = message.destination_pod
+        found.append(lambda record: _is_pod(destination, names, record.dst_id))
+    if message.labels:
+        labels = dict(message.labels).items()
+        found.append(
+            lambda record: any(
+                labels <= dict(names.labels(identity)).items() for identity in (record.src_identity, record.dst_identity)
+            )
+        )
+    if message.policy:
+        policy = message.policy
+        found.append(lambda record: any(policy in text for text in names.rule(record.rule)))
+    return found
+
+
+def _is_pod(wanted: str, names: Names, endpoint: int) -> bool:
+    if not endpoint:
+        return False
+    name = names.pod(endpoint)
+    return name.startswith(wanted[:-1]) if wanted.endswith("*") else name == wanted
