@@ -98,7 +98,6 @@ class FakeWriter:
     endpoints: dict[int, Published] = field(default_factory=dict)
     writes: int = 0
     """Lines, peers, identities."""
-    pruned: int = 0
 
     def __post_init__(self) -> None:
         self._next = itertools.count(1)
@@ -136,13 +135,15 @@ class FakeWriter:
         return published
 
     def retire(self, published: Published, after: Published | None = None) -> None:
-        assert published not in self.endpoints.values(), "an endpoint still has it"
         del self.lines[published.line]
         if after is None or after.peers != published.peers:
             del self.peers[published.peers]
 
     def rest(self) -> None:
-        pass
+        for published in self.endpoints.values():
+            assert self.lines.get(published.line) is published, "an endpoint has what is given up"
+        for published in self.lines.values():
+            assert published.peers in self.peers
 
     def put_peer(self, published: Published, number: int, found: int) -> None:
         self.peers[published.peers][number] = found
@@ -171,7 +172,7 @@ class FakeWriter:
         self.endpoints.pop(number, None)
 
     def prune(self, endpoints: Iterable[int]) -> None:
-        self.pruned += 1
+        self.endpoints = {number: self.endpoints[number] for number in endpoints if number in self.endpoints}
 
 
 def as_writer(fake: FakeWriter) -> Any:
