@@ -73,7 +73,8 @@ static __always_inline __u32 ct_limit(const struct pol_config *config, const str
 
 static __always_inline bool ct_alive(const struct pol_config *config, const struct ct_entry *entry, __u8 proto, __u32 now)
 {
-	return now - entry->seen <= ct_limit(config, entry, proto);
+	/* Another CPU may have noted a packet of the next beat already. */
+	return (__s32)(now - entry->seen) <= (__s32)ct_limit(config, entry, proto);
 }
 
 /* Whether the packet goes from who opened the connection to the other. `low`: its source is the lower end. */

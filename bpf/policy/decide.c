@@ -53,9 +53,11 @@ static __always_inline bool decide_key(struct __sk_buff *skb, const struct pkt_c
 	__be16 sport = ct_source_port(pkt), dport = pkt->dport, id;
 
 	if (decide_is_icmp(pkt)) {
-		sport = dport = 0;
-		if (decide_is_echo(pkt) && !(pkt->flags & PKT_FRAG_LATER) && !bpf_skb_load_bytes(skb, pkt->l4_off + 4, &id, sizeof(id)))
-			sport = dport = id;
+		/* Of later fragments frag_ports knows it. */
+		id = pkt->flags & PKT_FRAG_LATER ? pkt->sport : 0;
+		if (decide_is_echo(pkt) && !(pkt->flags & PKT_FRAG_LATER) && bpf_skb_load_bytes(skb, pkt->l4_off + 4, &id, sizeof(id)))
+			id = 0;
+		sport = dport = id;
 	}
 	return ct_make_key(&work->key, ct_source(pkt), &pkt->dst, sport, dport, pkt->proto);
 }
@@ -130,6 +132,9 @@ static __always_inline enum decision decide_begin(const struct pol_config *confi
 
 	if (!decide_ask(config, pkt, work, ep, true))
 		return DECIDE_DENY;
+	/* Whoever answers, or ends something, begins nothing: the connection is found by what is said next. */
+	if (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & TCP_RST || (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK)))
+		return DECIDE_ALLOW;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	if (work->end == POL_INGRESS) {
 		fresh->revision[POL_INGRESS] = ep->revision;
@@ -146,6 +151,20 @@ static __always_inline enum decision decide_begin(const struct pol_config *confi
 	return DECIDE_NEW;
 }
 
+static __always_inline void decide_tell_end(const struct pol_config *config, const struct pkt_ctx *pkt, const struct pol_work *work,
+					    struct ct_entry *entry)
+{
+	__u32 flags = entry->flags, both = CT_CLIENT_FIN | CT_SERVER_FIN;
+
+	if (pkt->proto != IPPROTO_TCP || flags & CT_TOLD_CLOSED)
+		return;
+	if (!(flags & CT_RESET) && (flags & both) != both)
+		return;
+	entry->flags = flags | CT_TOLD_CLOSED;
+	if (config->flags & POL_CFG_FLOWS)
+		report(pkt, work, POL_EVENT_CLOSED, POL_EVENT_FORWARDED, REASON_NONE, 0);
+}
+
 /* A packet of a connection whose entry is alive. `fresh`: it is not established yet. */
 static __always_inline enum decision decide_go_on(const struct pol_config *config, const struct pkt_ctx *pkt, struct pol_work *work,
 						  const struct pol_ep *ep, struct ct_entry *entry, bool low, bool fresh, __u32 now)
@@ -159,11 +178,10 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 		__u32 allowed = entry->flags & CT_ALLOWED << direction;
 
 		if (!decide_ask(config, pkt, work, ep, forward)) {
-			/* Whatever it answers, it may begin one of its own. */
-			if (!forward && decide_begin(config, pkt, work, ep, low, now) == DECIDE_NEW)
-				return DECIDE_NEW;
+			/* What never came through does not keep anybody from beginning the same in the other direction. What did
+			 * come through is over now, and must not go on as if its answers had begun it. */
 			if (!allowed)
-				return DECIDE_DENY;
+				return forward ? DECIDE_DENY : decide_begin(config, pkt, work, ep, low, now);
 			if (!(POL_RANGE_VERDICT(work->cell) & POL_KEEP) || !(entry->flags & CT_ANSWERED))
 				return DECIDE_REVOKE;
 		} else if (!allowed) {
@@ -189,6 +207,7 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 		entry->flags = state;
 	if (entry->seen != now)
 		entry->seen = now;
+	decide_tell_end(config, pkt, work, entry);
 	/* Both have spoken, and the one who began has heard it. */
 	if (fresh && forward && state & CT_ANSWERED) {
 		work->fresh = *entry;
@@ -198,26 +217,11 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 	return decision;
 }
 
-static __always_inline void decide_tell_end(const struct pol_config *config, const struct pkt_ctx *pkt, const struct pol_work *work,
-					    struct ct_entry *entry)
-{
-	__u32 flags = entry->flags, both = CT_CLIENT_FIN | CT_SERVER_FIN;
-
-	if (pkt->proto != IPPROTO_TCP || flags & CT_TOLD_CLOSED)
-		return;
-	if (!(flags & CT_RESET) && (flags & both) != both)
-		return;
-	entry->flags = flags | CT_TOLD_CLOSED;
-	if (config->flags & POL_CFG_FLOWS)
-		report(pkt, work, POL_EVENT_CLOSED, POL_EVENT_FORWARDED, REASON_NONE, 0);
-}
-
 static __always_inline enum decision decide(struct __sk_buff *skb, const struct pol_config *config, const struct pkt_ctx *pkt,
 					    struct pol_work *work, const struct pol_ep *ep, __u32 now)
 {
 	bool low = decide_key(skb, pkt, work), fresh = false;
 	struct ct_entry *entry = ct_established(&work->key);
-	enum decision decision;
 
 	work->revision = ep->revision;
 	if (!entry) {
@@ -230,10 +234,7 @@ static __always_inline enum decision decide(struct __sk_buff *skb, const struct 
 	if (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
 	    entry->flags & (CT_CLIENT_FIN | CT_SERVER_FIN | CT_RESET))
 		return decide_begin(config, pkt, work, ep, low, now);
-	decision = decide_go_on(config, pkt, work, ep, entry, low, fresh, now);
-	if (decision <= DECIDE_NEW)
-		decide_tell_end(config, pkt, work, entry);
-	return decision;
+	return decide_go_on(config, pkt, work, ep, entry, low, fresh, now);
 }
 
 static __always_inline int decide_pass(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct pol_work *work)

@@ -6,6 +6,11 @@
 #include "abi/pipeline.h"
 #include "abi/policy.h"
 
+static __always_inline bool frag_is_icmp(const struct pkt_ctx *pkt)
+{
+	return pkt->proto == IPPROTO_ICMP || pkt->proto == IPPROTO_ICMPV6;
+}
+
 /* Fills in the ports of a fragment. False: it came before its first one, or without. */
 static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
@@ -27,9 +32,14 @@ static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pk
 	key.dst = pkt->dst;
 	key.proto = pkt->proto;
 	if (pkt->flags & PKT_FRAG_FIRST) {
-		/* Of ICMP the id of an echo is not here: its fragments are known by type alone. */
 		ports.sport = pkt->sport;
 		ports.dport = pkt->dport;
+		if (frag_is_icmp(pkt)) {
+			/* Id and sequence of an echo are ports in the wrong place; where there are none it does not matter. */
+			if (bpf_skb_load_bytes(skb, pkt->l4_off + 4, &ports.sport, sizeof(ports.sport)))
+				ports.sport = 0;
+			ports.dport = (__u16)pkt->icmp_code << 8 | pkt->icmp_type;
+		}
 		pol_frags.update(&key, &ports);
 		return true;
 	}
@@ -38,5 +48,10 @@ static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pk
 		return false;
 	pkt->sport = known->sport;
 	pkt->dport = known->dport;
+	if (frag_is_icmp(pkt)) {
+		pkt->icmp_type = known->dport & 0xff;
+		pkt->icmp_code = known->dport >> 8;
+		pkt->dport = 0;
+	}
 	return true;
 }
