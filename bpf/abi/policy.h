@@ -119,7 +119,10 @@ _Static_assert(sizeof(struct pol_prefix) == 24, "ABI");
 #define POL_PEERS_MAX (1 << 20)
 #define POL_PREFIXES_MAX (1 << 17)
 
-/* Both ends of a connection, the lower one first: packets of both directions have one key. ICMP echo: the id is both ports. */
+/* Both ends of a connection, the lower one first: packets of both directions have one key. ICMP echo: the id is
+ * the port of who asks, CT_ECHO that of the other. Of other messages the type is the port of who sends them, and the other one is 0. */
+#define CT_ECHO 0xffff
+
 struct ct_key {
 	struct fib_addr low;
 	struct fib_addr high;

@@ -44,6 +44,41 @@ static __always_inline bool ct_make_key(struct ct_key *key, const struct fib_add
 	return low;
 }
 
+#define CT_ICMP4_REQUEST 8
+#define CT_ICMP6_REQUEST 128
+
+enum ct_icmp {
+	CT_ICMP_OTHER,
+	CT_ICMP_REQUEST, /* of an echo */
+	CT_ICMP_ANSWER,
+};
+
+static __always_inline bool ct_is_icmp(__u8 proto)
+{
+	return proto == IPPROTO_ICMP || proto == IPPROTO_ICMPV6;
+}
+
+static __always_inline enum ct_icmp ct_icmp_kind(__u8 proto, __u8 type)
+{
+	if (type == (proto == IPPROTO_ICMP ? CT_ICMP4_REQUEST : CT_ICMP6_REQUEST))
+		return CT_ICMP_REQUEST;
+	return type == (proto == IPPROTO_ICMP ? 0 : CT_ICMP6_REQUEST + 1) ? CT_ICMP_ANSWER : CT_ICMP_OTHER;
+}
+
+/* What stands for ports of a message, `id` in network order. */
+static __always_inline void ct_icmp_ports(__u8 proto, __u8 type, __be16 id, __be16 *sport, __be16 *dport)
+{
+	enum ct_icmp kind = ct_icmp_kind(proto, type);
+
+	if (kind == CT_ICMP_OTHER) {
+		*sport = bpf_htons(type);
+		*dport = 0;
+	} else {
+		*sport = kind == CT_ICMP_REQUEST ? id : CT_ECHO;
+		*dport = kind == CT_ICMP_REQUEST ? CT_ECHO : id;
+	}
+}
+
 static __always_inline void *ct_table(void)
 {
 	__u32 zero = 0;

@@ -15,20 +15,12 @@
 #include "policy/report.h"
 #include "policy/work.h"
 
-#define ICMP4_REQUEST 8
-#define ICMP6_REQUEST 128
-
 enum decision {
 	DECIDE_ALLOW,
 	DECIDE_NEW,    /* allowed, and the first of its connection */
 	DECIDE_DENY,
 	DECIDE_REVOKE, /* denied, but was allowed before */
 };
-
-static __always_inline bool decide_is_icmp(const struct pkt_ctx *pkt)
-{
-	return pkt->proto == IPPROTO_ICMP || pkt->proto == IPPROTO_ICMPV6;
-}
 
 /* An error about some packet. */
 static __always_inline bool decide_is_error(const struct pkt_ctx *pkt)
@@ -40,24 +32,16 @@ static __always_inline bool decide_is_error(const struct pkt_ctx *pkt)
 	return pkt->proto == IPPROTO_ICMPV6 && pkt->icmp_type - 1u < 4;
 }
 
-static __always_inline bool decide_is_echo(const struct pkt_ctx *pkt)
-{
-	if (pkt->proto == IPPROTO_ICMP)
-		return pkt->icmp_type == ICMP4_REQUEST || pkt->icmp_type == 0;
-	return pkt->icmp_type >> 1 == ICMP6_REQUEST >> 1;
-}
-
 /* The connection's key into work; whether the packet's source is the lower end. */
 static __always_inline bool decide_key(struct __sk_buff *skb, const struct pkt_ctx *pkt, struct pol_work *work)
 {
-	__be16 sport = ct_source_port(pkt), dport = pkt->dport, id;
+	__be16 sport = ct_source_port(pkt), dport = pkt->dport, id = pkt->sport;
 
-	if (decide_is_icmp(pkt)) {
+	if (ct_is_icmp(pkt->proto)) {
 		/* Of later fragments frag_ports knows it. */
-		id = pkt->flags & PKT_FRAG_LATER ? pkt->sport : 0;
-		if (decide_is_echo(pkt) && !(pkt->flags & PKT_FRAG_LATER) && bpf_skb_load_bytes(skb, pkt->l4_off + 4, &id, sizeof(id)))
+		if (!(pkt->flags & PKT_FRAG_LATER) && bpf_skb_load_bytes(skb, pkt->l4_off + 4, &id, sizeof(id)))
 			id = 0;
-		sport = dport = id;
+		ct_icmp_ports(pkt->proto, pkt->icmp_type, id, &sport, &dport);
 	}
 	return ct_make_key(&work->key, ct_source(pkt), &pkt->dst, sport, dport, pkt->proto);
 }
@@ -65,10 +49,10 @@ static __always_inline bool decide_key(struct __sk_buff *skb, const struct pkt_c
 /* What the connection is opened to, as policies name it: a port or an ICMP type. */
 static __always_inline __u16 decide_port(const struct pkt_ctx *pkt, bool forward)
 {
-	if (decide_is_icmp(pkt)) {
-		if (forward || !decide_is_echo(pkt))
+	if (ct_is_icmp(pkt->proto)) {
+		if (forward || ct_icmp_kind(pkt->proto, pkt->icmp_type) != CT_ICMP_ANSWER)
 			return pkt->icmp_type;
-		return pkt->family == 4 ? ICMP4_REQUEST : ICMP6_REQUEST;
+		return pkt->family == 4 ? CT_ICMP4_REQUEST : CT_ICMP6_REQUEST;
 	}
 	return bpf_ntohs(forward ? pkt->dport : ct_source_port(pkt));
 }
@@ -124,6 +108,14 @@ static __always_inline void decide_put(struct pol_work *work, bool established)
 		pol_count(POL_STAT_TABLE);
 }
 
+/* Whoever answers, or ends something, begins nothing: the connection is known by what is said next. */
+static __always_inline bool decide_is_answer(const struct pkt_ctx *pkt)
+{
+	if (pkt->proto == IPPROTO_TCP)
+		return pkt->tcp_flags & TCP_RST || (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK);
+	return ct_is_icmp(pkt->proto) && ct_icmp_kind(pkt->proto, pkt->icmp_type) == CT_ICMP_ANSWER;
+}
+
 /* A connection begins with this packet, if the policy at this end allows it. */
 static __always_inline enum decision decide_begin(const struct pol_config *config, const struct pkt_ctx *pkt, struct pol_work *work,
 						  const struct pol_ep *ep, bool low, __u32 now)
@@ -132,8 +124,7 @@ static __always_inline enum decision decide_begin(const struct pol_config *confi
 
 	if (!decide_ask(config, pkt, work, ep, true))
 		return DECIDE_DENY;
-	/* Whoever answers, or ends something, begins nothing: the connection is found by what is said next. */
-	if (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & TCP_RST || (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK)))
+	if (decide_is_answer(pkt))
 		return DECIDE_ALLOW;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	if (work->end == POL_INGRESS) {

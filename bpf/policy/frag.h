@@ -5,11 +5,7 @@
 #include <uapi/linux/if_ether.h>
 #include "abi/pipeline.h"
 #include "abi/policy.h"
-
-static __always_inline bool frag_is_icmp(const struct pkt_ctx *pkt)
-{
-	return pkt->proto == IPPROTO_ICMP || pkt->proto == IPPROTO_ICMPV6;
-}
+#include "policy/ct.h"
 
 /* Fills in the ports of a fragment. False: it came before its first one, or without. */
 static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pkt)
@@ -34,7 +30,7 @@ static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pk
 	if (pkt->flags & PKT_FRAG_FIRST) {
 		ports.sport = pkt->sport;
 		ports.dport = pkt->dport;
-		if (frag_is_icmp(pkt)) {
+		if (ct_is_icmp(pkt->proto)) {
 			/* Id and sequence of an echo are ports in the wrong place; where there are none it does not matter. */
 			if (bpf_skb_load_bytes(skb, pkt->l4_off + 4, &ports.sport, sizeof(ports.sport)))
 				ports.sport = 0;
@@ -48,7 +44,7 @@ static __always_inline bool frag_ports(struct __sk_buff *skb, struct pkt_ctx *pk
 		return false;
 	pkt->sport = known->sport;
 	pkt->dport = known->dport;
-	if (frag_is_icmp(pkt)) {
+	if (ct_is_icmp(pkt->proto)) {
 		pkt->icmp_type = known->dport & 0xff;
 		pkt->icmp_code = known->dport >> 8;
 		pkt->dport = 0;

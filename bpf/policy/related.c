@@ -54,23 +54,20 @@ static __always_inline bool related_read_v6(struct __sk_buff *skb, __u32 at, str
 	return quote->proto != IPPROTO_ICMP;
 }
 
-/* Ports of the quoted packet; the id of an echo is both. */
+/* Ports of the quoted packet. */
 static __always_inline bool related_read_ports(struct __sk_buff *skb, struct related_quote *quote)
 {
+	__be16 id = 0;
 	__u8 type;
 
 	quote->ports[0] = quote->ports[1] = 0;
 	if (quote->proto == IPPROTO_TCP || quote->proto == IPPROTO_UDP || quote->proto == IPPROTO_UDPLITE || quote->proto == IPPROTO_SCTP)
 		return !bpf_skb_load_bytes(skb, quote->l4, quote->ports, sizeof(quote->ports));
-	if (quote->proto != IPPROTO_ICMP && quote->proto != IPPROTO_ICMPV6)
+	if (!ct_is_icmp(quote->proto))
 		return true;
-	if (bpf_skb_load_bytes(skb, quote->l4, &type, 1))
+	if (bpf_skb_load_bytes(skb, quote->l4, &type, 1) || bpf_skb_load_bytes(skb, quote->l4 + 4, &id, sizeof(id)))
 		return false;
-	if (quote->proto == IPPROTO_ICMP ? type != ICMP4_REQUEST && type != 0 : type >> 1 != ICMP6_REQUEST >> 1)
-		return true;
-	if (bpf_skb_load_bytes(skb, quote->l4 + 4, &quote->ports[0], sizeof(quote->ports[0])))
-		return false;
-	quote->ports[1] = quote->ports[0];
+	ct_icmp_ports(quote->proto, type, id, &quote->ports[0], &quote->ports[1]);
 	return true;
 }
 
