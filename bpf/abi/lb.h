@@ -22,6 +22,7 @@
 #define LB_BACKEND_INDEX 0xfffff
 #define LB_SLOTS_A_LINE 16
 #define LB_HINTS 65536
+#define LB_NATS_NEW 16384
 
 /* lb_lines: what its inner arrays hold, one kind each. */
 enum lb_table {
@@ -319,6 +320,8 @@ FIB_MAP("array_of_maps$lb_line_t", __u32, __u32, lb_lines, LB_TABLES, 0);
 FIB_MAP("array_of_maps$lb_front_t", __u32, __u32, lb_fronts, 1, 0);
 /* 0: translations; 1: those before it grew, asked after a miss. */
 FIB_MAP("array_of_maps$lb_nat_t", __u32, __u32, lb_nats, 2, 0);
+/* Of TCP connections that have only said SYN: a flood of them displaces none of the others. */
+FIB_MAP("lru_hash", struct lb_tuple, struct lb_nat, lb_nats_new, LB_NATS_NEW, 0);
 FIB_MAP("lpm_trie", struct lb_range_key, struct lb_front, lb_ranges, 65536, BPF_F_NO_PREALLOC);
 FIB_MAP("lpm_trie", struct lb_source_key, __u8, lb_sources, 262144, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", struct lb_sock_key, struct lb_sock, lb_socks, 524288, BPF_F_NO_PREALLOC);

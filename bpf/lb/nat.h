@@ -32,13 +32,17 @@ static __always_inline bool nat_alive(const struct lb_config *config, const stru
 static __always_inline enum nat_result nat_write(const struct lb_config *config, struct lb_tuple *key, struct lb_nat *nat)
 {
 	__u32 now = nat->stamp & LB_STAMP;
-	struct lb_nat *other = nat_find(key);
+	struct lb_nat *other = nat_settled(key);
+	bool settled = other;
 	__u64 how = BPF_NOEXIST;
-	void *table;
 	long error;
 
+	if (!settled)
+		other = lb_nats_new.lookup(key);
 	if (other) {
 		if (nat_is_of(other, nat)) {
+			if (!settled && !nat_is_new(nat))
+				return nat_settle(key, nat) ? NAT_FULL : NAT_OK;
 			if (other->stamp != nat->stamp)
 				*(volatile __u16 *)&other->stamp = nat->stamp;
 			other->backend = nat->backend;
@@ -49,10 +53,7 @@ static __always_inline enum nat_result nat_write(const struct lb_config *config,
 			return NAT_TAKEN;
 		how = BPF_ANY;
 	}
-	table = nat_table(0);
-	if (!table)
-		return NAT_FULL;
-	error = bpf_map_update_elem_((uintptr_t)table, key, nat, how);
+	error = nat_put(key, nat, how);
 	return likely(!error) ? NAT_OK : error == NAT_EXIST ? NAT_TAKEN : NAT_FULL;
 }
 

@@ -68,6 +68,8 @@ static __always_inline void search_some(const struct lb_config *config, struct l
 					    (((config->snat_ports[1] >> 16) - first) & (beyond - 1)) + n);
 		work->step++;
 		other = bpf_map_lookup_elem_((uintptr_t)table, &work->key);
+		if (!other)
+			other = lb_nats_new.lookup(&work->key);
 		if (!other || search_usable(config, work, other, kind, now))
 			break;
 	}

@@ -20,7 +20,8 @@ static __always_inline __u32 nat_port(const struct lb_config *config, __u32 n)
 	return n < first ? (config->snat_ports[0] >> 16) + n : (config->snat_ports[1] >> 16) + n - first;
 }
 
-static __always_inline struct lb_nat *nat_find(struct lb_tuple *key)
+/* Of a connection whose client has spoken more than once, or that is not TCP's. */
+static __always_inline struct lb_nat *nat_settled(struct lb_tuple *key)
 {
 	__u32 index = 0;
 	void *inner = lb_nats.lookup(&index);
@@ -33,6 +34,41 @@ static __always_inline struct lb_nat *nat_find(struct lb_tuple *key)
 	return inner ? bpf_map_lookup_elem_((uintptr_t)inner, key) : 0;
 }
 
+static __always_inline struct lb_nat *nat_find(struct lb_tuple *key)
+{
+	struct lb_nat *nat = nat_settled(key);
+
+	return likely(nat) ? nat : lb_nats_new.lookup(key);
+}
+
+/* Whether a translation is of a connection that has only said SYN. */
+static __always_inline bool nat_is_new(const struct lb_nat *nat)
+{
+	return (nat->stamp & (LB_FLOW_TCP | LB_FLOW_CONFIRMED)) == LB_FLOW_TCP;
+}
+
+/* Records it where it belongs; an error as of the kernel. */
+static __always_inline long nat_put(struct lb_tuple *key, struct lb_nat *nat, __u64 how)
+{
+	__u32 zero = 0;
+	void *inner;
+
+	if (nat_is_new(nat))
+		return how == BPF_NOEXIST ? lb_nats_new.insert(key, nat) : lb_nats_new.update(key, nat);
+	inner = lb_nats.lookup(&zero);
+	return inner ? bpf_map_update_elem_((uintptr_t)inner, key, nat, how) : -1;
+}
+
+/* What has been new until now. */
+static __always_inline long nat_settle(struct lb_tuple *key, struct lb_nat *nat)
+{
+	long error = nat_put(key, nat, BPF_ANY);
+
+	if (!error)
+		lb_nats_new.delete(key);
+	return error;
+}
+
 static __always_inline bool nat_is_of(const struct lb_nat *nat, const struct lb_nat *wanted)
 {
 	return fib_addr_same(&nat->client, &wanted->client) && fib_addr_same(&nat->vip, &wanted->vip) &&
@@ -42,13 +78,17 @@ static __always_inline bool nat_is_of(const struct lb_nat *nat, const struct lb_
 /* Has the translation recorded under key->lport; false: another connection, not over yet, has that port. */
 static __always_inline bool nat_record(const struct lb_config *config, struct lb_tuple *key, struct lb_nat *nat)
 {
-	struct lb_nat *other = nat_find(key);
+	struct lb_nat *other = nat_settled(key);
+	bool settled = other;
 	__u64 how = BPF_NOEXIST;
-	__u32 zero = 0, stamp;
-	void *inner;
+	__u32 stamp;
 
+	if (!settled)
+		other = lb_nats_new.lookup(key);
 	if (other) {
 		if (nat_is_of(other, nat)) {
+			if (!settled && !nat_is_new(nat))
+				return !nat_settle(key, nat);
 			*(volatile __u16 *)&other->stamp = nat->stamp;
 			return true;
 		}
@@ -58,8 +98,7 @@ static __always_inline bool nat_record(const struct lb_config *config, struct lb
 			return false;
 		how = BPF_ANY;
 	}
-	inner = lb_nats.lookup(&zero);
-	return inner && !bpf_map_update_elem_((uintptr_t)inner, key, nat, how);
+	return !nat_put(key, nat, how);
 }
 
 /* Takes a port for a new connection; it is key->lport then. */

@@ -19,7 +19,7 @@ FAMILY: Final = "lb/v1"
 MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
-        "lb_lines", "lb_fronts", "lb_nats", "lb_ranges", "lb_sources", "lb_socks", "lb_socks_near", "lb_affinity",
+        "lb_lines", "lb_fronts", "lb_nats", "lb_nats_new", "lb_ranges", "lb_sources", "lb_socks", "lb_socks_near", "lb_affinity",
         "lb_frags", "lb_config", "lb_stats", "lb_exhausted",
     )
 }  # fmt: skip
@@ -36,6 +36,7 @@ BACKEND_INDEX: Final = 0xFFFFF
 SLOTS_A_LINE: Final = 16
 FLOWS_A_LINE: Final = 4
 HINTS: Final = 65536
+NATS_NEW: Final = 16384
 HINT_LINES: Final = HINTS // LINE
 STAT_COUNT: Final = 16
 SOCK_NEAR: Final = 16384

@@ -51,6 +51,8 @@ class LbTables:
         self._outer("lb_fronts", 0, self._fronts_fd)
         self._nats_fd = bpf.map_create("lru_hash", 40, 48, nats, 0, "nats")
         self._outer("lb_nats", 0, self._nats_fd)
+        with BpfMap.open(pin_dir / abi.MAPS["lb_nats_new"], abi.Tuple, abi.Nat) as new:
+            new.delete_batch(list(new.keys()))
         self.config_map = BpfMap.open(pin_dir / abi.MAPS["lb_config"], ct.c_uint32, abi.Config)
         self.config = abi.Config(
             seed=SEED, flow_mask=flows - 1, beat_shift=beat_shift(), syn_s=60, close_s=10, tcp_s=21600, any_s=60,
@@ -95,6 +97,10 @@ class LbTables:
 
     def nats(self) -> BpfMap[abi.Tuple, abi.Nat]:
         return BpfMap(os.dup(self._nats_fd), abi.Tuple, abi.Nat, "nats")
+
+    def begun(self) -> BpfMap[abi.Tuple, abi.Nat]:
+        """Of connections that have only said SYN."""
+        return BpfMap.open(self._pin_dir / abi.MAPS["lb_nats_new"], abi.Tuple, abi.Nat)
 
     def ranges(self) -> BpfMap[abi.RangeKey, abi.Front]:
         return BpfMap.open(self._pin_dir / abi.MAPS["lb_ranges"], abi.RangeKey, abi.Front)

@@ -287,8 +287,8 @@ def test_a_long_search_ends_where_it_should(uplink: Uplink, family: int) -> None
     ports(uplink, 10001, 30000)
     uplink.lab.serve(family, [(SERVER[family], 8080)])
     now = uplink.sends(outside(family) / TCP(sport=1, dport=80))[TCP].sport
-    with tables.nats() as nats:
-        ((key, nat),) = nats.items()
+    with tables.nats() as nats, tables.begun() as begun:
+        ((key, nat),) = begun.items()
         nat.cport = 0
         for port in range(10001, 30001):
             if port not in (now, 12345):
@@ -296,6 +296,31 @@ def test_a_long_search_ends_where_it_should(uplink: Uplink, family: int) -> None
                 nats.update(key, nat)
     assert uplink.sends(outside(family) / TCP(sport=2, dport=80))[TCP].sport == 12345
     assert uplink.drops(outside(family) / TCP(sport=3, dport=80)) == Reason.LB_NO_PORT
+
+
+@BOTH
+def test_a_flood_of_beginnings_displaces_no_connection(uplink: Uplink, family: int) -> None:
+    """However many say SYN: what answers to connections that are established finds its way."""
+    ports(uplink, 1024, 65535)
+    uplink.lab.serve(family, [(SERVER[family], 8080)])
+    held = {}
+    for sport in range(1, 21):
+        held[sport] = uplink.sends(outside(family) / TCP(sport=sport, dport=80))[TCP].sport
+        assert uplink.sends(outside(family) / TCP(sport=sport, dport=80, flags="A"))[TCP].sport == held[sport]
+    with uplink.lab.tables.begun() as begun, uplink.lab.tables.nats() as nats:
+        assert not list(begun.keys())
+        assert len(list(nats.keys())) == len(held)
+        # A flood of them, as far as the table is concerned.
+        key, nat = next(nats.items())
+        nat.stamp &= ~abi.FlowFlag.CONFIRMED
+        for number in range(2 * abi.NATS_NEW):
+            key.lport, key.rport = number & 0xFFFF, number >> 16
+            begun.update(key, nat)
+        assert len(list(nats.keys())) == len(held)
+    uplink.sends(outside(family) / TCP(sport=5000, dport=80))
+    for sport, port in held.items():
+        packet = ip(NODE[family], family, SERVER[family]) / TCP(sport=8080, dport=port, flags="A")
+        assert uplink.sends(packet)[TCP].dport == sport
 
 
 @BOTH

@@ -228,7 +228,7 @@ def test_an_overlooked_byte_order_would_show(rig: XdpRig, tables: LbTables) -> N
     """The records are what the abi says, field by field."""
     _, (ident,) = serve(tables, 4, 1)
     sent = rig.send(ip(4) / TCP(sport=0x1234, dport=80, flags="S"))
-    with tables.nats() as nats:
+    with tables.begun() as nats:
         ((key, nat),) = nats.items()
     assert (bytes(key.remote), bytes(key.local)) == (bytes(FibAddr.of(backend_address(4, 0))), bytes(FibAddr.of(NODE[4])))
     assert (socket.ntohs(key.rport), socket.ntohs(key.lport), key.proto) == (8080, sent[TCP].sport, 6)
