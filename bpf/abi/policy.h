@@ -204,7 +204,7 @@ struct pol_event {
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
-	__u8 pad[4];
+	__u8 pad[6];
 };
 _Static_assert(sizeof(struct pol_event) == 88, "ABI");
 

@@ -34,7 +34,7 @@ static __always_inline void report(const struct pkt_ctx *pkt, const struct pol_w
 	event->tcp_flags = pkt->tcp_flags;
 	event->icmp_type = pkt->icmp_type;
 	event->icmp_code = pkt->icmp_code;
-	*(__u32 *)event->pad = 0;
+	__builtin_memset(event->pad, 0, sizeof(event->pad));
 	/* Nobody is woken: who reads them comes by itself. */
 	pol_events.ringbuf_submit(event, BPF_RB_NO_WAKEUP);
 }

@@ -164,7 +164,7 @@ class Event(ct.Structure):
         ("revision", ct.c_uint32), ("suppressed", ct.c_uint32), ("reason", ct.c_uint16), ("sport", ct.c_uint16),
         ("dport", ct.c_uint16), ("type", ct.c_uint8), ("verdict", ct.c_uint8), ("direction", ct.c_uint8),
         ("family", ct.c_uint8), ("proto", ct.c_uint8), ("tcp_flags", ct.c_uint8), ("icmp_type", ct.c_uint8),
-        ("icmp_code", ct.c_uint8), ("pad", ct.c_uint8 * 4),
+        ("icmp_code", ct.c_uint8), ("pad", ct.c_uint8 * 6),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from services.common import errors
 
-_RECORD: Final = struct.Struct("=Q16s16s IIIIIII H2s2s BBBBBBBB 4x")
+_RECORD: Final = struct.Struct("=Q16s16s IIIIIII H2s2s BBBBBBBB 6x")
 _V4: Final = bytes(10) + b"\xff\xff"
 assert _RECORD.size == 88  # sizeof(struct pol_event)
 
