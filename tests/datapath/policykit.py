@@ -1,7 +1,7 @@
 """The policy service's programs beside those of a Datapath, policies written by hand, and what becomes of packets.
 
-Pods have interfaces of their own, in a namespace, so that any of them can be the one that sends. Time stands still: one beat is all there
-ever is, and `Rig.age` makes a connection look as if it had been silent.
+Pods have interfaces of their own, in a namespace, so that any of them can be the one that sends. Time stands still: one
+beat is all there ever is, and `Rig.age` makes a connection look as if it had been silent.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from services.common.pipeline import install as pipe
 from services.common.pipeline.reasons import Reason
 from services.policy import abi, install
 from services.policy.kernel.tables import Tables
+from tests.datapath.cluster import UNDERLAY, Cluster, Tunnel
 from tests.datapath.harness import HOST_MAC, REDIRECT, SHOT, UNSPEC, Datapath
 
 CONNECTIONS = 256
@@ -51,8 +52,13 @@ Side = Sequence[Sequence[Ranges]] | None
 """By class of identity, then class of prefix; None: the side is not enforced."""
 
 
-def only(*allowed: tuple[int, int, int], verdict: int = ALLOW, rule: int = RULE, other: int = DEFAULT,
-         other_rule: int = 0) -> Ranges:
+def only(
+    *allowed: tuple[int, int, int],
+    verdict: int = ALLOW,
+    rule: int = RULE,
+    other: int = DEFAULT,
+    other_rule: int = 0,
+) -> Ranges:
     """What allows (protocol, first port, last port) and nothing else."""
     cells = [(0, 0, int(other), other_rule)]
     for proto, first, last in sorted(allowed):
@@ -164,12 +170,21 @@ class Rig:
 
     def _open(self, name: str, key: type, value: type) -> BpfMap[Any, Any]:
         found: BpfMap[Any, Any] = self._exit.enter_context(
-            BpfMap.open(self.dp.instance.pin_dir / abi.MAPS[name], key, value))
+            BpfMap.open(self.dp.instance.pin_dir / abi.MAPS[name], key, value)
+        )
         return found
 
     def configure(self, **fields: Any) -> None:
         """Limits and flags; a beat without end."""
-        fields = {"beat_shift": 63, "syn_s": 60, "close_s": 10, "tcp_s": 21600, "any_s": 60, "flags": 0, **fields}
+        fields = {
+            "beat_shift": 63,
+            "syn_s": 60,
+            "close_s": 10,
+            "tcp_s": 21600,
+            "any_s": 60,
+            "flags": 0,
+            **fields,
+        }
         for name, value in fields.items():
             setattr(self.tables.config, name, int(value))
 
@@ -192,9 +207,17 @@ class Rig:
     def know(self, identity: int) -> None:
         self.tables.peers.update(abi.Peer(abi.KNOWN, identity), 0)
 
-    def policy(self, who: pipeline.Endpoint | int, ingress: Side | Ranges = None, egress: Side | Ranges = None,
-               *, peers: Mapping[int, int] | None = None, prefixes: Mapping[str, int] | None = None, unknown: int = 0,
-               flags: int = 0) -> int:
+    def policy(
+        self,
+        who: pipeline.Endpoint | int,
+        ingress: Side | Ranges = None,
+        egress: Side | Ranges = None,
+        *,
+        peers: Mapping[int, int] | None = None,
+        prefixes: Mapping[str, int] | None = None,
+        unknown: int = 0,
+        flags: int = 0,
+    ) -> int:
         """Put a policy in force; a side may be ranges alone, for everybody. Returns its revision."""
         self._line += 1
         self.tables.policies.ensure(self._line + 1)
@@ -207,13 +230,23 @@ class Rig:
             self.tables.prefixes.update(key, found)
             self._prefixes.append(key)
         sides = [self._side(side) for side in (ingress, egress)]
-        line = abi.Policy(peers=table, prefixes=table if prefixes else 0, sides=(abi.Side * 2)(*sides), unknown=unknown)
+        line = abi.Policy(
+            peers=table, prefixes=table if prefixes else 0, sides=(abi.Side * 2)(*sides), unknown=unknown
+        )
         self.tables.policies.mem[self._line * LINE : (self._line + 1) * LINE] = bytes(line)
         revision = next(self._revision)
         self.set_ep(who, self._line, revision, flags)
         return revision
 
-    def set_ep(self, who: pipeline.Endpoint | int, line: int, revision: int, flags: int = 0, owner: int = -1) -> None:
+    def one(self, side: str, who: pipeline.Endpoint, what: Side | Ranges, **fields: Any) -> int:
+        """A policy of one side, "ingress" or "egress"; the other is not enforced."""
+        return self.policy(
+            who, what if side == "ingress" else None, what if side == "egress" else None, **fields
+        )
+
+    def set_ep(
+        self, who: pipeline.Endpoint | int, line: int, revision: int, flags: int = 0, owner: int = -1
+    ) -> None:
         number, index = (who, 0) if isinstance(who, int) else (who.id, who.ifindex)
         ep = abi.Ep(policy=line, revision=revision, flags=int(flags), owner=index if owner < 0 else owner)
         self.tables.eps_memory[number * 16 : number * 16 + 16] = bytes(ep)
@@ -259,7 +292,9 @@ class Rig:
         struct.pack_into("=I", ctx, 8, mark)
         struct.pack_into("=I", ctx, 40, ifindex)
         self.dp.ring.poll()
-        buffer, out, context = (ct.create_string_buffer(raw, len(raw)) for raw in (data, bytes(65536), bytes(ctx)))
+        buffer, out, context = (
+            ct.create_string_buffer(raw, len(raw)) for raw in (data, bytes(65536), bytes(ctx))
+        )
         attr = struct.pack("IIIIQQIIIIQQ", fd, 0, len(data), len(out), ct.addressof(buffer), ct.addressof(out), 1, 0, len(ctx),
                            len(ctx), ct.addressof(context), ct.addressof(context))  # fmt: skip
         with self.space.netns.entered():
@@ -273,21 +308,35 @@ class Rig:
 
     def send(self, pod: pipeline.Endpoint, packet: Any, **options: Any) -> Seen:
         """An IP packet of a pod of this node."""
-        return self.run(Ether(src=bytes(pod.pod_mac).hex(":"), dst=HOST_MAC) / packet, pipe.FROM_POD, pod.ifindex, **options)
+        return self.run(
+            Ether(src=bytes(pod.pod_mac).hex(":"), dst=HOST_MAC) / packet,
+            pipe.FROM_POD,
+            pod.ifindex,
+            **options,
+        )
 
     def arrive(self, pod: pipeline.Endpoint, packet: Any, **options: Any) -> Seen:
         """An IP packet that the host's stack sends to a pod."""
-        return self.run(Ether(src=HOST_MAC, dst=bytes(pod.pod_mac).hex(":")) / packet, pipe.TO_POD, pod.ifindex, **options)
+        return self.run(
+            Ether(src=HOST_MAC, dst=bytes(pod.pod_mac).hex(":")) / packet, pipe.TO_POD, pod.ifindex, **options
+        )
 
-    def exchange(self, sender: pipeline.Endpoint, peer: pipeline.Endpoint | str, layer: Any, *, back: bool = False) -> Seen:
-        """A packet of a pod's with another one, or with somebody outside by the host's stack; `back`: in the other direction."""
-        family = 4
-        if isinstance(peer, str):
-            family = ip_address(peer).version
-        return self.packet(sender, peer, layer, family, back=back)
+    def overlay(self, cluster: Cluster, packet: Any, identity: int, node: int) -> Seen:
+        """An IP packet out of the overlay."""
+        cluster._tunnel.update(0, Tunnel.of(UNDERLAY[node][0], identity))
+        pins = self.dp.instance.pin_dir / "prog"
+        (path,) = pins.glob("*/fib_from_overlay")
+        with progs.opened(path) as fd:
+            progs.set_slot(cluster._next, 0, fd)
+        return self.run(
+            Ether(src="02:00:00:00:00:77", dst="02:00:00:00:00:78") / packet,
+            "fib_t_tunnel",
+            self.space.uplink,
+        )
 
     def packet(self, sender: pipeline.Endpoint, peer: pipeline.Endpoint | str, layer: Any, family: int = 4, *,
                back: bool = False) -> Seen:  # fmt: skip
+        """A packet of a pod's to another one, or to somebody outside by the host's stack; `back`: in the other direction."""
         mine, other = own(sender, family), own(peer, family)
         if not back:
             return self.send(sender, header(mine, other) / layer)
@@ -309,7 +358,9 @@ class Rig:
 
     def entry(self) -> tuple[abi.CtEntry, bool]:
         """The only connection there is, and whether it is established."""
-        found = [(value, established) for established in (False, True) for _, value in self.entries(established)]
+        found = [
+            (value, established) for established in (False, True) for _, value in self.entries(established)
+        ]
         assert len(found) == 1, found
         return found[0]
 
