@@ -46,8 +46,8 @@ NAMESPACES = ("default", "shop")
 PREFIXES = tuple(
     ip_network(text)
     for text in (
-        "0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/24", "10.1.0.8/29", "10.1.0.10/31", "10.1.0.11/32", "192.168.7.0/24",
-        "192.0.2.0/24", "192.0.2.0/31", "192.0.2.1/32", "::/0", "fd00:1::/64", "fd00:1::8/125", "fd00:1::b/128",
+        "0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/24", "10.1.0.16/29", "10.1.0.20/31", "10.1.0.21/32", "192.168.7.0/24",
+        "192.0.2.0/24", "192.0.2.0/31", "192.0.2.1/32", "::/0", "fd00:1::/64", "fd00:1::10/125", "fd00:1::15/128",
         "2001:db8::/32", "2001:db8::/127",
     )
 )  # fmt: skip
@@ -288,8 +288,8 @@ def host_address(version: int) -> Address:
 _named = st.fixed_dictionaries({"http": st.sampled_from(NAMED)}, optional={"dns": st.sampled_from(NAMED)})
 _node_labels = st.fixed_dictionaries({}, optional={"app": st.sampled_from(("x", "y"))})
 _all_addresses = (
-    *(ip_address(f"10.1.0.{10 + at}") for at in range(4)),
-    *(ip_address(f"fd00:1::{10 + at:x}") for at in range(4)),
+    *(ip_address(f"10.1.0.{20 + at}") for at in range(4)),
+    *(ip_address(f"fd00:1::{20 + at:x}") for at in range(4)),
     *WORLD_ADDRESSES,
 )
 
@@ -298,7 +298,7 @@ _all_addresses = (
 def universes(draw: st.DrawFn, pods: int = 4) -> Universe:
     numbers: dict[tuple[tuple[str, str], ...], int] = {}
     made = []
-    for at in range(10, 10 + pods):
+    for at in range(20, 20 + pods):
         own = draw(labels)
         number = numbers.setdefault(tuple(sorted(own.items())), 1000 + len(numbers))
         # Number n has 10.1.0.n and fd00:1::n.

@@ -38,7 +38,7 @@ A_TIME = 250
 KEY = PolicyKey(Kind.FIBRIL, "", "a")
 seeds = st.integers(0, 2**32 - 1)
 numbers = RuleNumbers()
-often = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+often = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def world_of(universe: Universe) -> World:
