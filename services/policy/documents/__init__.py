@@ -1,9 +1,5 @@
 """Policies as people have them: YAML and JSON of Kubernetes and Cilium."""
 
-from fibril.policy.v1 import policy_pb2 as pb
-from services.common.errors import Unimplemented
+from services.policy.documents.parse import parse
 
-
-def parse(text: str, default_namespace: str) -> list[pb.Policy]:
-    """Policies that documents declare."""
-    raise Unimplemented("documents are not understood yet")
+__all__ = ["parse"]

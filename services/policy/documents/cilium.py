@@ -1,0 +1,185 @@
+"""CiliumNetworkPolicy and CiliumClusterwideNetworkPolicy (cilium.io/v2), as far as addresses, identities and ports go.
+
+An entry of a list is a rule: peers of one entry are alternatives, as are its ports. What concerns requests, names or
+certificates is refused: to leave it aside would allow more than the policy says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from fibril.policy.v1 import policy_pb2 as pb
+from services.policy.documents.common import INGRESS, PROTOCOLS, SECTIONS, Draft, cidr, port
+from services.policy.documents.fields import Fields
+from services.policy.documents.selectors import selector, within
+
+_ENTITIES: Final = {
+    "all": pb.ENTITY_ALL,
+    "cluster": pb.ENTITY_CLUSTER,
+    "world": pb.ENTITY_WORLD,
+    "host": pb.ENTITY_HOST,
+    "remote-node": pb.ENTITY_REMOTE_NODE,
+    "init": pb.ENTITY_INIT,
+    "health": pb.ENTITY_HEALTH,
+    "kube-apiserver": pb.ENTITY_KUBE_APISERVER,
+    "unmanaged": pb.ENTITY_UNMANAGED,
+    "none": pb.ENTITY_NONE,
+}
+_WORLDS: Final = {"world-ipv4": "0.0.0.0/0", "world-ipv6": "::/0"}
+_ICMP: Final = {
+    "IPv4": {
+        "EchoReply": 0, "DestinationUnreachable": 3, "Redirect": 5, "Echo": 8, "EchoRequest": 8,
+        "RouterAdvertisement": 9, "RouterSelection": 10, "TimeExceeded": 11, "ParameterProblem": 12, "Timestamp": 13,
+        "TimestampReply": 14, "Photuris": 40, "ExtendedEchoRequest": 42, "ExtendedEchoReply": 43,
+    },
+    "IPv6": {
+        "DestinationUnreachable": 1, "PacketTooBig": 2, "TimeExceeded": 3, "ParameterProblem": 4, "EchoRequest": 128,
+        "EchoReply": 129, "MulticastListenerQuery": 130, "MulticastListenerReport": 131, "MulticastListenerDone": 132,
+        "RouterSolicitation": 133, "RouterAdvertisement": 134, "NeighborSolicitation": 135, "NeighborAdvertisement": 136,
+        "RedirectMessage": 137, "RouterRenumbering": 138, "ICMPNodeInformationQuery": 139,
+        "ICMPNodeInformationResponse": 140, "InverseNeighborDiscoverySolicitation": 141,
+        "InverseNeighborDiscoveryAdvertisement": 142, "HomeAgentAddressDiscoveryRequest": 144,
+        "HomeAgentAddressDiscoveryReply": 145, "MobilePrefixSolicitation": 146, "MobilePrefixAdvertisement": 147,
+        "DuplicateAddressRequestCodeSuffix": 157, "DuplicateAddressConfirmationCodeSuffix": 158,
+        "ExtendedEchoRequest": 160, "ExtendedEchoReply": 161,
+    },
+}  # fmt: skip
+_LATER: Final = ("rules", "terminatingTLS", "originatingTLS", "serverNames", "listener")
+
+
+def namespaced(fields: Fields, default_namespace: str) -> pb.Policy:
+    """A CiliumNetworkPolicy."""
+    return _policy(fields, Draft(fields, pb.POLICY_KIND_CILIUM, default_namespace))
+
+
+def clusterwide(fields: Fields, _: str) -> pb.Policy:
+    """A CiliumClusterwideNetworkPolicy."""
+    return _policy(fields, Draft(fields, pb.POLICY_KIND_CILIUM_CLUSTERWIDE, ""))
+
+
+def _policy(fields: Fields, draft: Draft) -> pb.Policy:
+    specs = list(fields.children("specs"))
+    spec = fields.child("spec")
+    if spec is not None:
+        specs.insert(0, spec)
+    if not specs:
+        raise fields.refuse("spec", "is missing")
+    fields.done()
+    for number, each in enumerate(specs):
+        _spec(each, draft, f"{number + 1}." if len(specs) > 1 else "")
+    return draft.policy
+
+
+def _spec(spec: Fields, draft: Draft, prefix: str) -> None:
+    draft.policy.description = spec.take("description", str, draft.policy.description)
+    spec.ignore("labels")
+    pods, nodes = spec.child("endpointSelector"), spec.child("nodeSelector")
+    if (pods is None) == (nodes is None):
+        raise spec.refuse("", "must have one of endpointSelector and nodeSelector")
+    if nodes is not None and draft.namespace:
+        raise spec.refuse("nodeSelector", "needs a CiliumClusterwideNetworkPolicy")
+    chosen = pods if pods is not None else nodes
+    assert chosen is not None
+    subject = selector(chosen)
+    deny_by_default = spec.child("enableDefaultDeny")
+    for section, direction in SECTIONS.items():
+        allow, deny = section in spec or spec.has(section), f"{section}Deny" in spec or spec.has(f"{section}Deny")
+        wanted = deny_by_default.take(section, bool, allow or deny) if deny_by_default is not None else allow or deny
+        rules = 0
+        for name, action in ((section, pb.RULE_ACTION_ALLOW), (f"{section}Deny", pb.RULE_ACTION_DENY)):
+            for at, each in enumerate(spec.children(name)):
+                rule = draft.rule(
+                    subject,
+                    direction,
+                    action,
+                    subject_is_node=nodes is not None,
+                    default_deny=wanted,
+                    name=f"{prefix}{name} {at + 1}",
+                )
+                _rule(each, rule, direction, draft.namespace)
+                rules += 1
+        if wanted and not rules:
+            draft.rule(
+                subject,
+                direction,
+                pb.RULE_ACTION_ALLOW,
+                subject_is_node=nodes is not None,
+                match_no_peer=True,
+                default_deny=True,
+                name=f"{prefix}{section} default",
+            )
+    if deny_by_default is not None:
+        deny_by_default.done()
+    spec.done()
+
+
+def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None:
+    way = "from" if direction == INGRESS else "to"
+    fields.unsupported("fromRequires", "toRequires", "toFQDNs", "toGroups", "fromGroups", "authentication")
+    lists = [f"{way}{each}" for each in ("Endpoints", "Entities", "CIDR", "CIDRSet", "Nodes", "Services")]
+    # A list that is there and empty selects nobody; one that is not there says nothing.
+    said = [name for name in lists if fields.has(name) and name in fields]
+    for each in fields.children(f"{way}Endpoints"):
+        found = selector(each)
+        rule.peers.add(endpoints=within(found, namespace) if namespace else found)
+    rule.peers.extend(_entities(fields, f"{way}Entities"))
+    for text in fields.texts(f"{way}CIDR"):
+        rule.peers.append(cidr(text, []))
+    for each in fields.children(f"{way}CIDRSet"):
+        each.unsupported("cidrGroupRef", "cidrGroupSelector")
+        rule.peers.append(cidr(each.take("cidr", str, ""), each.texts("except")))
+        each.done()
+    for each in fields.children(f"{way}Nodes"):
+        rule.peers.add(node=pb.NodePeer(nodes=selector(each)))
+    if direction != INGRESS:
+        rule.peers.extend(_services(fields.children("toServices"), namespace))
+    if said and not rule.peers:
+        rule.match_no_peer = True
+    for each in fields.children("toPorts"):
+        each.unsupported(*_LATER)
+        ports = list(each.children("ports"))
+        rule.ports.extend(port(found, PROTOCOLS, "ANY") for found in ports)
+        each.done()
+    for each in fields.children("icmps"):
+        rule.ports.extend(_icmp(found) for found in each.children("fields"))
+        each.done()
+    fields.done()
+
+
+def _entities(fields: Fields, name: str) -> Iterable[pb.Peer]:
+    for text in fields.texts(name):
+        if text in _WORLDS:
+            raise fields.refuse(name, f"names {text!r}, which is not supported yet", f"use CIDR {_WORLDS[text]} or world")
+        if text not in _ENTITIES:
+            raise fields.refuse(name, f"names {text!r}", f"one of: {', '.join(_ENTITIES)}")
+        yield pb.Peer(entity=_ENTITIES[text])
+
+
+def _services(items: Iterable[Fields], namespace: str) -> Iterable[pb.Peer]:
+    for each in items:
+        each.unsupported("k8sServiceSelector")
+        service = each.child("k8sService")
+        each.done()
+        if service is None:
+            raise each.refuse("k8sService", "is missing")
+        name = service.take("serviceName", str, "")
+        if not name:
+            raise service.refuse("serviceName", "is missing")
+        yield pb.Peer(service=pb.ServicePeer(name=f"{service.take('namespace', str, namespace or 'default')}/{name}"))
+        service.done()
+
+
+def _icmp(fields: Fields) -> pb.Port:
+    family = fields.take("family", str, "IPv4")
+    if family not in _ICMP:
+        raise fields.refuse("family", f"is {family!r}", "IPv4 or IPv6")
+    value = fields.take("type", object, "")
+    protocol = pb.PORT_PROTOCOL_ICMP if family == "IPv4" else pb.PORT_PROTOCOL_ICMPV6
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise fields.refuse("type", "is neither a number nor a name")
+    kind = int(value) if str(value).isdigit() else _ICMP[family].get(str(value), -1)
+    if not 0 <= kind <= 255:
+        raise fields.refuse("type", f"is {str(value)[:40]!r}", "a number up to 255, or a name such as EchoRequest")
+    fields.done()
+    return pb.Port(protocol=protocol, icmp_type=kind)

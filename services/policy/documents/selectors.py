@@ -1,0 +1,75 @@
+"""Label selectors of documents: of Kubernetes' kind, which Cilium has taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from fibril.policy.v1 import policy_pb2 as pb
+from services.policy.documents.fields import Fields
+from services.policy.model import NAMESPACE
+
+NAMESPACE_LABELS: Final = "io.cilium.k8s.namespace.labels."
+_OPERATORS: Final = {
+    "In": pb.LABEL_OPERATOR_IN,
+    "NotIn": pb.LABEL_OPERATOR_NOT_IN,
+    "Exists": pb.LABEL_OPERATOR_EXISTS,
+    "DoesNotExist": pb.LABEL_OPERATOR_DOES_NOT_EXIST,
+}
+_SOURCES: Final = ("k8s:", "any:", "container:")
+
+
+def bare(key: str) -> str:
+    """A label's key without its source."""
+    for source in _SOURCES:
+        key = key.removeprefix(source)
+    return key
+
+
+def selector(
+    fields: Fields, key_of: Callable[[str], str] = bare, into: pb.LabelSelector | None = None
+) -> pb.LabelSelector:
+    """A selector; its conditions are added to those of `into`."""
+    found = into if into is not None else pb.LabelSelector()
+    labels = fields.child("matchLabels")
+    for key, value in labels.pairs() if labels is not None else ():
+        _equals(found, key_of(key), value)
+    for each in fields.children("matchExpressions"):
+        operator = each.take("operator", str, "")
+        if operator not in _OPERATORS:
+            raise each.refuse("operator", f"is {operator!r}", f"one of: {', '.join(_OPERATORS)}")
+        key = each.take("key", str, "")
+        if not key:
+            raise each.refuse("key", "is missing")
+        values = each.texts("values")
+        if (operator in ("In", "NotIn")) != bool(values):
+            raise each.refuse("values", f"do not fit operator {operator}")
+        found.match_expressions.add(key=key_of(key), operator=_OPERATORS[operator], values=values)
+        each.done()
+    fields.done()
+    return found
+
+
+def _equals(found: pb.LabelSelector, key: str, value: str) -> None:
+    if key in found.match_labels and found.match_labels[key] != value:
+        found.match_expressions.add(key=key, operator=pb.LABEL_OPERATOR_IN, values=[value])
+    else:
+        found.match_labels[key] = value
+
+
+def namespace_key(key: str) -> str:
+    """A namespace's label, as its endpoints have it."""
+    return NAMESPACE_LABELS + bare(key)
+
+
+def within(found: pb.LabelSelector, namespace: str) -> pb.LabelSelector:
+    """Only of a namespace, unless the selector speaks of namespaces itself."""
+    if not names_namespace(found):
+        found.match_labels[NAMESPACE] = namespace
+    return found
+
+
+def names_namespace(found: pb.LabelSelector) -> bool:
+    """Whether it says anything about namespaces."""
+    keys = [*found.match_labels, *(each.key for each in found.match_expressions)]
+    return any(key == NAMESPACE or key.startswith(NAMESPACE_LABELS) for key in keys)
