@@ -31,7 +31,8 @@
 #define POL_EP_AUDIT 0x1    /* report verdicts, let everything pass */
 #define POL_EP_LOCKDOWN 0x2 /* let nothing pass */
 
-/* What is in force for an endpoint; element 0 is the host's. Zero: not known yet, which denies everything. */
+/* What is in force for an endpoint. Zero: not known yet, which denies everything. Element 0 is the host's, whose owner is 0; there
+ * zero means that nothing is asked. */
 struct pol_ep {
 	__u32 policy;   /* line of POL_POLICIES; these two are one store */
 	__u32 revision;
@@ -143,6 +144,8 @@ _Static_assert(sizeof(struct ct_key) == 40, "ABI");
 #define CT_TOLD_CLOSED 0x20 /* its end has been reported */
 #define CT_ALLOWED 0x40     /* << enum pol_direction: that policy has allowed it at some time */
 
+#define CT_PASSES 0x100 /* the host's policy is not asked: forwarded for others, or older than that policy */
+
 /* A connection. One entry for both directions and, where both ends are pods of this node, for both policies. */
 struct ct_entry {
 	__u32 revision[2]; /* enum pol_direction: of the policy that allowed it; 0: none has been asked */
@@ -236,7 +239,8 @@ struct pol_config {
 	__u32 tcp_s;      /* TCP */
 	__u32 any_s;      /* all else */
 	__u32 revision;   /* the last one that was used; user space's */
-	__u32 reserved[9];
+	__u32 probe_port; /* UDP, of nodes' probes of each other, which the host's policy lets pass; 0: none */
+	__u32 reserved[8];
 };
 _Static_assert(sizeof(struct pol_config) == 64, "ABI");
 

@@ -168,3 +168,22 @@ static __always_inline const struct pol_ep *ct_endpoint(__u32 id, __u32 ifindex)
 
 	return ep && likely(ep->owner == ifindex && ep->policy && !ep->flags) ? ep : 0;
 }
+
+/* What is in force for the host; null: nothing, all passes. */
+static __always_inline const struct pol_ep *ct_host(void)
+{
+	__u32 zero = 0;
+	struct pol_ep *ep = pol_eps.lookup(&zero);
+
+	return ep && ep->policy ? ep : 0;
+}
+
+/* Whether the host, which is at this end of a packet, need not be asked about its connection. */
+static __always_inline bool ct_host_allows(const struct ct_entry *entry, __u32 end, bool forward)
+{
+	const struct pol_ep *host = ct_host();
+
+	if (likely(!host))
+		return true;
+	return !host->flags && (entry->flags & CT_PASSES || entry->revision[ct_policy(end, forward) & 1] == host->revision);
+}

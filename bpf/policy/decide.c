@@ -11,6 +11,7 @@
 #include "abi/ipcache.h"
 #include "lib/slot.h"
 #include "policy/frag.h"
+#include "policy/host.h"
 #include "policy/lookup.h"
 #include "policy/report.h"
 #include "policy/work.h"
@@ -66,7 +67,11 @@ static __always_inline bool decide_ask(const struct pol_config *config, const st
 	__u32 direction = ct_policy(work->end, forward);
 	const struct pol_policy *policy;
 
-	if (direction == POL_INGRESS && peer == IDENTITY_HOST && config->flags & POL_CFG_HOST) {
+	if (work->host == POL_HOST_THROUGH) {
+		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_NONE);
+		return true;
+	}
+	if (!work->host && direction == POL_INGRESS && peer == IDENTITY_HOST && config->flags & POL_CFG_HOST) {
 		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_HOST);
 		return true;
 	}
@@ -138,6 +143,8 @@ static __always_inline enum decision decide_begin(const struct pol_config *confi
 	fresh->server = pkt->dst_identity;
 	fresh->seen = now;
 	fresh->flags = decide_state(pkt, (low ? CT_CLIENT_LOW : 0) | CT_ALLOWED << work->end, true);
+	if (work->host == POL_HOST_THROUGH)
+		fresh->flags |= CT_PASSES;
 	decide_put(work, false);
 	return DECIDE_NEW;
 }
@@ -165,7 +172,9 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 	enum decision decision = DECIDE_ALLOW;
 
 	work->revision = ep->revision;
-	if (entry->revision[direction] != ep->revision || !same) {
+	if (work->host && (work->host == POL_HOST_THROUGH || entry->flags & CT_PASSES)) {
+		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_NONE);
+	} else if (entry->revision[direction] != ep->revision || !same) {
 		__u32 allowed = entry->flags & CT_ALLOWED << direction;
 
 		if (!decide_ask(config, pkt, work, ep, forward)) {
@@ -228,9 +237,35 @@ static __always_inline enum decision decide(struct __sk_buff *skb, const struct 
 	return decide_go_on(config, pkt, work, ep, entry, low, fresh, now);
 }
 
-static __always_inline int decide_pass(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct pol_work *work)
+/* The host is the packet's other end, and has a policy that has not been asked yet. */
+static __always_inline bool decide_host_next(const struct pkt_ctx *pkt, const struct pol_work *work)
 {
-	return work->end == POL_EGRESS ? slot_after_policy_egress(skb, pkt) : slot_after_policy_ingress(skb, pkt);
+	if (work->host || (work->end == POL_EGRESS ? pkt->dst_identity : pkt->src_identity) != IDENTITY_HOST)
+		return false;
+	return pkt->direction == (work->end == POL_EGRESS ? DIR_FROM_POD : DIR_TO_POD) && ct_host();
+}
+
+/* No policy has anything against it. */
+static __always_inline int decide_let(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct pol_work *work)
+{
+	if (work->host >= POL_HOST_UPLINK)
+		return TC_ACT_UNSPEC;
+	/* Beside a pod the host is the other end. */
+	return work->end == (work->host ? POL_INGRESS : POL_EGRESS) ? slot_after_policy_egress(skb, pkt)
+								    : slot_after_policy_ingress(skb, pkt);
+}
+
+/* The policy that was asked has nothing against it. */
+static __always_inline int decide_pass(struct __sk_buff *skb, struct pkt_ctx *pkt, struct pol_work *work)
+{
+	if (unlikely(decide_host_next(pkt, work))) {
+		work->host = POL_HOST_BESIDE;
+		work->end = !work->end;
+		work->unrelated = 0;
+		pol_tails.call(skb, POL_TAIL_DECIDE);
+		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+	}
+	return decide_let(skb, pkt, work);
 }
 
 /* What fib_policy_reject has made, and cannot be asked about: it is no packet of a connection that was allowed. */
@@ -244,7 +279,7 @@ static __always_inline int decide_pass_refusal(struct __sk_buff *skb, struct pkt
 	/* There may be another pod's policy to come. */
 	if (work->end == POL_INGRESS || !pkt->dst_id)
 		skb->mark = 0;
-	return decide_pass(skb, pkt, work);
+	return decide_let(skb, pkt, work);
 }
 
 /* Nobody asks whether a pod may speak to itself. */
@@ -303,14 +338,18 @@ int fib_policy_decide(struct __sk_buff *skb)
 	asm volatile("" : "+r"(owner));
 	if (work->end != POL_EGRESS)
 		owner = pkt->dst_ifindex;
+	if (work->host)
+		id = owner = 0;
 	now = pol_beat(config);
 	pol_count(POL_STAT_CHECKED);
 	work->cell = 0;
 	work->revision = 0;
 	ep = pol_eps.lookup(&id);
+	if (work->host && (host_is_reserved(skb, config, pkt, work) || !ep || !ep->policy))
+		return decide_pass(skb, pkt, work);
 	if (!ep || ep->owner != owner || !ep->policy)
 		return decide_deny(skb, config, pkt, work, 0, DECIDE_DENY, REASON_POLICY_UNKNOWN, now);
-	if (ep->flags & POL_EP_LOCKDOWN)
+	if (ep->flags & POL_EP_LOCKDOWN && work->host != POL_HOST_THROUGH)
 		return decide_deny(skb, config, pkt, work, ep, DECIDE_DENY, REASON_POLICY_LOCKDOWN, now);
 	if (decide_is_self(pkt))
 		return decide_pass(skb, pkt, work);
@@ -326,5 +365,7 @@ int fib_policy_decide(struct __sk_buff *skb)
 	}
 	if (decision <= DECIDE_NEW)
 		return decide_pass(skb, pkt, work);
+	if (work->host && decision == DECIDE_DENY && host_may_be_older(pkt, work))
+		pol_tails.call(skb, POL_TAIL_OLDER);
 	return decide_deny(skb, config, pkt, work, ep, decision, decide_reason(work, decision), now);
 }

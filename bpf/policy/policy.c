@@ -2,5 +2,6 @@
 /* The policy service's programs as one unit. */
 #include "policy/slots.c"
 #include "policy/decide.c"
+#include "policy/host.c"
 #include "policy/related.c"
 #include "policy/reject.c"

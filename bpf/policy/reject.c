@@ -6,6 +6,7 @@
  *   DIR_FROM_OVERLAY  by slot REMOTE, as the refusing pod
  *   DIR_FROM_UPLINK   out by the uplink, by the host's routes
  *   DIR_TO_POD        to the host's stack, as if the pod had sent it: fib_from_pod sees it, and policy, which knows it by its mark
+ *   DIR_FROM_HOST     to the host's stack, as if it had come by the uplink
  */
 #pragma once
 
@@ -75,6 +76,10 @@ static __always_inline int reject_send(struct __sk_buff *skb, struct pkt_ctx *pk
 		return reject_to_node(skb, pkt);
 	if (pkt->direction == DIR_FROM_UPLINK)
 		return redirect_neigh(skb->ifindex, 0, 0, 0);
+	if (pkt->direction == DIR_FROM_HOST) {
+		skb->mark = POL_MARK;
+		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
+	}
 	pod = endpoint_by_ifindex(skb->ifindex);
 	if (!pod)
 		return TC_ACT_SHOT;

@@ -16,6 +16,7 @@ static __always_inline int slots_decide(struct __sk_buff *skb, struct pkt_ctx *p
 	if (work) {
 		work->end = end;
 		work->unrelated = 0;
+		work->host = POL_HOST_NOT;
 		pol_tails.call(skb, POL_TAIL_DECIDE);
 	}
 	/* Security fails closed. */
@@ -52,7 +53,8 @@ int fib_policy_egress(struct __sk_buff *skb)
 	pkt->dst_identity = pod ? pod->identity : ipcache_identity(&pkt->dst);
 	ep = ct_endpoint(pkt->src_id, skb->ifindex);
 	entry = ct_hit(config, pkt, &forward);
-	if (likely(ep && entry && entry->revision[ct_policy(POL_EGRESS, forward)] == ep->revision))
+	if (likely(ep && entry && entry->revision[ct_policy(POL_EGRESS, forward)] == ep->revision) &&
+	    (likely(pkt->dst_identity != IDENTITY_HOST) || ct_host_allows(entry, POL_INGRESS, forward)))
 		return slots_forward(skb, pkt, pod, entry, forward);
 	return slots_decide(skb, pkt, POL_EGRESS);
 }
@@ -70,6 +72,8 @@ int fib_policy_ingress(struct __sk_buff *skb)
 	ep = ct_endpoint(pkt->dst_id, pkt->dst_ifindex);
 	entry = ct_hit(config, pkt, &forward);
 	if (unlikely(!ep || !entry || entry->revision[ct_policy(POL_INGRESS, forward)] != ep->revision))
+		return slots_decide(skb, pkt, POL_INGRESS);
+	if (unlikely(pkt->src_identity == IDENTITY_HOST && !ct_host_allows(entry, POL_EGRESS, forward)))
 		return slots_decide(skb, pkt, POL_INGRESS);
 	if (pkt->direction == DIR_TO_POD)
 		return verdict_pass(skb, pkt, VERDICT_DELIVERED, TC_ACT_UNSPEC);

@@ -10,12 +10,21 @@ enum pol_tail {
 	POL_TAIL_DECIDE = 0,  /* packets that begin, end or change something */
 	POL_TAIL_RELATED = 1, /* ICMP errors */
 	POL_TAIL_REJECT = 2,  /* whoever sent it is told */
+	POL_TAIL_OLDER = 3,   /* the host's policy denies it: is there a connection that is older? */
 	POL_TAILS = 4,
 };
 
 /* skb->mark of refusals on their way from a pod's host side back into it, as if the pod had sent them. Pods cannot mark packets: the
  * mark goes when a packet leaves their namespace. */
 #define POL_MARK 0x66
+
+/* pol_work.host: whether the host's policy is asked, and by whom. */
+enum pol_host {
+	POL_HOST_NOT = 0,
+	POL_HOST_BESIDE = 1,  /* after a pod's, which is the other end */
+	POL_HOST_UPLINK = 2,
+	POL_HOST_THROUGH = 3, /* what leaves by the uplink as the host's, but is forwarded for others: only noted */
+};
 
 /* Holds for one packet, as struct pkt_ctx does. */
 struct pol_work {
@@ -24,7 +33,8 @@ struct pol_work {
 	__u64 cell;     /* the verdict, as a range */
 	__u32 end;      /* POL_EGRESS: of the sender's endpoint; POL_INGRESS: of the receiver's */
 	__u32 revision; /* of the policy that was asked */
-	__u32 unrelated; /* 1: POL_TAIL_RELATED has looked in vain */
+	__u32 unrelated; /* 1: POL_TAIL_RELATED or POL_TAIL_OLDER has looked in vain */
+	__u32 host;      /* enum pol_host */
 	__u32 reason;    /* for POL_TAIL_REJECT */
 	__u32 quote[ANSWER_QUOTE_WORDS];
 };

@@ -103,6 +103,7 @@ class CtFlag(enum.IntFlag):
     TOLD_CLOSED = 0x20
     ALLOWED_INGRESS = 0x40
     ALLOWED_EGRESS = 0x80
+    PASSES = 0x100
 
 
 class Side(ct.Structure):
@@ -173,7 +174,8 @@ class Config(ct.Structure):
 
     _fields_ = (
         ("beat_shift", ct.c_uint32), ("flags", ct.c_uint32), ("syn_s", ct.c_uint32), ("close_s", ct.c_uint32),
-        ("tcp_s", ct.c_uint32), ("any_s", ct.c_uint32), ("revision", ct.c_uint32), ("reserved", ct.c_uint32 * 9),
+        ("tcp_s", ct.c_uint32), ("any_s", ct.c_uint32), ("revision", ct.c_uint32), ("probe_port", ct.c_uint32),
+        ("reserved", ct.c_uint32 * 8),
     )  # fmt: skip
 
 

@@ -18,11 +18,15 @@ SLOTS: Final = {
     pipeline.Slot.POLICY_INGRESS: "fib_policy_ingress",
 }
 TAILS_MAP: Final = "pol_tails"
-TAILS: Final = ("fib_policy_decide", "fib_policy_related", "fib_policy_reject")
+TAILS: Final = ("fib_policy_decide", "fib_policy_related", "fib_policy_reject", "fib_policy_older")
 """Programs that others go on to, in order of enum pol_tail."""
+HOST_IN: Final = "fib_policy_host_in"
+HOST_OUT: Final = "fib_policy_host_out"
+"""At the uplink, for the host's own traffic."""
+PROGRAMS: Final = (*SLOTS.values(), *TAILS, HOST_IN, HOST_OUT)
 TABLES: Final = "fib_policy_maps"
 MAPS: Final = {
-    **{name: path for name, path in pipeline.MAPS.items() if not path.startswith(pipeline.NODE_FAMILY)},
+    **pipeline.MAPS,
     **abi.MAPS,
     TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}",
 }
@@ -50,7 +54,7 @@ def programs() -> loader.ProgramSpec:
     return loader.ProgramSpec(
         source=Path("policy/policy.c"),
         service=SERVICE,
-        functions=dict.fromkeys((*SLOTS.values(), *TAILS), "sched_cls"),
+        functions=dict.fromkeys(PROGRAMS, "sched_cls"),
         maps=MAPS,
         slots={
             # Where programs go on to is there before anything comes by.
@@ -63,7 +67,7 @@ def programs() -> loader.ProgramSpec:
 def programs_complete(instance: Instance) -> bool:
     """Whether the slots are filled and the programs pinned."""
     pins = instance.pin_dir
-    if not all((pins / "prog" / SERVICE / name).exists() for name in (*SLOTS.values(), *TAILS)):
+    if not all((pins / "prog" / SERVICE / name).exists() for name in PROGRAMS):
         return False
     return set(map(int, SLOTS)) <= set(progs.slots(pins / pipeline.MAPS[pipeline.SLOTS_MAP]))
 
