@@ -22,6 +22,7 @@ from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
+from services.identity.numbers import Reserved
 from services.policy import abi
 from services.policy.enforcer import Endpoint, Enforcer
 from services.policy.kernel.writer import Writer
@@ -31,7 +32,7 @@ from services.policy.resolve.world import NodeFacts, World
 from tests.datapath import policykit as kit
 from tests.datapath.harness import Datapath
 from tests.datapath.policykit import Rig, Space
-from tests.policy.reference import Address, Decision, Who, decide
+from tests.policy.reference import Address, Decision, Who, concerns, decide
 from tests.policy.strategies import NAMED, QUESTIONS, Universe, policy_sets, universes
 
 PACKETS = 70
@@ -112,12 +113,13 @@ class Expected:
 
 @dataclass
 class Model:
-    """One of two ends, or both, are pods of this node; what each one's policy says holds for connections, not for packets."""
+    """One of two ends, or both, are pods of this node. What a policy says of a connection holds for its packets both ways."""
 
     universe: Universe
     policies: list[Policy]
     pods: dict[Address, Who]
     """This node's, as subjects."""
+    host: Who
     epoch: int = 0
     """Counts changes of policies."""
     known: dict[tuple[Any, ...], Known] = field(default_factory=dict)
@@ -129,19 +131,27 @@ class Model:
         sender, receiver = (flow.server, flow.client) if back else (flow.client, flow.server)
         if sender.address == receiver.address:
             return Expected(Reason.NONE)
-        for end, place in ((Direction.EGRESS, sender), (Direction.INGRESS, receiver)):
-            if place.address in self.pods:
-                found = self.stage(end, flow, back, flags, sender, receiver)
-                if found.reason is not Reason.NONE:
-                    return found
+        ends = ((Direction.EGRESS, sender), (Direction.INGRESS, receiver))
+        asked = [(end, self.pods[who.address]) for end, who in ends if who.address in self.pods]
+        if self.host_has_policy():
+            # Beside a pod, and after it.
+            asked += [(end, self.host) for end, who in ends if who.identity == Reserved.HOST]
+        for end, subject in asked:
+            found = self.stage(end, subject, flow, back, flags, sender)
+            if found.reason is not Reason.NONE:
+                return found
         return Expected(Reason.NONE)
 
-    def ask(self, end: Direction, direction: Direction, flow: Flow, back: bool, turned: bool) -> Decision:
+    def host_has_policy(self) -> bool:
+        return any(concerns(rule, self.host) for policy in self.policies for rule in policy.rules)
+
+    def ask(
+        self, end: Direction, subject: Who, direction: Direction, flow: Flow, back: bool, turned: bool
+    ) -> Decision:
         """The policy of the packet's sender (end EGRESS) or receiver, about the connection. turned: the flow's server has begun
         it.
         """
-        sender, receiver = (flow.server, flow.client) if back else (flow.client, flow.server)
-        own, peer = (sender, receiver) if end is Direction.EGRESS else (receiver, sender)
+        peer = flow.server if back == (end is Direction.INGRESS) else flow.client
         port = flow.port
         if flow.proto == STATELESS:
             port = 0
@@ -149,28 +159,30 @@ class Model:
             port = flow.client_port
         elif turned and flow.echo:
             port = ECHO_REPLY[flow.port]
-        subject, universe = self.pods[own.address], self.universe
+        universe = self.universe
         return decide(
             self.policies, subject, direction, peer, flow.proto, port, universe.services, universe.nodes
         )
 
     def stage(
-        self, end: Direction, flow: Flow, back: bool, flags: str, sender: Who, receiver: Who
+        self, end: Direction, subject: Who, flow: Flow, back: bool, flags: str, sender: Who
     ) -> Expected:
         known = self.known.get(flow.key())
         if known is not None and flow.proto == 6 and flags == "S" and known.closed:
             known = None
         if known is None:
-            return self.begin(end, flow, back, flags, sender)
+            return self.begin(end, subject, flow, back, flags, sender)
         forward = known.client == sender.address
         direction = end if forward else Direction(not end)
         # The connection is this one, or the one that its server began.
         turned = forward == back
         if known.since.get(direction) != self.epoch:
-            decision = self.ask(end, direction, flow, back, turned)
+            decision = self.ask(end, subject, direction, flow, back, turned)
             if not decision.allowed:
                 if direction not in known.passed:
-                    return refused(decision) if forward else self.begin(end, flow, back, flags, sender)
+                    return (
+                        refused(decision) if forward else self.begin(end, subject, flow, back, flags, sender)
+                    )
                 if not (decision.keep and known.answered):
                     return Expected(Reason.POLICY_REVOKED, decision)
             elif direction not in known.passed:
@@ -181,8 +193,10 @@ class Model:
         self.end(known, flow, flags, forward)
         return Expected(Reason.NONE)
 
-    def begin(self, end: Direction, flow: Flow, back: bool, flags: str, sender: Who) -> Expected:
-        decision = self.ask(end, end, flow, back, turned=back)
+    def begin(
+        self, end: Direction, subject: Who, flow: Flow, back: bool, flags: str, sender: Who
+    ) -> Expected:
+        decision = self.ask(end, subject, end, flow, back, turned=back)
         if not decision.allowed:
             return refused(decision)
         if (flow.echo and back) or (flow.proto == 6 and ("R" in flags or flags == "SA")):
@@ -238,7 +252,7 @@ class Kernel:
             rig.tables.prefixes.delete(key)
         rig.configure(flags=abi.ConfigFlag.FLOWS)
         self.numbers = RuleNumbers()
-        self.enforcer = Enforcer(self.world(), self.numbers, {})
+        self.enforcer = Enforcer(self.world(), self.numbers, universe.nodes["n1"].labels)
         self.writer = Writer(rig.tables)
         for number, own in universe.identities.items():
             self.enforcer.add_identity(number, own)
@@ -319,7 +333,7 @@ class Played:
         }
         self.here = [everybody[address] for address in here]
         self.others = list(everybody.values())
-        self.model = Model(self.universe, self.policies, pods)
+        self.model = Model(self.universe, self.policies, pods, self.universe.subjects[-1])
         self.flows: list[Flow] = []
 
     def change(self, policies: list[Policy]) -> None:
