@@ -8,9 +8,9 @@
 #include "lb/icmp.c"
 
 /* Takes the outer header off and looks at what was inside. */
-static __always_inline __u32 decap_open(struct __sk_buff *skb, struct pkt_ctx *pkt)
+static __always_inline __u32 decap_open(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 room)
 {
-	__u32 reason, room = dsr_room(pkt->family);
+	__u32 reason;
 	struct cursor at;
 
 	if (bpf_skb_adjust_room(skb, -(int)room, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
@@ -89,16 +89,16 @@ int fib_lb_decap(struct __sk_buff *skb)
 	struct lb_work *work = lb_work();
 	enum nat_result result;
 	struct ends to = {};
-	__u32 reason;
+	__u32 reason, room;
 
 	if (!pkt || !work || !config)
 		return TC_ACT_SHOT;
 	__builtin_memset(&work->key, 0, sizeof(work->key));
 	__builtin_memset(&work->nat, 0, sizeof(work->nat));
 	work->key.remote = pkt->dst;
-	if (!dsr_port(skb, pkt, &work->key.rport))
-		return verdict_drop(skb, pkt, REASON_TRUNCATED);
-	reason = decap_open(skb, pkt);
+	if (!dsr_port(skb, pkt, &work->key.rport, &room))
+		return verdict_drop(skb, pkt, REASON_MALFORMED);
+	reason = decap_open(skb, pkt, room);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
 	pkt->src_identity = ipcache_identity(&pkt->src);

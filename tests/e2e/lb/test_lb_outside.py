@@ -22,7 +22,7 @@ WORLD = {4: "203.0.113.1", 6: "2001:db8:ffff::1"}
 VIP = {4: "198.51.100.9", 6: "2001:db8:96::9"}
 BOTH = pytest.mark.parametrize("family", [4, 6])
 
-# Whom servers see, and a megabyte there and back.
+# Whom servers see, and a megabyte there and back: much of it in packets that are cut into segments on their way.
 _SERVER = """
 import socket, sys, threading
 def serve(conn, peer):
@@ -37,7 +37,7 @@ while True:
     threading.Thread(target=serve, args=(conn, peer), daemon=True).start()
 """
 _CLIENT = """
-import json, os, socket, sys
+import json, os, socket, sys, threading
 answers = []
 for _ in range(12):
     with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5, (sys.argv[3], 0)) as conn:
@@ -45,11 +45,15 @@ for _ in range(12):
         while not said.endswith(b"\\n"):
             said += conn.recv(100)
         name, seen = said.decode().split()
-        data, got = os.urandom(1 << 17), b""
-        conn.sendall(data)
-        conn.shutdown(socket.SHUT_WR)
+        data, got = os.urandom(1 << 20), b""
+        def send():
+            conn.sendall(data)
+            conn.shutdown(socket.SHUT_WR)
+        sender = threading.Thread(target=send)
+        sender.start()
         while more := conn.recv(65536):
             got += more
+        sender.join()
         answers.append([name, seen, got == data])
 print(json.dumps(answers))
 """
