@@ -29,9 +29,9 @@ from services.common.kernel.netlink import Link, Netlink, Rtnl
 from services.common.kernel.tc_classic import Direction
 from services.common.pipeline.abi import MAPS, SLOTS_MAP
 from services.common.pipeline.datapath import Datapath, Parts
+from services.common.pipeline.uplinks import uplinks
 from services.common.service import ComponentStatus
 from services.lb import install
-from services.lb.xdp.hooks import uplinks
 
 log = logging.getLogger(__name__)
 

@@ -64,12 +64,16 @@ def programs() -> loader.ProgramSpec:
     )
 
 
+def program_path(instance: Instance, name: str) -> Path:
+    """Where a program is pinned."""
+    return instance.pin_dir / "prog" / SERVICE / name
+
+
 def programs_complete(instance: Instance) -> bool:
     """Whether the slots are filled and the programs pinned."""
-    pins = instance.pin_dir
-    if not all((pins / "prog" / SERVICE / name).exists() for name in PROGRAMS):
+    if not all(program_path(instance, name).exists() for name in PROGRAMS):
         return False
-    return set(map(int, SLOTS)) <= set(progs.slots(pins / pipeline.MAPS[pipeline.SLOTS_MAP]))
+    return set(map(int, SLOTS)) <= set(progs.slots(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP]))
 
 
 async def install_programs(instance: Instance) -> None:

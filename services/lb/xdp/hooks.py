@@ -17,11 +17,11 @@ from typing import Final
 from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import bpf, progs, xdp
-from services.common.kernel import netlink as nl
 from services.common.kernel.maps import BpfMap
-from services.common.kernel.netlink import Link, Route, Rtnl
+from services.common.kernel.netlink import Link, Rtnl
 from services.common.kernel.xdp import Feature, Mode
 from services.common.pipeline.datapath import Parts
+from services.common.pipeline.uplinks import uplinks
 from services.lb import install
 from services.lb.xdp import abi
 
@@ -58,26 +58,6 @@ def complete(instance: Instance) -> bool:
     pins = [instance.pin_dir / path for path in install.xdp().maps.values()]
     pins += [install.program_path(instance, name) for name in (install.XDP, *install.XDP_TAILS)]
     return all(path.exists() for path in pins)
-
-
-def uplinks(
-    names: Sequence[str], own_prefix: str, links: Iterable[Link], routes: Iterable[Route]
-) -> list[Link]:
-    """The devices named; without names, those of the best default route of either family. Pure."""
-    if names:
-        return [link for link in links if link.name in names]
-    found = {link.ifindex: link for link in links if not link.name.startswith(own_prefix)}
-    defaults = [
-        route
-        for route in routes
-        if route.destination.prefixlen == 0 and route.type == nl.UNICAST and route.ifindex in found
-    ]
-    best = {
-        min(same, key=lambda route: route.metric).ifindex
-        for version in (4, 6)
-        if (same := [route for route in defaults if route.destination.version == version])
-    }
-    return [link for index, link in found.items() if index in best]
 
 
 def wanted_mode(link: Link, configured: str, can: Feature | None) -> tuple[Mode, str]:
