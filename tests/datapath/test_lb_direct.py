@@ -96,16 +96,19 @@ def test_a_backend_gets_the_packet_as_it_is_in_another(
 
 
 def test_the_pods_node_finds_the_port_in_the_option(uplink: Uplink) -> None:
-    balancer = BALANCER[ROUTED][4]
-    uplink.lab.cluster.know(host(balancer), Reserved.REMOTE_NODE, ROUTED)
+    """As what was cut into segments carries it, for identification is counted up then."""
+    balancer = BALANCER[OVERLAY][4]
+    uplink.lab.cluster.know(host(balancer), Reserved.REMOTE_NODE, OVERLAY)
     uplink.lab.serve(4, [(own(A, 4), 8080)], flags=DSR)
     packet = outside(4) / TCP(sport=7, dport=80, flags="A") / b"x"
-    for option, port in ((b"\x9e\x04\x1f\x90", 8080), (b"\x9e\x04\x1f\x91", 8081)):
-        # Whatever the identification says.
+    sender = Tunnel.of(UNDERLAY[OVERLAY][0], Reserved.REMOTE_NODE)
+    for option, port in ((b"\x9e\x04\x1f\x90", 8080), (b"\x9e\x04\x1f\x91", 8081), (b"\x9f\x04\x1f\x90", 0)):
         outer = IP(src=balancer, dst=own(A, 4), id=9, proto=4, options=IPOption(option))
-        assert uplink.sends(outer / packet)[TCP].dport == port
-    outer = IP(src=balancer, dst=own(A, 4), id=9, proto=4, options=IPOption(b"\x9f\x04\x1f\x90"))
-    assert uplink.drops(outer / packet) == Reason.MALFORMED
+        got = uplink.lab.cluster.run(bytes(inner() / outer / packet), FROM_OVERLAY, sender)
+        if port:
+            assert (got.verdict, Ether(got.data)[TCP].dport) == (pipeline.Verdict.DELIVERED, port)
+        else:
+            assert Reason(got.event.reason) == Reason.MALFORMED
 
 
 @BOTH
