@@ -7,6 +7,7 @@
  *   to_pod:   [LB] -> [POLICY_INGRESS]
  *   from_overlay: [LB -> FROM_OVERLAY] -> [POLICY_INGRESS] -> DELIVER
  *   from_uplink:  [LB -> FORWARD] -> [POLICY_INGRESS] -> DELIVER
+ *   from_overlay to the host, from_host: [POLICY_HOST]
  *
  * A slot program ends with one of slot.h's or verdict.h's functions. An empty slot in brackets is skipped.
  * Changing pkt_ctx or what a slot may rely on means a new version of the family, so that programs of two
@@ -30,6 +31,7 @@ enum slot {
 	SLOT_REMOTE = 6,    /* what is for no pod of this node; empty: the host's stack */
 	SLOT_FROM_OVERLAY = 7, /* the rest of from_overlay, behind LB */
 	SLOT_LB_ANSWER = 8, /* LB's part for answers of pods, behind POLICY_EGRESS */
+	SLOT_POLICY_HOST = 9, /* between the overlay and the host itself, both ways */
 	SLOT_COUNT = 16,
 };
 

@@ -42,5 +42,7 @@ int fib_from_host(struct __sk_buff *skb)
 		pkt->src_id = pod->id;
 		pkt->src_identity = pod->identity;
 	}
+	if (!pod)
+		pl_slots.call(skb, SLOT_POLICY_HOST);
 	return overlay_send(skb, pkt, node, pkt->src_identity);
 }

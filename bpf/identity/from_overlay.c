@@ -11,6 +11,7 @@
 #include "abi/ipcache.h"
 #include "abi/node.h"
 #include "identity/overlay.h"
+#include "identity/to_host.h"
 #include "lib/parse.h"
 #include "lib/router.h"
 #include "lib/slot.h"
@@ -50,19 +51,6 @@ static __always_inline __u32 overlay_check_sender(struct pkt_ctx *pkt, const str
 	return REASON_OVERLAY_IDENTITY;
 }
 
-/* To the host's stack, in by the interface which its routes to pods lead to, as reverse path filters demand. */
-static __always_inline int overlay_to_host(struct __sk_buff *skb, struct pkt_ctx *pkt)
-{
-	struct network_config *config;
-	__u32 zero = 0;
-
-	config = nd_config.lookup(&zero);
-	if (!config || !config->host_ifindex)
-		return verdict_drop(skb, pkt, REASON_REDIRECT);
-	router_address(skb, config->host_mac, config->host_mac);
-	return verdict_pass(skb, pkt, VERDICT_TO_STACK, bpf_redirect(config->host_ifindex, BPF_F_INGRESS));
-}
-
 static __always_inline int overlay_to_here(struct __sk_buff *skb, struct pkt_ctx *pkt)
 {
 	struct ipcache_entry *entry = ipcache_lookup(&pkt->dst);
@@ -74,6 +62,7 @@ static __always_inline int overlay_to_here(struct __sk_buff *skb, struct pkt_ctx
 	node = node_by_index(entry->node);
 	if (!node || node->mode != NODE_LOCAL)
 		return verdict_drop(skb, pkt, REASON_OVERLAY_DESTINATION);
+	pl_slots.call(skb, SLOT_POLICY_HOST);
 	return overlay_to_host(skb, pkt);
 }
 

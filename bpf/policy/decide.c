@@ -67,7 +67,7 @@ static __always_inline bool decide_ask(const struct pol_config *config, const st
 	__u32 direction = ct_policy(work->end, forward);
 	const struct pol_policy *policy;
 
-	if (work->host == POL_HOST_THROUGH) {
+	if (work->through) {
 		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_NONE);
 		return true;
 	}
@@ -143,7 +143,7 @@ static __always_inline enum decision decide_begin(const struct pol_config *confi
 	fresh->server = pkt->dst_identity;
 	fresh->seen = now;
 	fresh->flags = decide_state(pkt, (low ? CT_CLIENT_LOW : 0) | CT_ALLOWED << work->end, true);
-	if (work->host == POL_HOST_THROUGH)
+	if (work->through)
 		fresh->flags |= CT_PASSES;
 	decide_put(work, false);
 	return DECIDE_NEW;
@@ -172,7 +172,7 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 	enum decision decision = DECIDE_ALLOW;
 
 	work->revision = ep->revision;
-	if (work->host && (work->host == POL_HOST_THROUGH || entry->flags & CT_PASSES)) {
+	if (work->host && (work->through || entry->flags & CT_PASSES)) {
 		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_NONE);
 	} else if (entry->revision[direction] != ep->revision || !same) {
 		__u32 allowed = entry->flags & CT_ALLOWED << direction;
@@ -248,8 +248,12 @@ static __always_inline bool decide_host_next(const struct pkt_ctx *pkt, const st
 /* No policy has anything against it. */
 static __always_inline int decide_let(struct __sk_buff *skb, struct pkt_ctx *pkt, const struct pol_work *work)
 {
-	if (work->host >= POL_HOST_UPLINK)
+	if (work->host == POL_HOST_UPLINK)
 		return TC_ACT_UNSPEC;
+	if (work->host == POL_HOST_OVERLAY) {
+		pol_tails.call(skb, POL_TAIL_OVERLAY);
+		return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
+	}
 	/* Beside a pod the host is the other end. */
 	return work->end == (work->host ? POL_INGRESS : POL_EGRESS) ? slot_after_policy_egress(skb, pkt)
 								    : slot_after_policy_ingress(skb, pkt);
@@ -349,7 +353,7 @@ int fib_policy_decide(struct __sk_buff *skb)
 		return decide_pass(skb, pkt, work);
 	if (!ep || ep->owner != owner || !ep->policy)
 		return decide_deny(skb, config, pkt, work, 0, DECIDE_DENY, REASON_POLICY_UNKNOWN, now);
-	if (ep->flags & POL_EP_LOCKDOWN && work->host != POL_HOST_THROUGH)
+	if (ep->flags & POL_EP_LOCKDOWN && !work->through)
 		return decide_deny(skb, config, pkt, work, ep, DECIDE_DENY, REASON_POLICY_LOCKDOWN, now);
 	if (decide_is_self(pkt))
 		return decide_pass(skb, pkt, work);

@@ -4,6 +4,7 @@
  *
  *   fib_policy_host_in    tc ingress of the uplink, after lb_uplink and from_uplink
  *   fib_policy_host_out   tc egress of the uplink
+ *   fib_policy_host       slot POLICY_HOST: from the overlay, and to it
  *
  * While the host has no policy both let everything pass at once. What passes is not counted: it is the host's.
  */
@@ -11,7 +12,9 @@
 
 #include "abi/endpoint.h"
 #include "abi/ipcache.h"
+#include "identity/overlay.h"
 #include "identity/sender.h"
+#include "identity/to_host.h"
 #include "lib/parse.h"
 #include "lib/router.h"
 #include "lib/slot.h"
@@ -74,7 +77,7 @@ static __always_inline bool host_begin(struct __sk_buff *skb, struct pkt_ctx *pk
 	return !*reason && pkt->family;
 }
 
-static __always_inline int host_decide(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 end, __u32 host)
+static __always_inline int host_decide(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 end, __u32 host, bool through)
 {
 	struct pol_work *work = pol_work();
 
@@ -82,6 +85,7 @@ static __always_inline int host_decide(struct __sk_buff *skb, struct pkt_ctx *pk
 		work->end = end;
 		work->unrelated = 0;
 		work->host = host;
+		work->through = through;
 		pol_tails.call(skb, POL_TAIL_DECIDE);
 	}
 	return verdict_drop(skb, pkt, REASON_SLOT_MISSING);
@@ -113,7 +117,7 @@ int fib_policy_host_in(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	if (!host_is_own(&pkt->dst, pkt->family) && !host_takes(skb, pkt))
 		return TC_ACT_UNSPEC;
-	return host_decide(skb, pkt, POL_INGRESS, POL_HOST_UPLINK);
+	return host_decide(skb, pkt, POL_INGRESS, POL_HOST_UPLINK, false);
 }
 
 /* Whether a process of the host sends it. What is forwarded has no socket, unless it came straight from a pod: then it has the pod's, which
@@ -157,7 +161,53 @@ int fib_policy_host_out(struct __sk_buff *skb)
 	entry = ct_hit(config, pkt, &forward);
 	if (likely(entry && ct_host_allows(entry, POL_EGRESS, forward)))
 		return TC_ACT_UNSPEC;
-	return host_decide(skb, pkt, POL_EGRESS, mine ? POL_HOST_UPLINK : POL_HOST_THROUGH);
+	return host_decide(skb, pkt, POL_EGRESS, POL_HOST_UPLINK, !mine);
+}
+
+/* Goes on where slot POLICY_HOST came in. */
+static __always_inline int host_overlay(struct __sk_buff *skb, struct pkt_ctx *pkt)
+{
+	struct ipcache_entry *entry;
+	struct node_entry *node;
+
+	if (pkt->direction == DIR_FROM_OVERLAY)
+		return overlay_to_host(skb, pkt);
+	entry = ipcache_lookup(&pkt->dst);
+	node = entry && entry->node ? node_by_index(entry->node) : 0;
+	if (!node)
+		return verdict_drop(skb, pkt, REASON_NODE_UNREACHABLE);
+	/* What the host is to others. */
+	pkt->src_identity = IDENTITY_REMOTE_NODE;
+	return overlay_send(skb, pkt, node, pkt->src_identity);
+}
+
+int fib_policy_overlay(struct __sk_buff *skb)
+{
+	struct pkt_ctx *pkt = slot_packet();
+
+	return pkt ? host_overlay(skb, pkt) : TC_ACT_SHOT;
+}
+
+int fib_policy_host(struct __sk_buff *skb)
+{
+	struct pol_config *config = pol_configuration();
+	struct pkt_ctx *pkt = slot_packet();
+	bool forward = false, in;
+	struct ct_entry *entry;
+
+	if (!pkt || !config)
+		return TC_ACT_SHOT;
+	if (likely(!ct_host()))
+		return host_overlay(skb, pkt);
+	in = pkt->direction == DIR_FROM_OVERLAY;
+	if (in)
+		pkt->dst_identity = IDENTITY_HOST;
+	else
+		pkt->src_identity = IDENTITY_HOST;
+	entry = ct_hit(config, pkt, &forward);
+	if (likely(entry && ct_host_allows(entry, in ? POL_INGRESS : POL_EGRESS, forward)))
+		return host_overlay(skb, pkt);
+	return host_decide(skb, pkt, in ? POL_INGRESS : POL_EGRESS, POL_HOST_OVERLAY, !in && !host_sends(skb, pkt));
 }
 
 /* A connection that this host has although nobody knows of it: it is older than the policy. It passes until it ends. */

@@ -6,13 +6,14 @@
  *   DIR_FROM_OVERLAY  by slot REMOTE, as the refusing pod
  *   DIR_FROM_UPLINK   out by the uplink, by the host's routes
  *   DIR_TO_POD        to the host's stack, as if the pod had sent it: fib_from_pod sees it, and policy, which knows it by its mark
- *   DIR_FROM_HOST     to the host's stack, as if it had come by the uplink
+ *   DIR_FROM_HOST     to the host's stack, as if it had come by the uplink, or out of the overlay
  */
 #pragma once
 
 #include "abi/endpoint.h"
 #include "abi/ipcache.h"
 #include "identity/redirect.h"
+#include "identity/to_host.h"
 #include "lb/translate.h"
 #include "lib/answer.h"
 #include "lib/router.h"
@@ -55,7 +56,9 @@ static __always_inline int reject_to_node(struct __sk_buff *skb, struct pkt_ctx 
 	__u32 id = pkt->src_identity;
 
 	/* Services have no identity but this node's, peers believe that of nobody else. */
-	pkt->src_identity = pkt->flags & PKT_TRANSLATED && !(pkt->flags & PKT_ANSWER) ? IDENTITY_REMOTE_NODE : pkt->dst_identity;
+	pkt->src_identity = pkt->dst_identity;
+	if (pkt->dst_identity == IDENTITY_HOST || (pkt->flags & PKT_TRANSLATED && !(pkt->flags & PKT_ANSWER)))
+		pkt->src_identity = IDENTITY_REMOTE_NODE;
 	pkt->dst_identity = id;
 	pkt->src = pkt->dst;
 	pkt->dst = src;
@@ -68,7 +71,7 @@ static __always_inline int reject_to_node(struct __sk_buff *skb, struct pkt_ctx 
 }
 
 /* The answer, to whom the packet came from. */
-static __always_inline int reject_send(struct __sk_buff *skb, struct pkt_ctx *pkt)
+static __always_inline int reject_send(struct __sk_buff *skb, struct pkt_ctx *pkt, __u32 host)
 {
 	struct endpoint *pod;
 
@@ -76,6 +79,8 @@ static __always_inline int reject_send(struct __sk_buff *skb, struct pkt_ctx *pk
 		return reject_to_node(skb, pkt);
 	if (pkt->direction == DIR_FROM_UPLINK)
 		return redirect_neigh(skb->ifindex, 0, 0, 0);
+	if (pkt->direction == DIR_FROM_HOST && host == POL_HOST_OVERLAY)
+		return overlay_to_host(skb, pkt);
 	if (pkt->direction == DIR_FROM_HOST) {
 		skb->mark = POL_MARK;
 		return bpf_redirect(skb->ifindex, BPF_F_INGRESS);
@@ -109,5 +114,5 @@ int fib_policy_reject(struct __sk_buff *skb)
 		made = answer_tcp(skb, pkt);
 	else
 		made = answer_icmp(skb, pkt, work->quote, type, 0);
-	return made ? reject_send(skb, pkt) : TC_ACT_SHOT;
+	return made ? reject_send(skb, pkt, work->host) : TC_ACT_SHOT;
 }

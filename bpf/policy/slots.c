@@ -17,6 +17,7 @@ static __always_inline int slots_decide(struct __sk_buff *skb, struct pkt_ctx *p
 		work->end = end;
 		work->unrelated = 0;
 		work->host = POL_HOST_NOT;
+		work->through = 0;
 		pol_tails.call(skb, POL_TAIL_DECIDE);
 	}
 	/* Security fails closed. */

@@ -11,7 +11,8 @@ enum pol_tail {
 	POL_TAIL_RELATED = 1, /* ICMP errors */
 	POL_TAIL_REJECT = 2,  /* whoever sent it is told */
 	POL_TAIL_OLDER = 3,   /* the host's policy denies it: is there a connection that is older? */
-	POL_TAILS = 4,
+	POL_TAIL_OVERLAY = 4, /* on between the overlay and the host */
+	POL_TAILS = 8,
 };
 
 /* skb->mark of refusals on their way from a pod's host side back into it, as if the pod had sent them. Pods cannot mark packets: the
@@ -23,7 +24,7 @@ enum pol_host {
 	POL_HOST_NOT = 0,
 	POL_HOST_BESIDE = 1,  /* after a pod's, which is the other end */
 	POL_HOST_UPLINK = 2,
-	POL_HOST_THROUGH = 3, /* what leaves by the uplink as the host's, but is forwarded for others: only noted */
+	POL_HOST_OVERLAY = 3,
 };
 
 /* Holds for one packet, as struct pkt_ctx does. */
@@ -35,6 +36,7 @@ struct pol_work {
 	__u32 revision; /* of the policy that was asked */
 	__u32 unrelated; /* 1: POL_TAIL_RELATED or POL_TAIL_OLDER has looked in vain */
 	__u32 host;      /* enum pol_host */
+	__u32 through;   /* 1: what leaves as the host's, but is forwarded for others: only noted */
 	__u32 reason;    /* for POL_TAIL_REJECT */
 	__u32 quote[ANSWER_QUOTE_WORDS];
 };

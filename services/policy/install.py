@@ -16,9 +16,12 @@ SERVICE: Final = "policy"
 SLOTS: Final = {
     pipeline.Slot.POLICY_EGRESS: "fib_policy_egress",
     pipeline.Slot.POLICY_INGRESS: "fib_policy_ingress",
+    pipeline.Slot.POLICY_HOST: "fib_policy_host",
 }
 TAILS_MAP: Final = "pol_tails"
-TAILS: Final = ("fib_policy_decide", "fib_policy_related", "fib_policy_reject", "fib_policy_older")
+TAILS: Final = (
+    "fib_policy_decide", "fib_policy_related", "fib_policy_reject", "fib_policy_older", "fib_policy_overlay",
+)  # fmt: skip
 """Programs that others go on to, in order of enum pol_tail."""
 HOST_IN: Final = "fib_policy_host_in"
 HOST_OUT: Final = "fib_policy_host_out"

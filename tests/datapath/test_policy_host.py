@@ -15,6 +15,7 @@ import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, ICMPv6ND_NS, IPv6
 from scapy.layers.l2 import ARP, Dot1Q, Ether
+from scapy.layers.vxlan import VXLAN
 
 from services.common.instance import Instance
 from services.common.kernel import netlink as nl
@@ -26,11 +27,12 @@ from services.common.pipeline.reasons import Reason
 from services.identity.numbers import Reserved
 from services.policy import abi, install
 from tests.datapath import policykit as kit
-from tests.datapath.cluster import HERE, OVERLAY_PORT, ROUTED, Cluster
+from tests.datapath.cluster import DIRECT, HERE, HOST_MAC, OVERLAY_PORT, ROUTED, Cluster
 from tests.datapath.harness import REDIRECT, UNSPEC, Datapath
 from tests.datapath.lbkit import exact
 from tests.datapath.lbkit import installed as lb_installed
 from tests.datapath.policykit import ALL, NONE, REJECT, WORLD, Rig, Space, only, refuse
+from tests.datapath.test_between_nodes import IDENTITY, PEER
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 OWN = {4: "192.168.7.1", 6: "fd77::1"}
@@ -240,7 +242,7 @@ def test_a_pod_that_speaks_to_the_host(rig: Rig, family: int) -> None:
     """Both policies are asked, and both again when they change."""
     rig.policy(rig.a, NONE, only((6, 80, 81)))
     assert rig.packet(rig.a, OWN[family], TCP(sport=4000, dport=81, flags="S"), family).passed
-    rig.policy(0, [[NONE], [only((6, 80, 80))]], NONE, peers={rig.a.identity: 1})
+    rig.policy(0, [[NONE], [only((6, 80, 80))]], [[NONE], [NONE]], peers={rig.a.identity: 1})
     there, here = TCP(sport=4000, dport=80, flags="S"), TCP(sport=80, dport=4000, flags="SA")
     assert (
         rig.packet(rig.a, OWN[family], TCP(sport=4000, dport=82, flags="S"), family).reason
@@ -274,7 +276,7 @@ def test_a_pod_that_speaks_to_the_host(rig: Rig, family: int) -> None:
 @BOTH
 def test_the_host_that_speaks_to_a_pod(rig: Rig, family: int) -> None:
     rig.policy(rig.a, only((6, 80, 81)), NONE)
-    rig.policy(0, NONE, [[NONE], [only((6, 80, 80))]], peers={rig.a.identity: 1})
+    rig.policy(0, [[NONE], [NONE]], [[NONE], [only((6, 80, 80))]], peers={rig.a.identity: 1})
     there, here = TCP(sport=4000, dport=80, flags="S"), TCP(sport=80, dport=4000, flags="SA")
     assert not rig.packet(rig.a, OWN[family], TCP(sport=4000, dport=81, flags="S"), family, back=True).passed
     assert not rig.packet(rig.a, OWN[family], TCP(sport=4000, dport=82, flags="S"), family, back=True).passed
@@ -304,6 +306,74 @@ def test_refusals_between_pods_and_host(rig: Rig, family: int) -> None:
     assert (seen.action, seen.mark) == (REDIRECT, MARK)
     after = rig.run(Ether(seen.data), "fib_from_pod", rig.a.ifindex, mark=MARK)
     assert (after.passed, after.action, after.mark) == (True, UNSPEC, 0)
+
+
+# ---- in the overlay -----------------------------------------------------------------------------------------
+GATEWAY = {4: "10.1.0.1", 6: "fd00:1::1"}
+
+
+@BOTH
+def test_what_comes_out_of_the_overlay_for_the_host(rig: Rig, cluster: Cluster, family: int) -> None:
+    """Of pods of other nodes, and of nodes, whose probes are never asked about."""
+    bits = 32 if family == 4 else 128
+    cluster.know(f"{PEER[family]}/{bits}", IDENTITY, DIRECT)
+    cluster.know(f"{GATEWAY[family]}/{bits}", Reserved.HOST, HERE)
+    rig.know(IDENTITY)
+
+    def arrives(layer: Any) -> kit.Seen:
+        return rig.overlay(cluster, kit.header(PEER[family], GATEWAY[family]) / layer, IDENTITY, DIRECT)
+
+    assert arrives(TCP(sport=4000, dport=81, flags="S")).passed
+    rig.policy(
+        0, [[NONE], [only((6, 80, 80), other=kit.DENY | REJECT)]], [[NONE], [NONE]], peers={IDENTITY: 1}
+    )
+    assert arrives(TCP(sport=4000, dport=80, flags="S")).passed
+    seen = arrives(TCP(sport=4000, dport=81, flags="S"))
+    assert (seen.action, seen.reason) == (REDIRECT, Reason.POLICY_DENIED)
+    vxlan = VXLAN(bytes(Ether(seen.data)[UDP].payload))
+    assert vxlan.vni == Reserved.REMOTE_NODE
+    assert (vxlan[2].src, vxlan[2].dst) == (GATEWAY[family], PEER[family])
+    assert not arrives(UDP(sport=4000, dport=PROBE)).passed
+    cluster.know(f"{PEER[family]}/{bits}", Reserved.REMOTE_NODE, DIRECT)
+    probe = kit.header(PEER[family], GATEWAY[family]) / UDP(sport=4000, dport=PROBE)
+    assert rig.overlay(cluster, probe, Reserved.REMOTE_NODE, DIRECT).passed
+
+
+@BOTH
+def test_what_the_host_sends_into_the_overlay(rig: Rig, cluster: Cluster, family: int) -> None:
+    """As remote-node, though its policy knows it as the host; pods that need the stack are not asked about again."""
+    bits = 32 if family == 4 else 128
+    request, proto = (8 if family == 4 else 128), kit.ICMP[family]
+    cluster.know(f"{PEER[family]}/{bits}", IDENTITY, DIRECT)
+    cluster.know(f"{GATEWAY[family]}/{bits}", Reserved.HOST, HERE)
+    rig.know(IDENTITY)
+
+    def sends(packet: Any) -> kit.Seen:
+        return rig.run(
+            Ether(src=HOST_MAC, dst="02:00:00:00:00:98") / packet, "fib_from_host", rig.space.uplink
+        )
+
+    message = ping(family, GATEWAY[family], PEER[family])
+    answer = ping(family, PEER[family], GATEWAY[family])
+    answer[1].type = 0 if family == 4 else 129
+    assert sends(message).passed
+    rig.policy(
+        0,
+        [[NONE], [NONE]],
+        [[NONE], [only((proto, request, request), other=kit.DENY | REJECT)]],
+        peers={IDENTITY: 1},
+    )
+    assert not rig.overlay(cluster, answer, IDENTITY, DIRECT).passed
+    seen = sends(message)
+    assert seen.passed and VXLAN(bytes(Ether(seen.data)[UDP].payload)).vni == Reserved.REMOTE_NODE
+    assert rig.overlay(cluster, answer, IDENTITY, DIRECT).passed
+    rig.policy(0, [[NONE], [NONE]], [[NONE], [refuse(kit.DENY | REJECT)]], peers={IDENTITY: 1})
+    seen = sends(message)
+    assert (seen.action, seen.reason, seen.mark) == (REDIRECT, Reason.POLICY_REVOKED, 0)
+    got: Any = Ether(seen.data)
+    assert (got.dst, got[1].src, got[1].dst) == (HOST_MAC, PEER[family], GATEWAY[family])
+    seen = sends(ping(family, kit.own(rig.a, family), PEER[family]))
+    assert seen.passed and VXLAN(bytes(Ether(seen.data)[UDP].payload)).vni == rig.a.identity
 
 
 # ---- live ---------------------------------------------------------------------------------------------------

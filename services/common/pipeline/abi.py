@@ -57,6 +57,7 @@ class Slot(enum.IntEnum):
     REMOTE = 6
     FROM_OVERLAY = 7
     LB_ANSWER = 8
+    POLICY_HOST = 9
 
 
 SLOT_COUNT: Final = 16
@@ -101,6 +102,7 @@ class PacketFlag(enum.IntFlag):
     VLAN = 0x8
     ANSWERS = 0x10
     ANSWER = 0x20
+    QUOTED = 0x40
 
 
 class FibAddr(ct.Structure):
