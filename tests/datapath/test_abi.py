@@ -88,7 +88,7 @@ def test_enumerations_are_the_headers() -> None:
     assert numbers("ipcache.h", r"^#define IPC_(ADDR_MAX|PREFIX_MAX|NEAR_SLOTS) (\d+)") == {
         "ADDR_MAX": abi.IPC_ADDR_MAX, "PREFIX_MAX": abi.IPC_PREFIX_MAX, "NEAR_SLOTS": abi.IPC_NEAR_SLOTS}
     assert numbers("ipcache.h", r"^#define IDENTITY_(\w+) (\d+)$") == {
-        name: Reserved[name].value for name in ("WORLD", "INIT", "REMOTE_NODE")}
+        name: Reserved[name].value for name in ("HOST", "WORLD", "INIT", "REMOTE_NODE")}
     assert numbers("node.h", r"^\tNODE_(\w+) = (\d+),") == {mode.name: mode.value for mode in abi.NodeMode}
     assert numbers("node.h", r"^#define NODE_(\w+) (0x\w+)") == {f.name: f.value for f in abi.NodeFlag}
     assert numbers("node.h", r"^#define (ND_MAX) (\d+)") == {"ND_MAX": abi.ND_MAX}
