@@ -39,6 +39,7 @@ COMMANDS = {
     "backend": "backend",
     "lb": "lb",
     "policy": "policy",
+    "flow": "flow",
     "prefilter": "prefilter",
     "connectivity": "connectivity",
     "monitor": "monitor",

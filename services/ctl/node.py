@@ -278,12 +278,14 @@ def _removals(
     from services.ipam.cni import install
     from services.ipam.endpoints import teardown
     from services.lb import teardown as balancing
+    from services.policy import teardown as policies
 
     if options.etcd or options.etcd_members:
         yield "the node's lease in etcd", partial(_leave, instance, options)
     for name in pods.names(instance):
         yield f"pod {name}", partial(pods.remove, instance, name)
     yield "load balancing", partial(balancing.remove, instance)
+    yield "policies", partial(policies.remove, instance)
     yield "ways to other nodes", partial(network.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)

@@ -19,8 +19,8 @@ FAMILY: Final = "lb/v1"
 MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
-        "lb_lines", "lb_fronts", "lb_nats", "lb_nats_new", "lb_ranges", "lb_sources", "lb_socks", "lb_socks_near", "lb_affinity",
-        "lb_frags", "lb_config", "lb_stats", "lb_exhausted",
+        "lb_lines", "lb_fronts", "lb_nats", "lb_nats_new", "lb_ranges", "lb_sources", "lb_socks", "lb_socks_near",
+        "lb_affinity", "lb_frags", "lb_config", "lb_stats", "lb_exhausted",
     )
 }  # fmt: skip
 """Map -> pin path below an instance's pin directory."""

@@ -24,6 +24,10 @@ _LIMITS: Final = {
 class PolicySection:
     """Section `policy`."""
 
+    devices: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "interfaces the host's own traffic goes by; none: those of the default routes"},
+    )
     audit: bool = field(
         default=False, metadata={"help": "report what policies deny on this node, and let it pass"}
     )

@@ -60,8 +60,10 @@ class Content:
     groups: set[GroupKey] = field(default_factory=set)
     resolved: Resolved | None = None
     published: Published | None = None
-    replaces: list[Content] = field(default_factory=list)
-    """What its groups had, and keep until this is there."""
+    holders: set[int] = field(default_factory=set)
+    """Endpoints that have it in the kernel; those whose group's own is not there yet keep it."""
+    behind: bool = False
+    """Not all of its classes are in the kernel."""
     problem: str = ""
 
 
@@ -97,7 +99,10 @@ class Enforcer:
         self._dirty_groups: dict[GroupKey, None] = {}
         self._dirty: dict[Content, None] = {}
         self._new: dict[int, None] = {}
+        self._later: dict[int, None] = {}
+        """Identities that there was no room for."""
         self._gone: dict[int, None] = {}
+        self._held: dict[int, Content] = {}
         self._pruned = False
         self._news = asyncio.Event()
         self._noted = 0
@@ -106,13 +111,13 @@ class Enforcer:
         self._waiters = asyncio.Condition()
         self.built = 0
         """Policies worked out: what tests count."""
-        self._callbacks: list[Callable[[int], None]] = []
+        self._host_callbacks: list[Callable[[bool], None]] = []
         self.set_endpoint(Endpoint(HOST, 0, {}))
 
     # ---- what there is to be enforced -----------------------------------------------------------------------
-    def on_enforced(self, callback: Callable[[int], None]) -> None:
-        """Call back with the number of an endpoint whose policy is in force for the first time."""
-        self._callbacks.append(callback)
+    def on_host(self, callback: Callable[[bool], None]) -> None:
+        """Call back with whether the host has a policy, when that is decided."""
+        self._host_callbacks.append(callback)
 
     def set_policy(self, key: PolicyKey, policy: Policy | None) -> None:
         """A policy is so now; None: it is gone."""
@@ -177,6 +182,7 @@ class Enforcer:
         self._leave(number)
         if self.writer is not None and self._pruned:
             self.writer.clear_endpoint(number)
+        self._hold(number, None)
 
     def _leave(self, number: int) -> None:
         key = self._group_of.pop(number)
@@ -201,6 +207,7 @@ class Enforcer:
         if number in self.world.selectors.labels:
             self.world.selectors.remove(number)
             self._new.pop(number, None)
+            self._later.pop(number, None)
             self._gone[number] = None
             self._news.set()
 
@@ -264,6 +271,8 @@ class Enforcer:
         self.contents.clear()
         self._users.clear()
         self._dirty.clear()
+        self._held.clear()
+        self._later.clear()
         for group in self.groups.values():
             group.content = None
             self._dirty_groups[group.key] = None
@@ -290,13 +299,16 @@ class Enforcer:
             except TimeoutError:
                 if self.writer is not None:
                     self.writer.rest()
-                continue
+                if not self._later:
+                    continue
             self._news.clear()
             if self.ready and self.writer is not None:
                 await self.flush(self.writer)
 
     async def flush(self, writer: Writer) -> None:
         """Write all that has changed."""
+        self._new.update(self._later)
+        self._later.clear()
         while self.writer is writer:
             noted = self._noted
             if self._gone:
@@ -344,7 +356,7 @@ class Enforcer:
                 self._give(number, content)
             self._release(before)
         else:
-            # What it had may serve the new one for its peers; it is released when that is there.
+            # What it had may serve the new one for its peers; its endpoints keep it until that is there.
             self._dirty.pop(content, None)
             self._build(self.writer, content, before)
 
@@ -359,7 +371,9 @@ class Enforcer:
         if writer is None or self.contents.get(content.key) is not content:
             return
         self.built += 1
-        old = before if before is not None and not before.groups else None
+        members = self._members(content)
+        # Two that are both in force cannot share a table of peers.
+        old = before if before is not None and not before.groups and before.holders <= members else None
         serves = content if content.resolved is not None else old
         resolved = Resolved(content.key[0], dict(content.key[1]), self.world)
         try:
@@ -370,23 +384,23 @@ class Enforcer:
             if str(error) != content.problem:
                 log.error("a policy does not fit", extra={"cause": str(error), "endpoints": self._pods(content)})
             content.problem = str(error)
-            if before is not None:
-                content.replaces.append(before)
+            self._release(before)
             return
         replaced, was = content.published, content.resolved
         self._index(content, resolved)
-        content.resolved, content.published, content.problem = resolved, published, ""
-        for key in content.groups:
-            for number in self.groups[key].members:
-                self._give(number, content)
+        content.resolved, content.published, content.problem, content.behind = resolved, published, "", False
+        after = published if old is not None and serves is old else None
+        for number in members:
+            self._give(number, content, after)
         if replaced is not None:
             writer.retire(replaced, published)
         if was is not None:
             was.close()
-        self._release(before, published)
-        for each in content.replaces:
-            self._release(each)
-        content.replaces.clear()
+        self._release(before, after)
+
+    def _members(self, content: Content) -> set[int]:
+        """Endpoints that are to have it, or have it."""
+        return content.holders.union(*(self.groups[key].members for key in content.groups))
 
     def _index(self, content: Content, resolved: Resolved) -> None:
         if content.resolved is not None:
@@ -396,8 +410,8 @@ class Enforcer:
             self._users.setdefault(term, set()).add(content)
 
     def _release(self, content: Content | None, after: Published | None = None) -> None:
-        """Give up a policy that no group has any longer; `after` may have taken over some of it."""
-        if content is None or content.groups or self.contents.get(content.key) is not content:
+        """Give up a policy that nobody has any longer; `after` may have taken over some of it."""
+        if content is None or content.groups or content.holders or self.contents.get(content.key) is not content:
             return
         del self.contents[content.key]
         self._dirty.pop(content, None)
@@ -417,17 +431,30 @@ class Enforcer:
             content.groups.discard(group.key)
             self._release(content)
 
-    def _give(self, number: int, content: Content) -> None:
+    def _give(self, number: int, content: Content, after: Published | None = None) -> None:
         if self.writer is None or content.published is None or not self.ready:
             return
         endpoint = self.endpoints[number]
+        if number == HOST:
+            for callback in self._host_callbacks:
+                callback(bool(content.key[0]))
         if number == HOST and not content.key[0]:
             # The host has no policy unless one selects it.
             self.writer.clear_endpoint(HOST)
+            self._hold(HOST, None, after)
             return
         self.writer.set_endpoint(number, endpoint.owner, content.published, endpoint.flags)
-        for callback in self._callbacks:
-            callback(number)
+        self._hold(number, content, after)
+
+    def _hold(self, number: int, content: Content | None, after: Published | None = None) -> None:
+        """The kernel has this for an endpoint now; what it had before may be given up, but for what `after` has of it."""
+        before = self._held.pop(number, None)
+        if content is not None:
+            self._held[number] = content
+            content.holders.add(number)
+        if before is not None and before is not content:
+            before.holders.discard(number)
+            self._release(before, after)
 
     # ---- identities -----------------------------------------------------------------------------------------
     def _take_identities(self, writer: Writer) -> None:
@@ -460,7 +487,8 @@ class Enforcer:
                 if content.resolved is None or number in content.resolved.classes:
                     continue
                 found, fresh = content.resolved.add(number, terms)
-                if fresh:
+                content.behind |= fresh
+                if content.behind:
                     again[content] = None
                 if found:
                     pending.append((content, number, found))
@@ -473,16 +501,22 @@ class Enforcer:
             writer.know(new)
         except FibrilError as error:
             log.error("identities cannot be told to the kernel", extra={"cause": str(error), "count": len(new)})
-            # They stay unknown, which is denied what is not allowed to everybody.
+            # They stay unknown, which is denied what is not allowed to everybody, until there is room.
+            for content, number, _ in pending:
+                assert content.resolved is not None
+                content.resolved.remove(number)
+                if content.published is not None:
+                    writer.drop_peer(content.published, number)
+            self._later.update(new)
 
     def _republish(self, writer: Writer, content: Content) -> None:
         """The same policy with one more class."""
         assert content.resolved is not None
         replaced = content.published
         content.published = writer.publish(content.resolved, replaced, True)
-        for key in content.groups:
-            for number in self.groups[key].members:
-                self._give(number, content)
+        content.behind = False
+        for number in self._members(content):
+            self._give(number, content)
         if replaced is not None:
             writer.retire(replaced, content.published)
 

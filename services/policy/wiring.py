@@ -18,6 +18,7 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.instance import Instance
 from services.common.kernel.beats import beat_shift
+from services.common.kernel.netlink import Netlink
 from services.common.pipeline.datapath import Datapath, Parts
 from services.common.service import ComponentStatus, HostContext
 from services.policy import abi, install
@@ -28,6 +29,7 @@ from services.policy.diff import Differ
 from services.policy.enforcer import Enforcer
 from services.policy.explain import Explainer
 from services.policy.flows.part import FlowsPart
+from services.policy.host import HostHooks
 from services.policy.kernel.connections import Connections
 from services.policy.kernel.tables import Tables
 from services.policy.kernel.writer import Writer
@@ -73,6 +75,9 @@ class PolicyService:
             self._use_programs,
             self._lost,
         )
+        self._netlink = Netlink()
+        self._host = HostHooks(instance, self._netlink, cfg.policy.devices or _devices(cfg))
+        self._enforcer.on_host(self._host.need)
         self._waiting = "everything"
         self._connections = Connections(lambda: self._tables, cfg.policy.connections)
         self._explainer = Explainer(self._enforcer, cfg.policy.allow_local_host)
@@ -83,6 +88,9 @@ class PolicyService:
     async def start(self, ctx: HostContext) -> None:
         """Adopt what there is; what the host or etcd lacks now is tried again in the background."""
         await self._maps.install()
+        await self._host.start()
+        for task in self._host.tasks():
+            ctx.tasks.adopt(task)
         for source in self._sources.all:
             ctx.tasks.spawn(f"policy.{source.name}", source.run())
         ctx.tasks.spawn("policy.maps.install", self._maps.keep_trying(lambda: None))
@@ -110,6 +118,8 @@ class PolicyService:
 
     async def stop(self) -> None:
         """Let what is under way end; the data path and all that is recorded stay."""
+        await self._host.stop()
+        await self._netlink.close()
         if self._tables is not None:
             self._tables.close()
             self._tables = None
@@ -138,7 +148,8 @@ class PolicyService:
         self._enforcer.use(writer)
 
     async def _use_programs(self) -> None:
-        """They are reached by the pipeline's slots."""
+        # The others are reached by the pipeline's slots.
+        await self._host.use()
 
     def _configure(self, tables: Tables) -> None:
         cfg, config = self._cfg.policy, tables.config
@@ -187,6 +198,7 @@ class PolicyService:
             *self._sources.status(),
             *(replace(each, name=f"tables.{each.name}") for each in self._maps.status()),
             self._enforcing(),
+            *self._host.status(),
             *self._connections.status(),
             *self._flows.status(),
         ]
@@ -206,6 +218,10 @@ class PolicyService:
             "degraded" if audit else "ok",
             f"{len(self._enforcer.endpoints) - 1} endpoints, {len(self._enforcer.contents)} different policies{audit}",
         )
+
+
+def _devices(cfg: PolicyConfig) -> tuple[str, ...]:
+    return (cfg.network.device,) if cfg.network.device else ()
 
 
 def _part(name: str, problem: str, well: str) -> ComponentStatus:

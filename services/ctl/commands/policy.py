@@ -47,17 +47,15 @@ def _key(record: Record) -> str:
 
 
 def _rules(record: Record) -> str:
-    counts = {"INGRESS": 0, "EGRESS": 0}
-    for rule in record.get("rules", []):
-        counts[short(rule["direction"], "TRAFFIC_DIRECTION_")] += 1
-    return f"{counts['INGRESS']} in, {counts['EGRESS']} out"
+    ingress = sum(rule["direction"].endswith("INGRESS") for rule in record.get("rules", []))
+    return f"{ingress} in, {len(record.get('rules', [])) - ingress} out"
 
 
 POLICIES = columns(
     ("POLICY", lambda r: _key(r["key"])), ("RULES", _rules), ("DESCRIPTION", "description"), "revision"
 )
 APPLIED = columns(
-    ("POLICY", lambda r: _key(r["key"])), ("RESULT", lambda r: short(r["result"], "APPLIED_RESULT_").lower())
+    ("POLICY", lambda r: _key(r["key"])), ("RESULT", lambda r: short(r["result"], "APPLIED_RESULT_"))
 )
 CHANGES = columns(
     ("", lambda r: "-" if r["kind"].endswith("DELETE") else "+"), ("POLICY", lambda r: _key(r["policy"]["key"]))
@@ -78,7 +76,7 @@ ENDPOINTS = columns(
 PAIRS = columns(
     ("FROM", lambda r: _who(r, "source")),
     ("TO", lambda r: _who(r, "destination")),
-    ("PORTS", lambda r: ", ".join(map(_ports, r.get("ports", [])))),
+    ("PORTS", lambda r: ", ".join(dict.fromkeys(map(_ports, r.get("ports", []))))),
 )
 FLOWS = columns(
     ("FROM", lambda r: _end(r["flow"]["source"])),
