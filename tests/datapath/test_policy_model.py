@@ -7,7 +7,7 @@ import ctypes as ct
 import random
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ from tests.datapath import policykit as kit
 from tests.datapath.harness import Datapath
 from tests.datapath.policykit import Rig, Space
 from tests.policy.reference import Address, Decision, Who, concerns, decide
-from tests.policy.strategies import NAMED, QUESTIONS, Universe, policy_sets, universes
+from tests.policy.strategies import NAMED, NAMES, QUESTIONS, Universe, policy_sets, universes
 
 PACKETS = 70
 """In a world."""
@@ -97,6 +97,8 @@ class Known:
     """A connection. passed: the policies that have ever allowed it; since: when each did last."""
 
     client: Address
+    identities: tuple[int, int]
+    """Its client's and its server's, when it began or when the client has spoken since."""
     answered: bool = False
     closed: bool = False
     passed: set[Direction] = field(default_factory=set)
@@ -176,7 +178,8 @@ class Model:
         direction = end if forward else Direction(not end)
         # The connection is this one, or the one that its server began.
         turned = forward == back
-        if known.since.get(direction) != self.epoch:
+        identities = self.identities(flow, turned)
+        if known.since.get(direction) != self.epoch or known.identities != identities:
             decision = self.ask(end, subject, direction, flow, back, turned)
             if not decision.allowed:
                 if direction not in known.passed:
@@ -187,8 +190,12 @@ class Model:
                     return Expected(Reason.POLICY_REVOKED, decision)
             elif direction not in known.passed:
                 self.allowed_by.append(decision)
-            known.passed.add(direction)
-            known.since[direction] = self.epoch
+            if forward and known.identities != identities:
+                known.identities = identities
+                known.since.clear()
+            if known.identities == identities:
+                known.passed.add(direction)
+                known.since[direction] = self.epoch
         known.answered |= not forward
         self.end(known, flow, flags, forward)
         return Expected(Reason.NONE)
@@ -203,10 +210,17 @@ class Model:
             # Answers, and what ends something.
             return Expected(Reason.NONE)
         assert sender.address is not None
-        made = self.known[flow.key()] = Known(sender.address, passed={end}, since={end: self.epoch})
+        made = self.known[flow.key()] = Known(
+            sender.address, self.identities(flow, back), passed={end}, since={end: self.epoch}
+        )
         self.end(made, flow, flags, True)
         self.allowed_by.append(decision)
         return Expected(Reason.NONE)
+
+    @staticmethod
+    def identities(flow: Flow, turned: bool) -> tuple[int, int]:
+        ends = flow.client.identity, flow.server.identity
+        return ends[::-1] if turned else ends
 
     @staticmethod
     def end(known: Known, flow: Flow, flags: str, forward: bool) -> None:
@@ -258,35 +272,44 @@ class Kernel:
             self.enforcer.add_identity(number, own)
         self.policies: list[Policy] = []
         self.pods: dict[Address, pipeline.Endpoint] = {}
-        for pod, has in zip(rig.pods, universe.pods, strict=False):
+        self.addresses = addresses
+        self.inhabit(universe)
+        self.enforcer.use(self.writer)
+        self.enforcer.set_ready()
+        self.set(policies)
+
+    def inhabit(self, universe: Universe) -> None:
+        """These are the labels and identities, and no others."""
+        self.universe = universe
+        for number, own in universe.identities.items():
+            self.enforcer.add_identity(number, own)
+        for number in set(self.enforcer.world.selectors.labels) - set(universe.identities):
+            self.enforcer.remove_identity(number)
+        for name in NAMES:
+            standing = universe.named.get(name, {})
+            self.enforcer.set_named(name, {port: set(having) for port, having in standing.items()})
+        for pod, has in zip(self.rig.pods, universe.pods, strict=False):
             pod.identity = has.identity
-            rig.dp.put(pod)
+            self.rig.dp.put(pod)
             self.pods.update(dict.fromkeys(has.addresses, pod))
             self.enforcer.set_endpoint(
                 Endpoint(pod.id, pod.ifindex, has.labels, has.identity, named=has.named)
             )
-        addresses.set(
+        self.addresses.set(
             {
                 each.address: each.identity
                 for each in universe.peers
                 if each.address is not None and each.address not in self.pods
             }
         )
-        self.enforcer.use(self.writer)
-        self.enforcer.set_ready()
-        self.set(policies)
 
     def world(self) -> World:
         facts = {
             name: NodeFacts(node.labels, frozenset(node.addresses))
             for name, node in self.universe.nodes.items()
         }
-        named = {
-            name: {port: set(having) for port, having in standing.items()}
-            for name, standing in self.universe.named.items()
-        }
         services = {name: frozenset(backends) for name, backends in self.universe.services.items()}
-        return World(backends=services, nodes=facts, named=named)
+        return World(backends=services, nodes=facts)
 
     def set(self, policies: list[Policy]) -> None:
         """Exactly these policies."""
@@ -322,19 +345,34 @@ class Played:
 
     def __post_init__(self) -> None:
         self.kernel = Kernel(self.rig, self.addresses, self.universe, self.policies)
-        here = list(self.kernel.pods)
-        # Who is behind an address.
-        everybody = {each.address: each for each in self.universe.peers if each.address is not None}
-        pods = {
+        self.model = Model(self.universe, self.policies, {}, self.universe.subjects[-1])
+        self.flows: list[Flow] = []
+        self.look_around()
+
+    def look_around(self) -> None:
+        """Who is behind which address."""
+        universe, here = self.universe, list(self.kernel.pods)
+        self.behind = {each.address: each for each in universe.peers if each.address is not None}
+        self.here = [self.behind[address] for address in here]
+        self.model.universe = universe
+        self.model.pods = {
             address: subject
-            for subject, has in zip(self.universe.subjects, self.universe.pods, strict=False)
+            for subject, has in zip(universe.subjects, universe.pods, strict=False)
             for address in has.addresses
             if address in here
         }
-        self.here = [everybody[address] for address in here]
-        self.others = list(everybody.values())
-        self.model = Model(self.universe, self.policies, pods, self.universe.subjects[-1])
-        self.flows: list[Flow] = []
+        self.flows = [
+            replace(flow, client=self.behind[flow.client.address], server=self.behind[flow.server.address])
+            for flow in self.flows
+        ]
+
+    def rename(self, universe: Universe) -> None:
+        """Everybody has other labels."""
+        self.universe = replace(universe, services=self.universe.services, nodes=self.universe.nodes)
+        self.kernel.inhabit(self.universe)
+        self.kernel.set(self.kernel.policies)
+        self.look_around()
+        self.model.epoch += 1
 
     def change(self, policies: list[Policy]) -> None:
         self.kernel.set(policies)
@@ -349,7 +387,7 @@ class Played:
         some = self.some
         while True:
             pod = some.choice(self.here)
-            other = some.choice(some.choice((self.here, self.others)))
+            other = some.choice(some.choice((self.here, list(self.behind.values()))))
             assert pod.address is not None and other.address is not None
             if other.address.version == pod.address.version:
                 break
@@ -415,12 +453,19 @@ def addresses(rig: Rig) -> Iterator[Addresses]:
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     universe=universes(),
+    other=universes(first=2000),
     before=policy_sets,
     after=policy_sets,
     seed=st.integers(0, 2**32 - 1),
 )
 def test_programs_do_what_the_rules_say(
-    rig: Rig, addresses: Addresses, universe: Universe, before: list[Policy], after: list[Policy], seed: int
+    rig: Rig,
+    addresses: Addresses,
+    universe: Universe,
+    other: Universe,
+    before: list[Policy],
+    after: list[Policy],
+    seed: int,
 ) -> None:
     some = random.Random(seed)
     played = Played(rig, addresses, universe, before, some)
@@ -429,5 +474,8 @@ def test_programs_do_what_the_rules_say(
             played.change(some.choice((before, after)))
         elif some.random() < 0.02:
             played.age()
+        elif some.random() < 0.02:
+            universe, other = other, universe
+            played.rename(universe)
         else:
             played.step()

@@ -295,12 +295,13 @@ _all_addresses = (
 
 
 @st.composite
-def universes(draw: st.DrawFn, pods: int = 4) -> Universe:
+def universes(draw: st.DrawFn, pods: int = 4, first: int = 1000) -> Universe:
+    """first: number of the first identity."""
     numbers: dict[tuple[tuple[str, str], ...], int] = {}
     made = []
     for at in range(20, 20 + pods):
         own = draw(labels)
-        number = numbers.setdefault(tuple(sorted(own.items())), 1000 + len(numbers))
+        number = numbers.setdefault(tuple(sorted(own.items())), first + len(numbers))
         # Number n has 10.1.0.n and fd00:1::n.
         both = ip_address(f"10.1.0.{at}"), ip_address(f"fd00:1::{at:x}")
         made.append(Pod(own, number, both, draw(_named)))

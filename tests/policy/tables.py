@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.common.errors import ResourceExhausted
 from services.common.pipeline.abi import FibAddr
 from services.policy import abi
 from services.policy.model import Direction, IPNetwork
@@ -98,6 +99,8 @@ class FakeWriter:
     endpoints: dict[int, Published] = field(default_factory=dict)
     writes: int = 0
     """Lines, peers, identities."""
+    full: bool = False
+    """Nothing more fits."""
 
     def __post_init__(self) -> None:
         self._next = itertools.count(1)
@@ -122,6 +125,8 @@ class FakeWriter:
 
     # ---- what an Enforcer asks for --------------------------------------------------------------------------
     def publish(self, resolved: Resolved, before: Published | None, same_peers: bool) -> Published:
+        if self.full:
+            raise ResourceExhausted("nothing fits")
         made = resolved.tables()
         if same_peers and before is not None:
             peers = before.peers

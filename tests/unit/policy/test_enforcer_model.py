@@ -236,6 +236,36 @@ changes: st.SearchStrategy[Change] = st.one_of(
 histories = st.lists(st.lists(changes, min_size=1, max_size=4), min_size=1, max_size=8)
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(histories, histories, st.integers(0, 2**32 - 1))
+def test_what_does_not_fit_leaves_what_was_there_and_comes_when_it_fits(
+    before: list[list[Change]], history: list[list[Change]], seed: int
+) -> None:
+    """No endpoint is left with what is given up meanwhile."""
+    asyncio.run(crowded(before, history, random.Random(seed)))
+
+
+async def crowded(before: list[list[Change]], history: list[list[Change]], some: random.Random) -> None:
+    bench = Bench()
+    for each in Reserved:
+        bench.identity(int(each), {each.label: ""})
+    bench.pod(10, Endpoint(10, 1, {"app": "x"}, 1000))
+    bench.start()
+    for several in (*before, *history):
+        bench.writer.full = some.random() < 0.4
+        for change in several:
+            change(bench)
+        await bench.flush()
+        bench.writer.rest()
+    bench.writer.full = False
+    # Something else changes for everybody.
+    rule = Rule(Selector(), Direction.INGRESS, Action.ALLOW, ())
+    closing = Policy(PolicyKey(Kind.FIBRIL, "", "z"), (rule, replace(rule, subject_is_node=True)))
+    bench.policy(closing.key, closing)
+    await bench.flush()
+    bench.check(some)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(histories, st.sampled_from(("none", "reserved", "all")), st.integers(0, 2**32 - 1))
 def test_any_history_leads_to_what_the_rules_say(history: list[list[Change]], first: str, seed: int) -> None:
