@@ -3,7 +3,7 @@
  * pods' hooks, where decide.c asks the host's policy beside the pod's.
  *
  *   fib_policy_host_in    tc ingress of the uplink, after lb_uplink and from_uplink
- *   fib_policy_host_out   tc egress of the uplink
+ *   fib_policy_host_out   tc egress of the uplink, before lb_uplink_out
  *   fib_policy_host       slot POLICY_HOST: from the overlay, and to it
  *
  * While the host has no policy both let everything pass at once. What passes is not counted: it is the host's.

@@ -6,9 +6,9 @@
     host.need(True)         # the host has a policy
 
     fib_policy_host_in      tc ingress, behind the programs of the balancer and of the identity service
-    fib_policy_host_out     tc egress
+    fib_policy_host_out     tc egress, before the balancer's
 
-As filters of a clsact qdisc with a priority of the instance's own, or by tcx where an `ingress` qdisc is in the way. They
+As filters of a clsact qdisc with priorities of the instance's own, or by tcx where an `ingress` qdisc is in the way. They
 stay when the process goes; what an event says is gone is put back. While the host has no policy they would let everything
 pass: they are taken off to save the packets' time.
 """
@@ -53,9 +53,12 @@ class Device:
     problem: str = ""
 
 
-def priority_of(instance: Instance) -> int:
-    """Of the instance's filters on interfaces that may be shared: greater than those of the other services."""
-    return 0x8000 | int(instance.tag, 16) & 0x3FFF
+def priority_of(instance: Instance, direction: Direction) -> int:
+    """Of the instance's filters on interfaces that may be shared: behind the other services' where packets come in, before
+    them where they leave. So what the balancer translates is seen as the host's own processes see it.
+    """
+    number = int(instance.tag, 16)
+    return 0x8000 | number & 0x3FFF if direction == "ingress" else 0x1000 | number & 0xFFF
 
 
 class HostHooks:
@@ -202,17 +205,18 @@ class HostHooks:
 
     def _attach(self, ifindex: int) -> bool:
         """Whether anything had to be put there."""
-        priority = priority_of(self._instance)
         lacks = {
             direction: fd
             for direction, fd in self._fds.items()
-            if tc_classic.attached(ifindex, direction, priority) != [self._ids[direction]]
+            if tc_classic.attached(ifindex, direction, priority_of(self._instance, direction))
+            != [self._ids[direction]]
         }
         if not lacks:
             return False
         taken = tc_classic.taken_by(ifindex)
         if not taken:
-            tc_classic.attach(ifindex, lacks, priority)
+            for direction, fd in lacks.items():
+                tc_classic.attach(ifindex, {direction: fd}, priority_of(self._instance, direction))
             return True
         # Looked at first: to try and fail would be news, by which this is tried again.
         lacks = {
@@ -249,12 +253,11 @@ class HostHooks:
 
 
 def _detach(links: Iterable[Link], instance: Instance, keep: Iterable[int] = ()) -> Iterator[str]:
-    priority = priority_of(instance)
     for link in links:
         if link.ifindex in keep or link.name.startswith(f"fb{instance.tag}"):
             continue
         with contextlib.suppress(errors.NotFound):
-            gone = [tc_classic.detach(link.ifindex, direction, priority) for direction in _HOOKS]
+            gone = [tc_classic.detach(link.ifindex, d, priority_of(instance, d)) for d in _HOOKS]
             if any(gone):
                 tc_classic.remove_unused(link.ifindex)
             else:
