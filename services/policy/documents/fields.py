@@ -75,8 +75,9 @@ class Fields:
         found = []
         for name, value in self._left.items():
             # What looks like a number or a truth to YAML was meant as text.
-            if not isinstance(name, str) or not isinstance(value, str):
-                raise self.refuse(str(name)[:60], f"is {_kind(value)}, not text", "put it into quotes")
+            for each in (name, value):
+                if not isinstance(each, str):
+                    raise self.refuse(str(name)[:60], f"has {_kind(each)} where text is due", "put it into quotes")
             found.append((name, value))
         self._left = {}
         return found

@@ -1,0 +1,297 @@
+"""Policies on real pods of two nodes: who reaches whom, what a restart changes (nothing), what a change revokes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.modes.modelab import ModeLab, lab, wait_for
+
+PODS = [(node, pod) for node in ("c1n1", "c1n2") for pod in ("p1", "p2")]
+APPS = {("c1n1", "p1"): "front", ("c1n1", "p2"): "back", ("c1n2", "p1"): "front", ("c1n2", "p2"): "back"}
+PORTS = (8080, 8081)
+
+# Echoes on two ports; answers commands on standard input: try to connect, keep connections, talk over them.
+_AGENT = """
+import json, socket, sys, threading, time
+def serve(conn):
+    with conn:
+        try:
+            while data := conn.recv(65536):
+                conn.sendall(data)
+        except OSError:
+            pass
+def accept(listener):
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+def echo(port):
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", port))
+    while True:
+        data, peer = sock.recvfrom(2048)
+        sock.sendto(data, peer)
+for port in (8080, 8081):
+    listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+    threading.Thread(target=accept, args=(listener,), daemon=True).start()
+    threading.Thread(target=echo, args=(port,), daemon=True).start()
+held, tallies = {}, {}
+def reach(address, port, seconds):
+    try:
+        with socket.create_connection((address, port), seconds) as conn:
+            conn.settimeout(seconds)
+            conn.sendall(b"x")
+            return conn.recv(1) == b"x"
+    except OSError as error:
+        return type(error).__name__
+def hold(address, port):
+    held[address, port] = socket.create_connection((address, port), 2)
+    return talk(address, port)
+def talk(address, port):
+    conn = held[address, port]
+    conn.settimeout(1)
+    try:
+        conn.sendall(b"x")
+        return conn.recv(1) == b"x"
+    except OSError as error:
+        return type(error).__name__
+def pound(address, port):
+    tally = tallies[address, port] = {"sent": 0, "back": 0, "stop": False}
+    def run():
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        sock.settimeout(0.2)
+        sock.connect((address, port))
+        while not tally["stop"]:
+            tally["sent"] += 1
+            try:
+                sock.send(b"x")
+                sock.recv(10)
+                tally["back"] += 1
+            except OSError:
+                pass
+            time.sleep(0.002)
+    threading.Thread(target=run, daemon=True).start()
+def tally(address, port):
+    found = tallies[address, port]
+    found["stop"] = True
+    return [found["sent"], found["back"]]
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    op, *args = json.loads(line)
+    print(json.dumps(globals()[op](*args)), flush=True)
+"""
+
+
+class Agent:
+    """In a pod."""
+
+    def __init__(self, running: subprocess.Popen[str], addresses: dict[int, str]) -> None:
+        self._running, self.addresses = running, addresses
+        assert self._answer() == "ready"
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        self.ask(op, *args)
+        return self._answer()
+
+    def ask(self, op: str, *args: Any) -> None:
+        assert self._running.stdin is not None
+        self._running.stdin.write(json.dumps([op, *args]) + "\n")
+        self._running.stdin.flush()
+
+    def _answer(self) -> Any:
+        assert self._running.stdout is not None
+        return json.loads(self._running.stdout.readline())
+
+    answer = _answer
+
+
+@pytest.fixture(scope="module")
+def landscape() -> Iterator[ModeLab]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    with lab("--nodes", "2", "--pods", "2", "--mode", "overlay") as made:
+        for (node, pod), app in APPS.items():
+            made.command("-i", made.instance(node).name, "endpoint", "label", pod, f"app={app}", f"node={node}")
+        wait_for(lambda: len(labelled(made)) >= 4, "identities of the labels on both nodes")
+        yield made
+
+
+def labelled(made: ModeLab) -> set[str]:
+    found = [{json.dumps(each["labels"]) for each in made.json(node, "identity", "ls")} for node in ("c1n1", "c1n2")]
+    return {each for each in found[0] & found[1] if "app" in each}
+
+
+@pytest.fixture(scope="module")
+def agents(landscape: ModeLab) -> Iterator[dict[tuple[str, str], Agent]]:
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for node, pod in PODS:
+            argv = ["fibril", "pod", "exec", pod, "--", sys.executable, "-u", "-c", _AGENT]
+            running = stack.enter_context(
+                landscape.started(node, *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            endpoint = landscape.pod(node, pod)
+            found[node, pod] = Agent(running, {4: endpoint["ipv4"], 6: endpoint["ipv6"]})
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def no_policies(landscape: ModeLab) -> Iterator[None]:
+    yield
+    keys = [shown(each["key"]) for each in landscape.json("c1n1", "policy", "ls")]
+    if keys:
+        landscape.command("-i", landscape.instance("c1n1").name, "policy", "rm", *keys)
+    settle(landscape)
+
+
+def shown(key: dict[str, str]) -> str:
+    kinds = {"POLICY_KIND_KUBERNETES": "np", "POLICY_KIND_CILIUM": "cnp", "POLICY_KIND_CILIUM_CLUSTERWIDE": "ccnp"}
+    return "/".join(part for part in (kinds[key["kind"]], key.get("namespace", ""), key["name"]) if part)
+
+
+def settle(landscape: ModeLab, revision: int = 0) -> None:
+    """Both nodes enforce what there is."""
+    for node in ("c1n1", "c1n2"):
+        landscape.command("-i", landscape.instance(node).name, "policy", "wait", "--revision", str(revision))
+
+
+def apply(landscape: ModeLab, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    landscape.command("-i", landscape.instance("c1n1").name, "policy", "apply", "-f", str(file), "--wait")
+    before = len(landscape.json("c1n1", "policy", "ls"))
+    wait_for(lambda: len(landscape.json("c1n2", "policy", "ls")) == before, "the other node to know")
+    settle(landscape)
+
+
+def network_policy(name: str, app: str, peers: str, port: int) -> str:
+    return f"""
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: {name}}}
+spec:
+  podSelector: {{matchLabels: {{app: {app}}}}}
+  ingress: [{{from: [{{podSelector: {{matchLabels: {{{peers}}}}}}}], ports: [{{port: {port}}}]}}]
+---
+"""
+
+
+def matrix(agents: dict[tuple[str, str], Agent], family: int, seconds: float = 0.4) -> dict[Any, bool]:
+    """Who reaches whom on which port. All clients try side by side."""
+    found = {}
+    for port in PORTS:
+        for shift in range(1, len(PODS)):
+            pairs = [(PODS[at], PODS[(at + shift) % len(PODS)]) for at in range(len(PODS))]
+            for client, server in pairs:
+                agents[client].ask("reach", agents[server].addresses[family], port, seconds)
+            for client, server in pairs:
+                found[client, server, port] = agents[client].answer() is True
+    return found
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_who_reaches_whom_is_what_policies_say(
+    landscape: ModeLab, agents: dict[tuple[str, str], Agent], family: int, tmp_path: Path
+) -> None:
+    """After each of a sequence of random changes."""
+    rand = random.Random(family)
+    rules: dict[str, tuple[str, str, str, int]] = {}
+    for step in range(6):
+        name = f"r{rand.randrange(3)}"
+        if name in rules and rand.random() < 0.4:
+            del rules[name]
+            landscape.command("-i", landscape.instance("c1n1").name, "policy", "rm", f"np/default/{name}")
+            wait_for(lambda: len(landscape.json("c1n2", "policy", "ls")) == len(rules), "the other node to know")
+            settle(landscape)
+        else:
+            key, value = rand.choice([("app", "front"), ("app", "back"), ("node", "c1n1"), ("node", "c1n2")])
+            rules[name] = rand.choice(["front", "back"]), key, value, rand.choice(PORTS)
+            app, key, value, port = rules[name]
+            apply(landscape, network_policy(name, app, f"{key}: {value}", port), tmp_path)
+            time.sleep(0.2)
+        expected = {}
+        for client, server, port in itertools.product(PODS, PODS, PORTS):
+            if client == server:
+                continue
+            about = [rule for rule in rules.values() if rule[0] == APPS[server]]
+            labels = {"app": APPS[client], "node": client[0]}
+            expected[client, server, port] = not about or any(
+                labels[key] == value and allowed == port for _, key, value, allowed in about
+            )
+        assert matrix(agents, family) == expected, (step, rules)
+
+
+def test_a_restart_opens_nothing_and_closes_nothing(
+    landscape: ModeLab, agents: dict[tuple[str, str], Agent], tmp_path: Path
+) -> None:
+    """Every packet counts, while every process of the service is killed again and again and policies change."""
+    apply(landscape, network_policy("web", "back", "app: front", 8080), tmp_path)
+    client, denied = agents["c1n1", "p1"], agents["c1n2", "p2"]
+    servers = [agents["c1n1", "p2"], agents["c1n2", "p2"]]
+    # UDP is denied by a policy for TCP; what is allowed is held and newly made all the time.
+    for server in servers:
+        assert client("hold", server.addresses[4], 8080) is True
+        client("pound", server.addresses[4], 8080)
+    reached: list[Any] = []
+    for round in range(3):
+        for node in ("c1n1", "c1n2"):
+            landscape.kill(node, "policy")
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until:
+            for server in servers:
+                reached.append(client("reach", server.addresses[4], 8080, 1.0))
+                reached.append(client("talk", server.addresses[4], 8080))
+            assert denied("reach", servers[0].addresses[4], 8080, 0.05) is not True
+        apply(landscape, network_policy(f"more{round}", "back", "app: front", 9000 + round), tmp_path)
+    assert reached and set(reached) == {True}
+    for server in servers:
+        sent, back = client("tally", server.addresses[4], 8080)
+        assert sent > 20 and back == 0
+
+
+def test_a_change_revokes_and_a_new_pod_begins_denied(
+    landscape: ModeLab, agents: dict[tuple[str, str], Agent], tmp_path: Path
+) -> None:
+    client, server = agents["c1n1", "p1"], agents["c1n2", "p2"]
+    assert client("hold", server.addresses[4], 8081) is True
+    apply(landscape, network_policy("web", "back", "app: front", 8080), tmp_path)
+    assert client("talk", server.addresses[4], 8081) == "TimeoutError"
+    dropped = wait_for(
+        lambda: landscape.json("c1n2", "flow", "ls", "--verdict", "dropped", "--port", "8081"), "the flow"
+    )
+    assert dropped[-1]["drop_reason"] == "DROP_REASON_POLICY_REVOKED"
+    name = landscape.instance("c1n2").name
+    landscape.command("-i", name, "pod", "add", "late", "--label", "app=back")
+    try:
+        late = landscape.pod("c1n2", "late")
+        policies = {each["endpoint"]: each for each in landscape.json("c1n2", "policy", "endpoints")}
+        assert policies[late["id"]]["ingress_enforced"] and policies[late["id"]]["policy"]
+    finally:
+        landscape.command("-i", name, "pod", "rm", "late")
+
+
+def test_explanations_agree_with_packets(
+    landscape: ModeLab, agents: dict[tuple[str, str], Agent], tmp_path: Path
+) -> None:
+    """`trace` by the rules, `why` by the kernel's tables, and what happens."""
+    apply(landscape, network_policy("web", "back", "app: front", 8080), tmp_path)
+    for client, port in itertools.product([("c1n1", "p1"), ("c1n1", "p2")], PORTS):
+        server = ("c1n2", "p2")
+        source, target = agents[client].addresses[4], agents[server].addresses[4]
+        happens = agents[client]("reach", target, port, 0.5) is True
+        why = landscape.json("c1n2", "policy", "why", f"{source}:1", f"{target}:{port}")
+        trace = landscape.json("c1n2", "policy", "trace", "--from", source, "--to", target, "--port", str(port))
+        assert (why.get("allowed", False), trace.get("allowed", False)) == (happens, happens)
+        rules = [each["ingress"].get("decision", each["ingress"]).get("rule_id", 0) for each in (why, trace)]
+        assert rules[0] == rules[1]
