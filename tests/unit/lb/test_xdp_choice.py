@@ -9,8 +9,8 @@ import pytest
 
 from services.common.kernel.netlink import TABLE_MAIN, UNICAST, UNREACHABLE, Link, Route
 from services.common.kernel.xdp import Feature, Mode
-from services.lb.xdp.abi import MACS, Own, mac_word
 from services.common.pipeline.uplinks import uplinks
+from services.lb.xdp.abi import MACS, Own, mac_word
 from services.lb.xdp.hooks import wanted_mode
 
 ETH0 = Link(2, "eth0", True, True, 0, 1500, "02:00:00:00:00:01", "", 0, None)
