@@ -9,10 +9,12 @@ from typing import Final, Protocol
 from fibril.flow.v1 import flow_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.common.pipeline.abi import FibAddr
-from services.policy.flows.store import Predicate, Record
+from services.policy.flows.store import V4, Predicate, Record
 
 FILTERS_MAX: Final = 64
+V4_BITS: Final = 8 * len(V4)
 _PORT_MAX: Final = 65535
+_PROTOCOL_MAX: Final = 255
 
 
 class Names(Protocol):
@@ -60,6 +62,8 @@ def _filter(message: pb.FlowFilter, names: Names, at: str) -> Predicate:
         if message.port > _PORT_MAX:
             raise InvalidArgument(f"{message.port} is no port", field=f"{at}.port")
         found.append(_either("sport", "dport", message.port))
+    if message.protocol > _PROTOCOL_MAX:
+        raise InvalidArgument(f"{message.protocol} is no protocol", field=f"{at}.protocol")
     if message.endpoint:
         found.append(_either("src_id", "dst_id", message.endpoint))
     if message.identity:
@@ -93,11 +97,16 @@ def _addresses(message: pb.FlowFilter, at: str) -> list[Predicate]:
 
 def _prefix(text: str, at: str) -> Callable[[bytes], bool]:
     try:
+        if "%" in text:
+            raise ValueError
         network = ipaddress.ip_network(text, strict=False)
     except ValueError:
         raise InvalidArgument(f"{text[:60]!r} is no prefix", field=at, fix="as 10.0.0.1 or 10.0.0.0/8") from None
     shift = network.max_prefixlen - network.prefixlen
     wanted = int.from_bytes(bytes(FibAddr.of(network.network_address)), "big") >> shift
+    if network.version == 6 and network.prefixlen < V4_BITS:
+        # IPv4 is written as ::ffff:a.b.c.d, and is not in ::/0 all the same.
+        return lambda raw: not raw.startswith(V4) and int.from_bytes(raw, "big") >> shift == wanted
     return lambda raw: int.from_bytes(raw, "big") >> shift == wanted
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any, Final
 
 from fibril.flow.v1 import flow_pb2 as pb
 from fibril.flow.v1 import flow_pb2_grpc
@@ -20,6 +20,7 @@ from services.common.instance import Instance
 from services.common.kernel.ringbuf import RingBuffer
 from services.common.pipeline.events import clock_offset
 from services.common.service import ComponentStatus
+from services.common.telemetry import Reading, metrics
 from services.policy import abi
 from services.policy.flows.filters import Names, selected
 from services.policy.flows.store import FlowStore, Record, address_text
@@ -41,6 +42,7 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
 
     async def run(self) -> None:
         """Until cancelled."""
+        metrics().sum("fibril.policy.flows", self._counts, description="flows by verdict and reason")
         while True:
             try:
                 with RingBuffer.open(self._path) as ring:
@@ -57,6 +59,19 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
             if records:
                 self.store.add(records)
             await asyncio.sleep(PAUSE_S)
+
+    def _counts(self) -> list[Reading]:
+        verdicts, reasons = pb.FlowVerdict.DESCRIPTOR.values_by_number, reasons_pb2.DropReason.DESCRIPTOR.values_by_number
+        return [
+            (
+                count,
+                {
+                    "verdict": _label(verdicts, verdict, "FLOW_VERDICT_"),
+                    "reason": _label(reasons, reason, "DROP_REASON_") if reason else "",
+                },
+            )
+            for (verdict, reason), count in self.store.counts().items()
+        ]
 
     def status(self) -> list[ComponentStatus]:
         store = self.store
@@ -124,9 +139,8 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
 
         seen = self.store.seen
         found: deque[Record] = deque(maxlen=request.last or None)
-        for record in self.store.since(request.after_sequence):
-            if timely(record):
-                found.append(record)
+        async for record in self.store.select(timely, request.after_sequence):
+            found.append(record)
         for count, record in enumerate(found):
             if count % 64 == 63:
                 await asyncio.sleep(0)
@@ -145,3 +159,8 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
             lost=self._stat(abi.Stat.LOST),
             suppressed=self._stat(abi.Stat.SUPPRESSED),
         )
+
+
+def _label(known: Mapping[int, Any], number: int, prefix: str) -> str:
+    """An enum's value as metrics write it."""
+    return str(known[number].name).removeprefix(prefix).lower() if number in known else str(number)

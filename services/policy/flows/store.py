@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import struct
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from itertools import islice
+from socket import ntohs
+from typing import Final, NamedTuple
 
 from services.common import errors
 
-_RECORD: Final = struct.Struct("=Q16s16s IIIIIII H2s2s BBBBBBBB 6x")
-_V4: Final = bytes(10) + b"\xff\xff"
+_RECORD: Final = struct.Struct("=Q16s16s IIIIIII HHH BBBBBBBB 6x")
+V4: Final = bytes(10) + b"\xff\xff"
 assert _RECORD.size == 88  # sizeof(struct pol_event)
+_REASON: Final = slice(68, 70)
+_VERDICT: Final = slice(75, 76)
+BUNCH: Final = 256
+"""Records to look at before others have their turn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A flow as the kernel wrote it, taken apart. time_ns: CLOCK_MONOTONIC; src, dst: 16 bytes; ports in network order."""
+class Record(NamedTuple):
+    """A flow as the kernel wrote it, taken apart. time_ns: CLOCK_MONOTONIC; src, dst: 16 bytes; ports in host order."""
 
     sequence: int
     time_ns: int
@@ -48,9 +53,7 @@ class Record:
 def parse(sequence: int, raw: bytes) -> Record:
     """A record of the ring buffer."""
     found = _RECORD.unpack(raw)
-    ports = (int.from_bytes(found[11], "big"), int.from_bytes(found[12], "big"))
-    values: tuple[Any, ...] = (sequence, *found[:11], *ports, *found[13:])
-    return Record(*values)
+    return Record._make((sequence, *found[:11], ntohs(found[11]), ntohs(found[12]), *found[13:]))
 
 
 Predicate = Callable[[Record], bool]
@@ -62,6 +65,7 @@ class FlowStore:
     def __init__(self, size: int) -> None:
         self._records: deque[bytes] = deque(maxlen=size)
         self.seen = 0
+        self._kinds: Counter[bytes] = Counter()
         self._news = asyncio.Event()
 
     def __len__(self) -> int:
@@ -75,8 +79,13 @@ class FlowStore:
         """What has come."""
         self._records.extend(records)
         self.seen += len(records)
+        self._kinds.update(raw[_VERDICT] + raw[_REASON] for raw in records)
         self._news.set()
         self._news = asyncio.Event()
+
+    def counts(self) -> Mapping[tuple[int, int], int]:
+        """Flows seen by verdict and drop reason. Also from other threads."""
+        return {(kind[0], int.from_bytes(kind[1:], sys.byteorder)): n for kind, n in list(self._kinds.items())}
 
     @property
     def _first(self) -> int:
@@ -84,11 +93,18 @@ class FlowStore:
         return self.seen - len(self._records) + 1
 
     def since(self, after: int = 0) -> Iterator[Record]:
-        """Those with larger sequence numbers, oldest first; nothing may come meanwhile."""
-        first = self._first
-        skip = max(0, after + 1 - first)
-        for at in range(skip, len(self._records)):
-            yield parse(first + at, self._records[at])
+        """Those there are now with larger sequence numbers, oldest first, whatever comes meanwhile."""
+        first = min(max(after + 1, self._first), self.seen + 1)
+        raws = list(islice(self._records, first - self._first, None))
+        return (parse(first + at, raw) for at, raw in enumerate(raws))
+
+    async def select(self, wanted: Predicate, after: int = 0) -> AsyncIterator[Record]:
+        """As since: those that are wanted; others have their turn meanwhile."""
+        for count, record in enumerate(self.since(after), 1):
+            if wanted(record):
+                yield record
+            if count % BUNCH == 0:
+                await asyncio.sleep(0)
 
     async def follow(self, after: int, wanted: Predicate) -> AsyncIterator[Record]:
         """Endless: those with larger numbers that are wanted. Aborted when the reader falls too far behind."""
@@ -100,9 +116,8 @@ class FlowStore:
                     f"{self._first - seen - 1} flows were forgotten before they were read",
                     fix="follow again, with a narrower filter",
                 )
-            found = [record for record in self.since(seen) if wanted(record)]
-            seen = self.seen
-            for record in found:
+            before, seen = seen, self.seen
+            async for record in self.select(wanted, before):
                 yield record
             if seen == self.seen:
                 await news.wait()
@@ -110,6 +125,6 @@ class FlowStore:
 
 def address_text(raw: bytes) -> str:
     """An address for people."""
-    if raw.startswith(_V4):
+    if raw.startswith(V4):
         return str(ipaddress.IPv4Address(raw[12:]))
     return str(ipaddress.IPv6Address(raw))
