@@ -15,7 +15,8 @@ NOTHING: Final = "fib_nothing"
 RESET: Final = "fib_reset"
 TUNNEL: Final = "fib_tunnel"
 SPREAD: Final = "fib_spread"
-PROGRAMS: Final = (YARDSTICK, NOTHING, RESET, TUNNEL, SPREAD)
+PORTS: Final = "fib_ports"
+PROGRAMS: Final = (YARDSTICK, NOTHING, RESET, TUNNEL, SPREAD, PORTS)
 NEXT: Final = "calibration/next"
 """Where the array is pinned that fib_reset (0), fib_tunnel and fib_spread (1) go on with."""
 TUNNEL_FROM: Final = "192.168.7.2"

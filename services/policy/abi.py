@@ -152,7 +152,7 @@ class CtEntry(ct.Structure):
 
     _fields_ = (
         ("revision", ct.c_uint32 * 2), ("rule", ct.c_uint32 * 2), ("client", ct.c_uint32),
-        ("server", ct.c_uint32), ("seen", ct.c_uint32), ("flags", ct.c_uint32),
+        ("server", ct.c_uint32), ("seen", ct.c_uint32), ("flags", ct.c_uint32), ("room", ct.c_uint64),
     )  # fmt: skip
 
 
