@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from services.ctl.context import Ctl, pass_ctl
+from services.ctl.context import Ctl, completed, pass_ctl
 from services.ctl.render import Record, columns, short, to_record
 
 SERVICE: Final = "policy"
@@ -76,14 +76,21 @@ def stub(channel: Any) -> Any:
     return flow_pb2_grpc.FlowServiceStub(channel)
 
 
+def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Pods of this node."""
+    from services.ctl.commands.endpoint import list_all
+
+    return completed(ctx, incomplete, lambda ctl: [each["pod"] for each in list_all(ctl) if each.get("pod")])
+
+
 def _filters(command: F) -> F:
     for option in reversed((
-        click.option("--pod", default="", help='Pod at either end; "shop/*" for all that begin so.'),
-        click.option("--from-pod", default="", help="Pod that sent."),
-        click.option("--to-pod", default="", help="Pod that was sent to."),
+        click.option("--pod", default="", shell_complete=_complete, help='Pod at either end; "shop/*" for all that begin so.'),
+        click.option("--from-pod", default="", shell_complete=_complete, help="Pod that sent."),
+        click.option("--to-pod", default="", shell_complete=_complete, help="Pod that was sent to."),
         click.option("--ip", default="", metavar="PREFIX", help="Address or prefix at either end."),
         click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port at either end."),
-        click.option("--protocol", type=click.Choice(tuple(PROTOCOLS))),
+        click.option("--protocol", "--proto", type=click.Choice(tuple(PROTOCOLS))),
         click.option("--verdict", type=click.Choice(("forwarded", "dropped", "audited"))),
         click.option("--type", "kind", type=click.Choice(("new", "closed", "revoked", "drop"))),
         click.option("--identity", type=click.IntRange(0), default=0, help="Identity at either end."),
@@ -149,11 +156,14 @@ def ls(ctl: Ctl, /, since: float, last: int, **given: Any) -> None:
 
 @command.command("follow")
 @_filters
+@click.option("--since", type=Ago(), default=0.0, metavar="TIME", help="First those of the last 30s, 5m, 2h.")
+@click.option("--last", type=click.IntRange(0), default=0, help="First the last so many.")
 @pass_ctl
-def follow(ctl: Ctl, /, **given: Any) -> None:
-    """Show flows as they come, until interrupted."""
+def follow(ctl: Ctl, /, since: float, last: int, **given: Any) -> None:
+    """Show flows as they come, until interrupted. JSON: one object a line, as fibril.flow.v1 has it."""
     live = ctl.live(FLOWS, (9, 10, 8, 8, 9, 28, 28, 0))
-    request = _request(given, follow=True, since_unix_seconds=time.time())
+    oldest = time.time() - since if since or not last else 0
+    request = _request(given, follow=True, last=last, since_unix_seconds=oldest)
     ctl.stream(
         lambda channel: stub(channel).GetFlows(request),
         lambda answer: live.put(to_record(answer.flow)) if answer.HasField("flow") else None,
