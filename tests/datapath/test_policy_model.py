@@ -474,8 +474,10 @@ def test_programs_do_what_the_rules_say(
             played.change(some.choice((before, after)))
         elif some.random() < 0.02:
             played.age()
-        elif some.random() < 0.02:
+        elif some.random() < 0.05:
             universe, other = other, universe
             played.rename(universe)
+            for flow in played.flows[-4:]:
+                played.check(flow, False, "A")
         else:
             played.step()
