@@ -97,14 +97,16 @@ lock: $(VENV)/.stamp ## Resolve the dependencies of pyproject.toml anew into req
 		--no-header --upgrade pyproject.toml -o requirements.lock
 
 # ---- measure -------------------------------------------------------------------------------------------------------
-.PHONY: bench-pod bench-datapath bench-cni bench-ipam bench-identity bench-lb bench
+.PHONY: bench-policy bench-pod bench-datapath bench-cni bench-ipam bench-identity bench-lb bench
 bench-pod: install ## Pod to pod: request/response, connections, streams, against veth and bridge
 	@$(BIN)/python -m bench.pod
+	@$(BIN)/python -m bench.polpod
 
 bench-datapath: install ## Nanoseconds a packet, against a fixed yardstick
 	@$(BIN)/python -m bench.datapath
 	@$(BIN)/python -m bench.lbpath
 	@$(BIN)/python -m bench.lbprefilter
+	@$(BIN)/python -m bench.polpath
 
 bench-cni: install ## CNI ADD and DEL, against bridge and host-local
 	@$(BIN)/python -m bench.cni
@@ -122,4 +124,7 @@ bench-lb: install ## Connections to 1 to 50,000 services, programming them; agai
 	@$(BIN)/python -m bench.lb
 	@$(BIN)/python -m bench.lbsock
 
-bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-pod ## All benchmarks, one JSON object a line
+bench-policy: install ## Changes of policies until enforced, identities, memory
+	@$(BIN)/python -m bench.policy
+
+bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-policy bench-pod ## All benchmarks, one JSON object a line

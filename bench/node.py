@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bench.common import Bench, log, median, quick
 from fibril.endpoint.v1 import endpoint_pb2, endpoint_pb2_grpc
+from services.common.instance import Instance
 from services.common.rpc.client import channel
 
 FIBRIL = Path(sys.executable).parent / "fibril"
@@ -31,7 +32,9 @@ class Node:
     def __init__(self, name: str, root: Path) -> None:
         self.name = name
         self.root = root
-        self.env = {**os.environ, "FIBRIL_RUN_ROOT": str(root / "run"), "FIBRIL_STATE_ROOT": str(root / "state")}
+        # Sockets of the machine, and of other nodes on it, are none of this one's.
+        self.env = {**os.environ, "FIBRIL_RUN_ROOT": str(root / "run"), "FIBRIL_STATE_ROOT": str(root / "state"),
+                    "FIBRIL_LB_CGROUP": Instance(name).cgroup}
 
     def fibril(self, *words: str) -> None:
         """Run the command inside the namespace (nsenter leaves /sys alone, so bpffs stays in sight)."""

@@ -77,7 +77,8 @@ def emit(
 def on_one_node(bench: Bench, program: Path, scratch: Path) -> None:
     """Pods of one node, against bridge plugin and veth pair."""
     with node() as fresh, Namespaces() as spaces:
-        fresh.fibril("up")
+        # Policy has figures of its own: bench.polpod.
+        fresh.fibril("up", "--services", "ipam,identity,lb")
         with fibril_network(fresh) as fibril, bridge_network(spaces, scratch) as bridge:
             pairs = {
                 "fibril": cni_pair(spaces, fibril),

@@ -98,8 +98,8 @@ static __always_inline struct lb_flow *flow_in(struct lb_flow *line, __u64 sig, 
 	return !(not3 | (FLOW_READ64(&way->sig) ^ sig)) ? way : 0;
 }
 
-/* How little a flow is missed: what is over least, and free places; then those never confirmed; then the one longest
- * idle. The lowest bits are which one it is. */
+/* How little a flow is missed: what is over least, and free places; then those never confirmed or closing (a flood is answered by
+ * resets); then the one longest idle. The lowest bits are which one it is. */
 static __always_inline __u64 flow_score(const struct lb_config *config, struct lb_flow *line, __u32 at, __u32 now)
 {
 	__u32 stamp = *(volatile __u16 *)&line[at].stamp;
@@ -107,7 +107,7 @@ static __always_inline __u64 flow_score(const struct lb_config *config, struct l
 	/* The sign of the difference: idle for longer than it may be. */
 	__u64 over = (flow_limit(config, stamp) - idle) >> 32 & FLOW_SCORE_OVER;
 
-	return over | (~stamp & LB_FLOW_CONFIRMED) << 15 | idle << 2 | at;
+	return over | ((~stamp | stamp << 1) & LB_FLOW_CONFIRMED) << 15 | idle << 2 | at;
 }
 
 static __always_inline void flow_write(struct lb_flow *way, __u64 sig, union flow_state state)

@@ -41,10 +41,10 @@ static __always_inline struct lb_nat *nat_find(struct lb_tuple *key)
 	return likely(nat) ? nat : lb_nats_new.lookup(key);
 }
 
-/* Whether a translation is of a connection that has only said SYN. */
+/* Whether a translation is of a connection that has only said SYN, or then at once that it is over. */
 static __always_inline bool nat_is_new(const struct lb_nat *nat)
 {
-	return (nat->stamp & (LB_FLOW_TCP | LB_FLOW_CONFIRMED)) == LB_FLOW_TCP;
+	return nat->stamp & LB_FLOW_TCP && (nat->stamp & (LB_FLOW_CONFIRMED | LB_FLOW_CLOSING)) != LB_FLOW_CONFIRMED;
 }
 
 /* Records it where it belongs; an error as of the kernel. */

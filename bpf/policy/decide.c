@@ -208,8 +208,8 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 	if (entry->seen != now)
 		entry->seen = now;
 	decide_tell_end(config, pkt, work, entry);
-	/* Both have spoken, and the one who began has heard it. */
-	if (fresh && forward && state & CT_ANSWERED) {
+	/* Both have spoken, and the one who began has heard it. Who answers with a reset has not begun it: a flood is answered so. */
+	if (fresh && forward && (state & (CT_ANSWERED | CT_RESET)) == CT_ANSWERED) {
 		work->fresh = *entry;
 		decide_put(work, true);
 		pol_count(POL_STAT_ESTABLISHED);

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fibril.lb.v1 import lb_pb2 as pb
 
 SERVICE = "lb"
+_DIGITS = 9
+"""More do not fit the messages; what a port or weight may be is said by the service."""
 
 
 def stub(channel: Any) -> Any:
@@ -58,13 +60,18 @@ def complete_service(ctx: click.Context, _param: click.Parameter, incomplete: st
     )
 
 
+def is_number(text: str) -> bool:
+    """Whether it can be sent as a port or a weight."""
+    return text.isdecimal() and len(text) <= _DIGITS
+
+
 def backend(text: str) -> pb.Backend:
     """Of "address:port" or "address:port=weight". InvalidArgument."""
     from fibril.lb.v1 import lb_pb2
     from services.common.errors import InvalidArgument
 
     where, equals, weight = text.partition("=")
-    if equals and not weight.isdigit():
+    if equals and not is_number(weight):
         raise InvalidArgument(f"{weight!r} is no weight", field="backend", fix="as 10.0.0.1:80=3")
     address, port = endpoint(where, "backend")
     return lb_pb2.Backend(address=address, port=port, weight=int(weight or 1))
@@ -75,7 +82,7 @@ def endpoint(text: str, field: str) -> tuple[str, int]:
     from services.common.errors import InvalidArgument
 
     address, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit() or (":" in address and not address.startswith("[")):
+    if not colon or not is_number(port) or (":" in address and not address.startswith("[")):
         raise InvalidArgument(
             f"{text!r} is not an address and port", field=field, fix="as 10.0.0.1:80 or [fd00::1]:80"
         )
@@ -109,8 +116,8 @@ def shown_endpoint(address: str, port: int, last: int = 0) -> str:
 
 
 def read(files: Iterable[str]) -> str:
-    """Several files as one stream of documents; "-" is standard input. NotFound."""
-    from services.common.errors import NotFound
+    """Several files as one stream of documents; "-" is standard input. NotFound, InvalidArgument."""
+    from services.common.errors import InvalidArgument, NotFound
 
     texts = []
     for name in files:
@@ -118,4 +125,6 @@ def read(files: Iterable[str]) -> str:
             texts.append(sys.stdin.read() if name == "-" else Path(name).read_text())
         except OSError as error:
             raise NotFound(f"cannot read {name}: {error.strerror}", field="file") from None
+        except UnicodeDecodeError:
+            raise InvalidArgument(f"{name} is no text in UTF-8", field="file") from None
     return "\n---\n".join(texts)

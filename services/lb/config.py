@@ -90,7 +90,7 @@ class LbSection:
         found = []
         for text in self.snat_ports:
             first, _, last = text.partition("-")
-            if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last) <= 65535):
+            if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 65535):
                 raise InvalidArgument(
                     f"{text!r} is no range of ports", field="snat_ports", fix="as 1024-29999"
                 )

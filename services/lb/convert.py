@@ -264,13 +264,13 @@ def _frontends(messages: Iterable[pb.Frontend], at: str) -> tuple[Frontend, ...]
     found: list[Frontend] = []
     for number, message in enumerate(messages):
         fields.at_most(number + 1, FRONTENDS_MAX, "frontends or more", at)
-        found += _frontend(message, f"{at}[{number}]")
+        found += _frontend(message, number, f"{at}[{number}]")
     if not found:
         raise errors.InvalidArgument("the service has no frontend", field=at, fix="give at least one")
     return tuple(found)
 
 
-def _frontend(message: pb.Frontend, at: str) -> list[Frontend]:
+def _frontend(message: pb.Frontend, number: int, at: str) -> list[Frontend]:
     kind = fields.choice(FrontendType, message.type, FrontendType.CLUSTER_IP, f"{at}.type")
     proto = protocol(message.protocol, f"{at}.protocol")
     first = fields.port(message.port, f"{at}.port")
@@ -297,7 +297,7 @@ def _frontend(message: pb.Frontend, at: str) -> list[Frontend]:
     where = _anywhere(message.address, f"{at}.address") if kind in _ANYWHERE else (
         fields.address(message.address, f"{at}.address"),
     )  # fmt: skip
-    return [Frontend(kind, address, proto, first, last, node) for address in where]
+    return [Frontend(kind, address, proto, first, last, node, number) for address in where]
 
 
 def _anywhere(value: str, at: str) -> tuple[IPAddress, ...]:
@@ -317,7 +317,7 @@ def _check_collisions(found: Spec, at: str) -> None:
     # More than one port of SCTP would need backends with more than one port.
     ports = {front.port for front in found.frontends if front.proto == SCTP}
     if len(ports) > 1:
-        number = [front.proto == SCTP and front.port != min(ports) for front in found.frontends].index(True)
+        number = next(f.at for f in found.frontends if f.proto == SCTP and f.port != min(ports))
         raise errors.InvalidArgument(
             f"SCTP frontends at {len(ports)} different ports would need backends at different ports",
             field=f"{at}.frontends[{number}].port",
@@ -331,7 +331,8 @@ def _check_collisions(found: Spec, at: str) -> None:
         return
     first = found.frontends[pair[0]]
     what = f"{_NAMES[first.proto]} port {first.port} of {first.address}"
-    field = f"{at}.frontends[{pair[1]}]" if pair[1] >= 0 else f"{at}.health_check_node_port"
+    second = found.frontends[pair[1]].at
+    field = f"{at}.frontends[{second}]" if pair[1] >= 0 else f"{at}.health_check_node_port"
     raise errors.InvalidArgument(
         f"{what} or one of its range is given twice", field=field, fix="give each port once"
     )

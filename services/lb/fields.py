@@ -133,6 +133,12 @@ def network(value: str, at: str) -> IPNetwork:
         raise errors.InvalidArgument(
             f"{shown(value)} is no prefix", field=at, fix='write "10.0.0.0/8" or "fd00::/64"'
         ) from None
+    if loose.version == 6 and loose.prefixlen >= 96 and loose.network_address.ipv4_mapped is not None:
+        raise errors.InvalidArgument(
+            f"{shown(value)} is an IPv4 prefix in IPv6 notation",
+            field=at,
+            fix=f"write {loose.network_address.ipv4_mapped}/{loose.prefixlen - 96}",
+        )
     try:
         return ipaddress.ip_network(value)
     except ValueError:

@@ -7,6 +7,7 @@ supported is refused by document and field; fields that say nothing about balanc
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -40,6 +41,38 @@ _SLICE: Final = frozenset({"addressType", "apiVersion", "endpoints", "kind", "me
 _ENDPOINT: Final = frozenset({
     "addresses", "conditions", "deprecatedTopology", "hints", "hostname", "nodeName", "targetRef", "zone",
 })  # fmt: skip
+_META: Final = {"name": str, "namespace": str, "labels": {_SERVICE_NAME: str}}
+_PORTS: Final = [{"name": str, "protocol": str}]
+_ADDRESSES: Final = [{"ip": str, "nodeName": str}]
+# Of what type things are that are read; numbers are checked where they are.
+_SHAPES: Final[Mapping[str, Any]] = {
+    "Service": {
+        "metadata": _META,
+        "spec": {
+            "clusterIP": str, "clusterIPs": [str], "externalIPs": [str], "externalTrafficPolicy": str,
+            "internalTrafficPolicy": str, "ipFamilies": [str], "loadBalancerIP": str, "loadBalancerSourceRanges": [str],
+            "ports": _PORTS, "publishNotReadyAddresses": bool, "sessionAffinity": str,
+            "sessionAffinityConfig": {"clientIP": {}}, "trafficDistribution": str, "type": str,
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": str, "ipMode": str}]}},
+    },
+    "EndpointSlice": {
+        "metadata": _META,
+        "addressType": str,
+        "ports": _PORTS,
+        "endpoints": [{
+            "addresses": [str], "conditions": {"ready": bool, "serving": bool, "terminating": bool}, "nodeName": str,
+            "zone": str,
+        }],
+    },
+    "Endpoints": {
+        "metadata": _META,
+        "subsets": [{"addresses": _ADDRESSES, "notReadyAddresses": _ADDRESSES, "ports": _PORTS}],
+    },
+}  # fmt: skip
+_TYPES: Final = {str: "text", bool: "true or false"}
+_KINDS: Final = frozenset({"ClusterIP", "NodePort", "LoadBalancer", "ExternalName"})
+_ANY: Final = {"IPv4": "0.0.0.0", "IPv6": "::"}
 
 Doc = Mapping[str, Any]
 
@@ -51,7 +84,7 @@ class Slice:
     service: str
     """namespace/name."""
     origin: str
-    ports: Mapping[str, tuple[int, str]]
+    ports: Mapping[str, tuple[int, pb.Protocol.ValueType]]
     backends: tuple[pb.Backend, ...]
     """Without port."""
     where: str
@@ -74,7 +107,9 @@ def parse(text: str) -> Parsed:
     """YAML or JSON, several documents and v1 Lists included. InvalidArgument names document and field."""
     try:
         documents = [doc for doc in yaml.safe_load_all(text) if doc is not None]
-    except yaml.YAMLError as error:
+        # Nothing in it contains itself, and all of its text is Unicode.
+        json.dumps(documents, ensure_ascii=False, default=str).encode()
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"not YAML: {' '.join(str(error).split())}", field="file") from None
     parsed = Parsed()
     for number, doc in enumerate(documents):
@@ -141,10 +176,13 @@ def _document(parsed: Parsed, doc: Doc, where: str) -> None:
     kind, version = doc.get("kind"), doc.get("apiVersion")
     match (kind, version):
         case ("Service", "v1"):
+            _typed(doc, _SHAPES["Service"], where)
             _service(parsed, doc, where)
         case ("EndpointSlice", "discovery.k8s.io/v1"):
+            _typed(doc, _SHAPES["EndpointSlice"], where)
             parsed.slices.append(_slice(doc, where))
         case ("Endpoints", "v1"):
+            _typed(doc, _SHAPES["Endpoints"], where)
             parsed.slices += _endpoints(doc, where)
         case (None, None):
             _own(parsed, doc, where)
@@ -172,6 +210,23 @@ def _unique(parsed: Parsed, name: str, where: str) -> None:
         raise InvalidArgument(f"service {name} is there twice", field=where)
 
 
+def _typed(value: Any, shape: Any, where: str) -> None:
+    """Whether what is read of a document has the types it must have; what is null is not there."""
+    if value is None:
+        return
+    if isinstance(shape, Mapping):
+        given = _mapping(value, where)
+        for key, inner in shape.items():
+            _typed(given.get(key), inner, f"{where}.{key}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list) or None in value:
+            raise InvalidArgument("not a list of something", field=where)
+        for at, item in enumerate(value):
+            _typed(item, shape[0], f"{where}[{at}]")
+    elif not isinstance(value, shape):
+        raise InvalidArgument(f"{str(value)[:60]!r} is not {_TYPES[shape]}", field=where)
+
+
 def _known(doc: Doc, names: frozenset[str], where: str) -> None:
     for name in doc:
         if name not in names:
@@ -192,6 +247,8 @@ def _service(parsed: Parsed, doc: Doc, where: str) -> None:
     spec = _mapping(doc.get("spec"), f"{where}.spec")
     _known(spec, _SPEC, f"{where}.spec")
     full = f"{namespace}/{name}"
+    if spec.get("type") and spec["type"] not in _KINDS:
+        raise InvalidArgument(f"{spec['type']!r} is not known", field=f"{where}.spec.type")
     if spec.get("type") == "ExternalName":
         parsed.notes.append(f"{full}: an ExternalName is a matter of DNS")
         return
@@ -224,7 +281,7 @@ def _service(parsed: Parsed, doc: Doc, where: str) -> None:
                 service.frontends.add(type=kind, address=address, protocol=protocol, port=number)
         if given.get("nodePort"):
             node_port = _number(given["nodePort"], f"{here}.nodePort")
-            for anywhere in _anywhere(spec, addresses):
+            for anywhere in _anywhere(spec, addresses, f"{where}.spec.ipFamilies"):
                 service.frontends.add(
                     type=pb.FRONTEND_TYPE_NODE_PORT, address=anywhere, protocol=protocol, port=node_port
                 )
@@ -241,12 +298,14 @@ def _service(parsed: Parsed, doc: Doc, where: str) -> None:
         parsed.services[service.name] = service
 
 
-def _anywhere(spec: Doc, addresses: Sequence[str]) -> list[str]:
+def _anywhere(spec: Doc, addresses: Sequence[str], where: str) -> list[str]:
     """Unspecified addresses of the families that a Service has."""
     families = (
         spec.get("ipFamilies") or ["IPv6" if ":" in address else "IPv4" for address in addresses] or ["IPv4"]
     )
-    return ["0.0.0.0" if family == "IPv4" else "::" for family in dict.fromkeys(families)]
+    if not _ANY.keys() >= set(families):
+        raise InvalidArgument(f"{families} are not known", field=where, fix="use IPv4 and IPv6")
+    return [_ANY[family] for family in dict.fromkeys(families)]
 
 
 def _common(spec: Doc, where: str) -> pb.Service:
@@ -305,7 +364,7 @@ def _slice(doc: Doc, where: str) -> Slice:
         here = f"{where}.ports[{at}]"
         ports[str(port.get("name") or "")] = (
             _number(port.get("port"), f"{here}.port"),
-            str(port.get("protocol") or "TCP"),
+            _protocol(port, here),
         )
     backends = []
     for at, endpoint in enumerate(doc.get("endpoints") or ()):
@@ -344,14 +403,14 @@ def _endpoints(doc: Doc, where: str) -> Iterator[Slice]:
         ports = {
             str(port.get("name") or ""): (
                 _number(port.get("port"), f"{here}.ports"),
-                str(port.get("protocol") or "TCP"),
+                _protocol(port, f"{here}.ports"),
             )
             for port in subset.get("ports") or ()
         }
         states = {"addresses": pb.BACKEND_STATE_ACTIVE, "notReadyAddresses": pb.BACKEND_STATE_QUARANTINED}
         backends = tuple(
             pb.Backend(
-                address=str(each.get("ip")),
+                address=each.get("ip") or "",
                 node=str(each.get("nodeName") or ""),
                 state=state,
                 origin=f"endpoints/{name}",
@@ -368,8 +427,7 @@ def _of_slice(each: Slice, service: pb.Service) -> Iterator[pb.Backend]:
     if found is None:
         return
     port, protocol = found
-    wanted = {front.protocol for front in service.frontends}
-    if _PROTOCOLS.get(protocol, pb.PROTOCOL_UNSPECIFIED) not in wanted:
+    if protocol not in {front.protocol for front in service.frontends}:
         return
     for backend in each.backends:
         mine = pb.Backend()

@@ -74,6 +74,8 @@ class Frontend:
     """Last of the range; equal to `port` for a single one."""
     node: str = ""
     """HOST_PORT: whose."""
+    at: int = field(default=0, compare=False)
+    """Which of the declaration's frontends it comes from."""
 
     @property
     def outside(self) -> bool:

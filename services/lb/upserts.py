@@ -276,7 +276,10 @@ def _port(claim: Claim) -> str:
 
 def _field_of(spec: Spec, place: Place, claim: Claim) -> str:
     """What of a service wants a claim."""
-    for at, front in enumerate(spec.frontends):
-        if (front.address, front.proto, front.port) == (place.address, claim.proto, claim.first):
-            return f"service.frontends[{at}]"
+    for front in spec.frontends:
+        if (front.address, claim) == (
+            place.address,
+            Claim(front.proto, front.port, front.port_last, front.node),
+        ):
+            return f"service.frontends[{front.at}]"
     return "service.health_check_node_port"

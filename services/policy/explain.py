@@ -192,6 +192,7 @@ class Explainer:
             for index, rule in enumerate(policy.rules)
             if rule.direction is direction and rule.subject_is_node == node and rule.subject.matches(labels)
         ]
+        # Priority counts in two tiers only, and is 0 in the other.
         return sorted(found, key=lambda each: (each.rule.tier, each.rule.priority, each.key, each.index))
 
     def _matches(self, rule: Rule, peer: Who, server: Who, protocol: int, port: int) -> bool:

@@ -16,6 +16,7 @@ from services.ctl.render import Record, columns, short, to_record
 SERVICE = "lb"
 _MESSAGE = 10_000
 _BULK_S = 300.0
+_LONGEST = 0xFFFFFFFF
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -56,9 +57,10 @@ class Ttl(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", str(value))
-        if match is None or not int(match[1]):
+        seconds = int(match[1]) * _UNITS[match[2]] if match else 0
+        if not 0 < seconds <= _LONGEST:
             self.fail(f"{value!r} is no time; write 30s, 10m, 2h or 7d", param, ctx)
-        return int(match[1]) * _UNITS[match[2]]
+        return seconds
 
 
 def stub(channel: Any) -> Any:
@@ -305,10 +307,10 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @command.command("limit")
 @click.argument("prefix", required=False, default="")
-@click.argument("rate", type=click.IntRange(1), required=False, default=None)
+@click.argument("rate", type=click.IntRange(1, 0xFFFFFFFF), required=False, default=None)
 @click.option(
     "--burst",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 0xFFFFFFFF),
     metavar="PACKETS",
     help="At once after silence; else a tenth of a second's.",
 )

@@ -206,7 +206,7 @@ def add(
             )
     for text in node_ports:
         number, protocol = balancing.with_protocol(text, "node-port")
-        if not number.isdigit():
+        if not balancing.is_number(number):
             raise click.BadParameter(f"{number!r} is no port", param_hint="--node-port")
         service.frontends.add(
             type=lb_pb2.FRONTEND_TYPE_NODE_PORT,

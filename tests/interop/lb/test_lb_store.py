@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from fibril.lb.v1 import lb_pb2 as pb
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -109,8 +110,8 @@ async def test_a_revision_protects_what_others_have_changed(nodes: list[Node]) -
             await a.upsert(changed, backends, first.revision)
         assert caught.value.field == "service.revision"
         now = int(str(caught.value).split("revision ")[1].split(",")[0])
-        await until(lambda now=now: nodes[0].services.revisions["s"] == now, "the same revision")
-        await until(lambda now=now: nodes[1].services.revisions["s"] == now, "the same revision")
+        await until(lambda now=now: nodes[0].services.revisions.get("s") == now, "the same revision")
+        await until(lambda now=now: nodes[1].services.revisions.get("s") == now, "the same revision")
         first = await a.upsert(spec, backends, now)
     await a.delete("s")
     with pytest.raises(FailedPrecondition):
@@ -248,6 +249,15 @@ async def test_a_refused_service_leaves_the_others_of_its_batch(nodes: list[Node
         await nodes[0].store.upsert_many(wanted)
     assert "belongs to service s0" in str(caught.value)
     await agree(nodes, {each[0].name: each for each in wanted[:20]})
+
+
+async def test_a_refusal_names_the_frontend_as_it_was_given(nodes: list[Node]) -> None:
+    await nodes[0].store.upsert(*service("first", "10.96.0.1"))
+    both = pb.Frontend(type=pb.FRONTEND_TYPE_NODE_PORT, port=30000)
+    taken = pb.Frontend(address="10.96.0.1", port=80)
+    with pytest.raises(AlreadyExists) as caught:
+        await nodes[1].store.upsert(*convert.service(pb.Service(name="second", frontends=[both, taken])))
+    assert caught.value.field == "service.frontends[1]"
 
 
 async def test_nothing_is_forgotten_while_etcd_is_away(nodes: list[Node], etcd: EmbeddedEtcd) -> None:

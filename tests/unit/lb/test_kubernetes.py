@@ -172,6 +172,20 @@ def test_own_form() -> None:
         ({**SERVICE, "metadata": {}}, "documents[0].metadata.name"),
         ({**slice_of("a"), "addressType": "FQDN"}, "documents[0].addressType"),
         ({**slice_of("a"), "metadata": {"name": "a"}}, "documents[0].metadata.labels"),
+        ({**SERVICE, "spec": {**SERVICE["spec"], "publishNotReadyAddresses": "false"}},
+         "documents[0].spec.publishNotReadyAddresses"),
+        ({**SERVICE, "spec": {**SERVICE["spec"], "loadBalancerSourceRanges": "10.0.0.0/8"}},
+         "documents[0].spec.loadBalancerSourceRanges"),
+        ({**SERVICE, "spec": {**SERVICE["spec"], "ipFamilies": ["IPv5"]}}, "documents[0].spec.ipFamilies"),
+        ({**SERVICE, "spec": {**SERVICE["spec"], "type": "Nodeport"}}, "documents[0].spec.type"),
+        ({**SERVICE, "status": {"loadBalancer": {"ingress": "192.0.2.1"}}},
+         "documents[0].status.loadBalancer.ingress"),
+        (slice_of("a", endpoint("10.0.0.1", conditions={"ready": "false"})),
+         "documents[0].endpoints[0].conditions.ready"),
+        (slice_of("a", ports=[{"name": "http", "port": 1, "protocol": "tcp"}]), "documents[0].ports[0].protocol"),
+        ({**slice_of("a"), "endpoints": [None]}, "documents[0].endpoints"),
+        ({**slice_of("a"), "endpoints": {"addresses": []}}, "documents[0].endpoints"),
+        ({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "a"}, "subsets": ["x"]}, "documents[0].subsets[0]"),
         ({"name": "a", "nonsense": 1}, "documents[0]"),
         ([3], "documents[0][0]"),
     ],
@@ -180,6 +194,15 @@ def test_what_is_wrong_is_named(doc: Any, field: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
         parsed(doc)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "text", ["a: &a [*a]", "a: 2020-13-45", 'name: "\\ud83d"', "a: " + "[" * 5000, "name: " + "9" * 5000, "a: {"]
+)
+def test_what_is_no_document_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        kubernetes.parse(text)
+    assert refused.value.field == "file"
 
 
 def test_a_slice_needs_its_service() -> None:
