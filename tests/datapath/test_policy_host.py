@@ -6,8 +6,9 @@ import contextlib
 import errno
 import secrets
 import socket
+import subprocess
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -382,13 +383,14 @@ class Live:
 
     def __init__(self, rig: Rig) -> None:
         self._exit = contextlib.ExitStack()
-        self.node, self.outside = (self._space() for _ in range(2))
+        self.node, self.outside = (self.space() for _ in range(2))
         with Rtnl(self.node) as node, Rtnl(self.outside) as outside:
             near = node.create_veth(
                 "fbh0", "02:00:00:00:00:11", "fbh1", "02:00:00:00:00:fe", 1500, self.outside
             )
             far = outside.ifindex("fbh1")
             for space, rtnl, ifindex, number in ((self.node, node, near, 1), (self.outside, outside, far, 4)):
+                mac = "02:00:00:00:00:fe" if number == 1 else "02:00:00:00:00:11"
                 with space.entered():
                     for name in ("accept_dad", "router_solicitations"):
                         Path("/proc/sys/net/ipv6/conf/all", name).write_text("0")
@@ -398,6 +400,7 @@ class Live:
                     nl.link_up(ifindex),
                     nl.address_add(ifindex, ip_address(f"192.168.7.{number}"), 24),
                     nl.address_add(ifindex, ip_address(f"fd77::{number}"), 64),
+                    *(nl.neighbour_put(ifindex, ip_address(f"{net}{5 - number}"), mac) for net in ("192.168.7.", "fd77::")),
                 ])  # fmt: skip
         fds = {
             name: self._exit.enter_context(progs.opened(install.program_path(rig.dp.instance, name)))
@@ -406,7 +409,7 @@ class Live:
         with self.node.entered():
             tc_classic.attach(near, {"ingress": fds[install.HOST_IN], "egress": fds[install.HOST_OUT]})
 
-    def _space(self) -> NetNs:
+    def space(self) -> NetNs:
         path = Path(f"/run/netns/fbh-{secrets.token_hex(3)}")
         netns.add(path)
         self._exit.callback(netns.remove, path)
@@ -419,7 +422,7 @@ class Live:
         made = self._exit.enter_context(
             space.socket(socket.AF_INET if family == 4 else socket.AF_INET6, kind)
         )
-        made.settimeout(1)
+        made.settimeout(5)
         return made
 
     def listen(self, space: NetNs, family: int, port: int) -> socket.socket:
@@ -430,7 +433,7 @@ class Live:
 
     def connect(self, space: NetNs, family: int, port: int) -> socket.socket:
         made = self.socket(space, family)
-        made.connect(((NODE if space is self.node else OWN)[family], port))
+        made.connect(((OWN if space is self.outside else NODE)[family], port))
         return made
 
 
@@ -511,3 +514,48 @@ def test_datagrams_of_the_host(rig: Rig, live: Live, family: int) -> None:
     with pytest.raises(OSError) as told:
         other.recv(10)
     assert told.value.errno == (errno.EHOSTUNREACH if family == 4 else errno.EACCES)
+
+
+@BOTH
+def test_what_others_send_in_the_hosts_name(rig: Rig, live: Live, family: int) -> None:
+    """Masqueraded: the host's policy, which forbids everything, is not asked about it, nor about the answers."""
+    inside = live.space()
+    with Rtnl(live.node) as node, Rtnl(inside) as there:
+        near = node.create_veth("fbh2", "02:00:00:00:00:12", "fbh3", "02:00:00:00:00:13", 1500, inside)
+        far = there.ifindex("fbh3")
+        for space, rtnl, ifindex, number in ((live.node, node, near, 1), (inside, there, far, 2)):
+            with space.entered():
+                Path("/proc/sys/net/ipv6/conf/all/accept_dad").write_text("0")
+                Path(f"/proc/sys/net/ipv6/conf/fbh{number + 1}/accept_dad").write_text("0")
+            rtnl.apply(
+                [
+                    nl.link_up(ifindex),
+                    nl.address_add(ifindex, ip_address(f"10.77.0.{number}"), 24),
+                    nl.address_add(ifindex, ip_address(f"fd00:77::{number}"), 64),
+                ]
+            )
+        there.apply(
+            [
+                nl.route_put(ip_network("0.0.0.0/0"), far, ip_address("10.77.0.1")),
+                nl.route_put(ip_network("::/0"), far, ip_address("fd00:77::1")),
+            ]
+        )
+    with live.node.entered():
+        for option in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            Path("/proc/sys/net", option).write_text("1")
+        rules = "add table inet t; add chain inet t p { type nat hook postrouting priority 100; }; "
+        subprocess.run(["nft", rules + 'add rule inet t p oifname "fbh0" masquerade'], check=True)
+    server = live.listen(live.outside, family, 80)
+    refused = refuse(kit.DENY | REJECT)
+    rig.policy(0, refused, refused)
+    client = live.connect(inside, family, 80)
+    accepted, peer = server.accept()
+    assert peer[0] == OWN[family]
+    for one, other in ((client, accepted), (accepted, client)) * 2:
+        one.sendall(b"hello")
+        assert other.recv(5) == b"hello"
+    rig.policy(0, refused, refused)
+    accepted.sendall(b"hello")
+    assert client.recv(5) == b"hello"
+    with pytest.raises(ConnectionRefusedError):
+        live.connect(live.node, family, 80)
