@@ -1,8 +1,8 @@
 """Pod to pod with policy enforced and connections recorded: request/response and connections, over IPv4 and IPv6.
 
-Subject: two pods of a Fibril node whose ingress and egress are denied but for what a policy allows them. Peers: two namespaces joined
-by one veth pair, with no filter at all; and two routed by a third whose nftables filter the same with the kernel's connection
-tracking. All take turns in every round, client and server on one CPU.
+Subject: two pods of a Fibril node whose ingress and egress are denied but for what a policy allows them. Peers: two
+namespaces joined by one veth pair, with no filter at all; and two routed by a third whose nftables filter the same with the
+kernel's connection tracking. All take turns in every round, client and server on one CPU.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def main() -> None:
                         found = rates(program, mode, family, pairs, ROUNDS)
                         for peer, modes in REPORTED.items():
                             if mode in modes:
-                                emit(bench, f"policy_{mode}_vs_{peer}{suffix}", mode, found["fibril"], peer, found[peer])
+                                metric = f"policy_{mode}_vs_{peer}{suffix}"
+                                emit(bench, metric, mode, found["fibril"], peer, found[peer])
                 fibril.delete(pairs["fibril"].client)
                 fibril.delete(pairs["fibril"].server)
 
