@@ -163,6 +163,7 @@ class PolicyService:
         config.beat_shift, config.flags = beat_shift(), int(flags)
         config.syn_s, config.close_s = cfg.syn_s, cfg.close_s
         config.tcp_s, config.any_s = cfg.tcp_s, cfg.any_s
+        config.probe_port = self._cfg.network.probe_port
 
     def _lost(self, reason: errors.FibrilError) -> None:
         """What is in the kernel goes on; `status` names the reason."""

@@ -1333,7 +1333,7 @@ class WhyResponse(_message.Message):
 
     @_builtins.property
     def connection(self) -> Global___Connection:
-        """The connection it belongs to; unset: none is known."""
+        """The connection it belongs to; unset: none is known, or it is ICMP."""
 
     def __init__(
         self,

@@ -84,9 +84,9 @@ class Connections:
     def find(
         self, source: IPAddress, destination: IPAddress, protocol: int, source_port: int, destination_port: int
     ) -> Connection | None:
-        """The connection that a packet belongs to, of those not over."""
+        """The connection that a packet belongs to, of those not over. None for ICMP, whose connections have ids, not ports."""
         tables = self._tables()
-        if tables is None:
+        if tables is None or protocol in (ICMP, ICMPV6):
             return None
         low, key = key_of(source, destination, protocol, source_port, destination_port)
         for table, established in ((tables.flows, True), (tables.new, False)):
@@ -119,12 +119,10 @@ class Connections:
 def key_of(
     source: IPAddress, destination: IPAddress, protocol: int, source_port: int, destination_port: int
 ) -> tuple[bool, abi.CtKey]:
-    """The key in both tables, and whether the source is the lower end: as the programs compare them."""
+    """The key in both tables, and whether the source is the lower end: as the programs compare them. Not for ICMP."""
     one, two = FibAddr.of(source), FibAddr.of(destination)
     low = (one.q[1], one.q[0]) < (two.q[1], two.q[0])
     ports = (socket.htons(source_port), socket.htons(destination_port))
-    if protocol in (ICMP, ICMPV6):
-        ports = (ports[0], ports[0])
     if low:
         return low, abi.CtKey(low=one, high=two, low_port=ports[0], high_port=ports[1], proto=protocol)
     return low, abi.CtKey(low=two, high=one, low_port=ports[1], high_port=ports[0], proto=protocol)
@@ -140,4 +138,6 @@ def is_alive(tables: Tables, entry: abi.CtEntry, protocol: int) -> bool:
         limit = config.close_s
     else:
         limit = config.tcp_s if flags & abi.CtFlag.ANSWERED else config.syn_s
-    return bool(beat(config.beat_shift) - entry.seen & 0xFFFFFFFF <= limit)
+    idle = beat(config.beat_shift) - entry.seen & 0xFFFFFFFF
+    # A program may have noted a beat that begins only now.
+    return bool(idle <= limit or idle > 0x7FFFFFFF)
