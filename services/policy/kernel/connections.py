@@ -96,7 +96,7 @@ class Connections:
             forward = bool(entry.flags & abi.CtFlag.CLIENT_LOW) == low
             ends = (source, destination, source_port, destination_port)
             client, server, client_port, server_port = ends if forward else (ends[1], ends[0], ends[3], ends[2])
-            idle = beat(tables.config.beat_shift) - entry.seen & 0xFFFFFFFF
+            idle = max(0, (beat(tables.config.beat_shift) - entry.seen + 0x80000000 & 0xFFFFFFFF) - 0x80000000)
             return Connection(client, server, protocol, client_port, server_port, entry, established, idle, True)
         return None
 
