@@ -55,7 +55,7 @@ status: install-node ## Show the health of every part of the node
 .PHONY: test test-unit test-datapath test-e2e test-interop soak-identity soak-lb lint format
 test: lint ## Install what is missing and run everything CI runs
 	@# Most of what they do is wait: side by side they take half the time. Each is shown as a whole when it ends.
-	@$(MAKE) --no-print-directory -j3 -O -k test-unit test-datapath test-e2e test-interop
+	@$(MAKE) --no-print-directory -j2 -O -k test-e2e test-unit test-datapath test-interop
 
 test-unit: install ## Pure Python; no root
 	$(PYTEST) tests/unit
