@@ -30,12 +30,14 @@ def enter_cgroup(node: Node) -> None:
     cgroup.move(cgroup.create(pods.host_cgroup(Instance.from_env(node.instance))), os.getpid())
 
 
-def up_words(lab: Lab, node: Node) -> list[str]:
-    """How a node is started: `fibril …`."""
+def up_words(lab: Lab, services: str, node: Node) -> list[str]:
+    """How a node is started: `fibril …`. services: "" for all."""
     from services.common.instance import Instance
     from services.ctl.node import embedded_etcd
 
     line = ["up", "--cluster", node.cluster_name]
+    if services:
+        line += ["--services", services]
     members = lab.etcd_addresses(node.cluster)
     if members:
         return [*line, "--etcd-members", ",".join(members)]

@@ -83,8 +83,9 @@ def command() -> None:
     show_default=True,
     help="Sample pods on each node: p1, p2, … with the labels app=p1, …",
 )
+@click.option("--services", default="", metavar="NAME,…", help="Services that each node runs. [default: all]")
 @pass_ctl
-def up(ctl: Ctl, /, name: str, pods: int, **given: Any) -> None:
+def up(ctl: Ctl, /, name: str, pods: int, services: str, **given: Any) -> None:
     """Build the namespaces and start a node in each; again completes what is missing, with the same options
     unless more nodes are asked for."""
     from lab import build
@@ -101,7 +102,7 @@ def up(ctl: Ctl, /, name: str, pods: int, **given: Any) -> None:
         build.build(lab)
         for batch in labs.batches(lab):
             progress.step(f"starting {', '.join(n.name for n in batch)}")
-            labs.fibril(lab, batch, partial(labs.up_words, lab), "did not come up", options)
+            labs.fibril(lab, batch, partial(labs.up_words, lab, services), "did not come up", options)
         if lab.mode == "cloud":
             progress.step("giving addresses to the nodes")
             firsts = [n for n in lab.nodes() if n.number == 1]

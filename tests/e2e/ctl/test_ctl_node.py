@@ -16,6 +16,9 @@ from ctlnode import FIBRIL, ROOT, Node, wait_for
 
 from services.ctl import procs
 
+# What is about nodes as such needs no more.
+UP = ("up", "--services", "ipam,identity")
+
 
 def test_up_status_pods_check(node: Node) -> None:
     status = node.fibril("status", code=1)
@@ -43,33 +46,33 @@ def test_up_status_pods_check(node: Node) -> None:
 
 
 def test_up_again_is_harmless_and_repairs(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     before = node.processes()
-    node.fibril("up")
+    node.fibril(*UP)
     assert node.processes() == before
     os.kill(before["supervisor"], signal.SIGKILL)
-    node.fibril("up")
+    node.fibril(*UP)
     after = node.processes()
     assert after.pop("supervisor") != before.pop("supervisor")
     assert after == before
 
 
 def test_up_mends_a_node_whose_run_directory_was_removed(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "a")
     before = node.processes()
     shutil.rmtree(node.instance.run_dir)
-    node.fibril("up")
+    node.fibril(*UP)
     after = node.processes()
     assert not set(before.values()) & set(after.values())
     node.fibril("check")
 
 
 def test_two_ups_at_once_make_one_node(node: Node) -> None:
-    running = [node.start(*FIBRIL, "up", stdout=subprocess.DEVNULL) for _ in range(3)]
+    running = [node.start(*FIBRIL, *UP, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [popen.wait(60) for popen in running] == [0, 0, 0], node.logs()
     names = [p.name for p in _held(node)]
-    assert sorted(names) == ["etcd", "identity", "ipam", "lb", "supervisor"]
+    assert sorted(names) == ["etcd", "identity", "ipam", "supervisor"]
 
 
 def _held(node: Node) -> list[procs.Process]:
@@ -80,7 +83,7 @@ def _held(node: Node) -> list[procs.Process]:
 
 
 def test_a_node_is_not_touched_from_another_namespace(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     before = node.processes()
     for word in ("up", "down"):
         done = subprocess.run(
@@ -110,7 +113,7 @@ def test_a_wrong_configuration_is_said_by_up(node: Node, tmp_path: Path) -> None
 
 
 def test_a_killed_service_comes_back_and_pods_stay_reachable(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "a")
     node.fibril("pod", "add", "b")
     before = node.processes()
@@ -122,10 +125,10 @@ def test_a_killed_service_comes_back_and_pods_stay_reachable(node: Node) -> None
 
 
 def test_up_with_other_options_changes_how_it_runs(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "a")
     before = node.processes()
-    node.fibril("up", "--in-process")
+    node.fibril(*UP, "--in-process")
     after = node.processes()
     assert after["supervisor"] != before["supervisor"]
     assert not {"ipam", "identity"} & set(after)
@@ -133,7 +136,7 @@ def test_up_with_other_options_changes_how_it_runs(node: Node) -> None:
 
 
 def test_exec_runs_in_the_pod_with_terminal_and_exit_code(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     pod = node.json("pod", "add", "a")
     done = node.fibril("pod", "exec", "a", "--", "sh", "-c", "ip -o -4 address show eth0; exit 7", code=7)
     assert pod["ipv4"] in done.stdout
@@ -149,7 +152,7 @@ def test_exec_runs_in_the_pod_with_terminal_and_exit_code(node: Node) -> None:
 
 
 def test_a_pod_that_cannot_be_wired_leaves_nothing(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     failed = node.fibril("pod", "add", "a", "--pool", "no-such-pool", code=1)
     assert "no-such-pool" in failed.stderr
     assert not Path(f"/run/netns/fib-{node.name}_a").exists()
@@ -159,7 +162,7 @@ def test_a_pod_that_cannot_be_wired_leaves_nothing(node: Node) -> None:
 
 
 def test_bpf_shows_what_is_there_with_every_process_dead(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "a")
     node.kill_all()
     found = node.json("bpf")
@@ -172,7 +175,7 @@ def test_bpf_shows_what_is_there_with_every_process_dead(node: Node) -> None:
 
 
 def test_ipam_through_the_command(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril(
         "ipam", "pool", "put", "blue", "--cidr", "10.77.0.0/24", "--block-v4", "26", "--exclude", "10.77.0.2"
     )
@@ -189,7 +192,7 @@ def test_ipam_through_the_command(node: Node) -> None:
 
 
 def test_monitor_names_a_drop_as_it_happens(node: Node, tmp_path: Path) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     pod = node.json("pod", "add", "a")
     node.fibril("pod", "exec", "a", "--", "ip", "address", "add", "192.0.2.9/32", "dev", "lo")
     # From an address that is not the pod's: refused by anti-spoofing.
@@ -222,7 +225,7 @@ def test_monitor_names_a_drop_as_it_happens(node: Node, tmp_path: Path) -> None:
 
 
 def test_endpoint_check_sees_damage(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "a")
     assert node.fibril("endpoint", "check").stdout.strip() == "1 checked, no difference"
     assert node.json("endpoint", "get", "a")["pod"] == "a"

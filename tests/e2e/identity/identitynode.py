@@ -66,7 +66,7 @@ class IdentityNode(Node):
 
     def up(self, *words: str) -> None:
         self.disconnect()
-        self.fibril("up", *words)
+        self.fibril("up", "--services", "ipam,identity", *words)
         self.endpoints = EndpointServiceStub(self._channel("ipam"))
         self.identities = IdentityServiceStub(self._channel("identity"))
         self.ipcache = IpcacheServiceStub(self._channel("identity"))

@@ -21,6 +21,8 @@ from lab.topology import Lab, Node
 from services.common.instance import Instance
 from services.ctl import procs
 
+NETWORK = ("--services", "ipam,identity")
+"""For labs about the ways between nodes: what balances and what refuses takes seconds to compile."""
 FIBRIL = (sys.executable, "-m", "services.ctl.main")
 ROOT = Path(__file__).parents[3]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modelab import ModeLab, lab, wait_for
+from modelab import NETWORK, ModeLab, lab, wait_for
 
 # How `fibril lab up` is called, and the mode and MTU from c1n1 to each other node.
 SHAPES: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, int]]]] = {
@@ -37,7 +37,7 @@ def moded(request: pytest.FixtureRequest) -> Iterator[tuple[ModeLab, dict[str, t
     if os.geteuid() != 0:
         pytest.skip("needs root")
     shape, ways = SHAPES[request.param]
-    with lab(*shape, "--pods", "1") as made:
+    with lab(*shape, "--pods", "1", *NETWORK) as made:
         yield made, ways
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from modelab import ModeLab, lab, wait_for
+from modelab import NETWORK, ModeLab, lab, wait_for
 
 LEASE_S = 4
 
@@ -20,7 +20,7 @@ def cluster() -> Iterator[ModeLab]:
     """Two nodes whose loss is noticed soon."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    with lab("--nodes", "2", "--pods", "1", FIBRIL_IDENTITIES_LEASE_S=str(LEASE_S)) as made:
+    with lab("--nodes", "2", "--pods", "1", *NETWORK, FIBRIL_IDENTITIES_LEASE_S=str(LEASE_S)) as made:
         yield made
 
 

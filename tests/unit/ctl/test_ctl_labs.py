@@ -30,11 +30,11 @@ def test_nodes_that_hold_etcd_are_started_before_those_that_need_it() -> None:
         ["c1n2", "c1n3", "c1n4", "c2n2", "c2n3", "c2n4"],
     ]
     assert [len(batch) for batch in labs.batches(three)] == [3, 1]
-    assert "--etcd" not in labs.up_words(one, one.node(1, 1))
+    assert "--etcd" not in labs.up_words(one, "", one.node(1, 1))
     first = node.embedded_etcd(Instance.from_env("x-c2n1")).endpoint
-    assert labs.up_words(one, one.node(2, 3))[-2:] == ["--etcd", first]
+    assert labs.up_words(one, "", one.node(2, 3))[-2:] == ["--etcd", first]
     members = ["--etcd-members", "172.30.1.1,172.30.1.2,172.30.1.3"]
-    assert all(labs.up_words(three, each)[-2:] == members for each in three.nodes())
+    assert all(labs.up_words(three, "", each)[-2:] == members for each in three.nodes())
 
 
 def test_a_lab_may_grow_and_nothing_else() -> None:
