@@ -52,10 +52,11 @@ status: install-node ## Show the health of every part of the node
 	@$(BIN)/fibril --instance $(INSTANCE) status
 
 # ---- test ----------------------------------------------------------------------------------------------------------
-.PHONY: test test-unit test-datapath test-e2e test-interop soak-identity soak-lb lint format
+E2E_SERVICES := tests/e2e/lb tests/e2e/policy
+.PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop soak-identity soak-lb lint format
 test: lint ## Install what is missing and run everything CI runs
-	@# Most of what they do is wait: side by side they take half the time. Each is shown as a whole when it ends.
-	@$(MAKE) --no-print-directory -j2 -O -k test-e2e test-unit test-datapath test-interop
+	@# Most of what they do is wait: two side by side take little more than half the time. Each is shown when it ends.
+	@$(MAKE) --no-print-directory -j2 -O -k test-e2e-nodes test-e2e-services test-datapath test-interop test-unit
 
 test-unit: install ## Pure Python; no root
 	$(PYTEST) tests/unit
@@ -63,8 +64,13 @@ test-unit: install ## Pure Python; no root
 test-datapath: install ## BPF programs through BPF_PROG_TEST_RUN
 	$(PYTEST) tests/datapath
 
-test-e2e: install ## Real pods and nodes in network namespaces
-	$(PYTEST) tests/e2e
+test-e2e: test-e2e-nodes test-e2e-services ## Real pods and nodes in network namespaces
+
+test-e2e-nodes: install
+	$(PYTEST) tests/e2e $(addprefix --ignore=,$(E2E_SERVICES))
+
+test-e2e-services: install
+	$(PYTEST) $(E2E_SERVICES)
 
 test-interop: install ## Real etcd, podman, containerd and CNI plugins
 	$(PYTEST) tests/interop
