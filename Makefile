@@ -129,6 +129,7 @@ bench-identity: install ## Identities a second; addresses: from node to node, co
 bench-lb: install ## Connections to 1 to 50,000 services, programming them; against iptables and nftables
 	@$(BIN)/python -m bench.lb
 	@$(BIN)/python -m bench.lbsock
+	@$(BIN)/python -m bench.lbpps
 
 bench-policy: install ## Changes of policies until enforced, identities, memory
 	@$(BIN)/python -m bench.policy
