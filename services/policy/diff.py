@@ -176,14 +176,17 @@ class Differ:
         """What would deny a connection that is allowed now; None: nothing."""
         client, server = self._end(flow.source), self._end(flow.destination)
         port = flow.icmp_type if flow.protocol in (ICMP, ICMPV6) else flow.destination.port
+        refused: Found | None = None
         for direction, subject, peer in ((Direction.EGRESS, client, server), (Direction.INGRESS, server, client)):
             if subject.endpoint is None:
                 continue
-            now = self._explainer.decide(direction, subject, peer, flow.protocol, port)
+            # What the client's end let pass may have been refused at the server's.
+            if not self._explainer.decide(direction, subject, peer, flow.protocol, port).allowed:
+                return None
             then = self._explainer.decide(direction, subject, peer, flow.protocol, port, after)
-            if now.allowed and not then.allowed:
-                return then
-        return None
+            if not then.allowed and refused is None:
+                refused = then
+        return refused
 
     def _end(self, end: flow_pb2.FlowEnd) -> Who:
         endpoint = self._enforcer.endpoints.get(end.endpoint) if end.endpoint else None

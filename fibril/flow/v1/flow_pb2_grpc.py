@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class FlowServiceStub:
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """
@@ -52,7 +52,7 @@ class FlowServiceStub:
 
 class FlowServiceServicer:
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """
@@ -94,7 +94,7 @@ def add_FlowServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class FlowService:
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """

@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class FlowServiceStub:
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """
@@ -45,7 +45,7 @@ class FlowServiceStub:
 @_typing.type_check_only
 class FlowServiceAsyncStub(FlowServiceStub):
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """
@@ -58,7 +58,7 @@ class FlowServiceAsyncStub(FlowServiceStub):
 
 class FlowServiceServicer(metaclass=_abc_1.ABCMeta):
     """FlowService shows what the node's policy has decided lately: one flow for each connection that begins, ends or is refused, not one for
-    each packet. The node remembers a bounded number (`policy.flows`).
+    each packet. Between two pods of the node each one's policy tells for itself: the sender's may forward what the receiver's drops. The node remembers a bounded number (`policy.flows`).
 
     Errors: INVALID_ARGUMENT names the field; ABORTED when a follower falls too far behind.
     """

@@ -1,0 +1,96 @@
+"""What a change would change: pairs of identities by their ports, and flows that were seen."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from fibril.flow.v1 import flow_pb2
+from fibril.policy.v1 import policy_pb2 as pb
+from services.identity.numbers import Reserved, make
+from services.policy.answers import Answers
+from services.policy.diff import Differ
+from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.explain import Explainer
+from services.policy.model import (
+    TCP,
+    Action,
+    Direction,
+    EndpointPeer,
+    Kind,
+    Policy,
+    PolicyKey,
+    Port,
+    Rule,
+    Selector,
+)
+from services.policy.resolve.numbers import RuleNumbers
+from services.policy.resolve.world import World
+
+WEB, DB = make(1, 1), make(1, 2)
+
+
+def policy(name: str, port: int, peer: str = "web", direction: Direction = Direction.INGRESS, subject: str = "db") -> Policy:
+    rule = Rule(
+        Selector.of({"app": subject}), direction, Action.ALLOW, (EndpointPeer(Selector.of({"app": peer})),),
+        (Port(TCP, port, port),), default_deny=True,
+    )  # fmt: skip
+    return Policy(PolicyKey(Kind.FIBRIL, "", name), (rule,))
+
+
+def flow(port: int) -> flow_pb2.Flow:
+    return flow_pb2.Flow(
+        protocol=TCP,
+        source=flow_pb2.FlowEnd(address="10.0.0.1", identity=WEB, endpoint=1),
+        destination=flow_pb2.FlowEnd(address="10.0.0.2", identity=DB, endpoint=2, port=port),
+    )
+
+
+async def diff(there: list[Policy], changed: list[Policy], gone: bool = False, *flows: flow_pb2.Flow) -> pb.DiffResponse:
+    enforcer = Enforcer(World(), RuleNumbers(), {})
+    for reserved in Reserved:
+        enforcer.add_identity(reserved, {reserved.label: ""})
+    for number, identity, app in ((1, WEB, "web"), (2, DB, "db")):
+        enforcer.add_identity(identity, {"app": app})
+        address = (ip_address(f"10.0.0.{number}"),)
+        enforcer.set_endpoint(Endpoint(number, 100 + number, {"app": app}, identity, app, addresses=address))
+    for each in there:
+        enforcer.set_policy(each.key, each)
+    explainer = Explainer(enforcer, True)
+    # Only the shape of a decision is asked of it.
+    answers = Answers(None, enforcer, explainer, None, lambda: None)  # type: ignore[arg-type]
+    held = len(enforcer.world.selectors)
+    found = await Differ(enforcer, explainer, answers, lambda _: flows).diff(changed, gone, 0)
+    assert len(enforcer.world.selectors) == held
+    return found
+
+
+async def test_pairs_whose_verdict_changes_and_no_others() -> None:
+    found = await diff([], [policy("p", 80)])
+    pairs = {(each.source_identity, each.destination_identity): each for each in found.pairs}
+    assert {server for _, server in pairs} == {DB} and (WEB, DB) in pairs and found.pair_count == len(found.pairs)
+    # From the web all but the port is refused then.
+    assert all(each.allowed_before and not each.allowed_after for each in pairs[WEB, DB].ports)
+    assert not any(each.protocol == TCP and each.first <= 80 <= each.last for each in pairs[WEB, DB].ports)
+    assert list(pairs[WEB, DB].source_pods) == ["web"] and dict(pairs[WEB, DB].source_labels)["app"] == "web"
+
+
+async def test_nothing_changes_by_the_same_policy_again() -> None:
+    found = await diff([policy("p", 80)], [policy("p", 80)], False, flow(80))
+    assert (found.pair_count, found.flow_count) == (0, 0)
+
+
+async def test_flows_that_would_break() -> None:
+    found = await diff([], [policy("p", 80)], False, flow(80), flow(81))
+    assert [each.flow.destination.port for each in found.flows] == [81]
+    assert not found.flows[0].decision.allowed and "no rule allows it" in found.flows[0].decision.reason
+    # What the server refuses now breaks by nothing that the client's policy says.
+    there = [policy("p", 80)]
+    changed = [policy("out", 443, "db", Direction.EGRESS, "web")]
+    found = await diff(there, changed, False, flow(80), flow(81))
+    assert [each.flow.destination.port for each in found.flows] == [80]
+
+
+async def test_a_policy_that_goes() -> None:
+    found = await diff([policy("p", 80)], [policy("p", 80)], True, flow(80))
+    assert found.flow_count == 0 and found.pair_count
+    assert all(each.allowed_after for pair in found.pairs for each in pair.ports)
