@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
