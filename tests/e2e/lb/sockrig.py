@@ -51,6 +51,8 @@ def serve(host, port, kind=socket.SOCK_DGRAM, name=None):
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
+    if kind == socket.SOCK_STREAM:
+        listener.listen(1024)  # before anyone is told
     name = (name or f"{host} {port}").encode()
     def datagrams():
         while True:
@@ -58,7 +60,6 @@ def serve(host, port, kind=socket.SOCK_DGRAM, name=None):
             listener.sendto(name, peer)
     held = []
     def connections():
-        listener.listen(1024)
         while True:
             made, _ = listener.accept()
             try:
@@ -91,7 +92,10 @@ class Process:
 
     def __init__(self, group: Path | None = None, inside: Path | None = None) -> None:
         self._child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-I", "-S", "-c", DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         # Before it makes a socket: a socket belongs to the group its maker is in.
         if group is not None:
@@ -210,7 +214,9 @@ class Rig:
         assert sum(slot.crowd for slot in slots) == sum(key.kind == abi.SockKind.OWN for key, _ in found)
         assert all(bool(slot.cookie) == slot.claims for slot in slots)
         return found + [
-            (abi.SockKey(cookie=slot.cookie, proto=slot.entry.proto), slot.entry) for slot in slots if slot.cookie
+            (abi.SockKey(cookie=slot.cookie, proto=slot.entry.proto), slot.entry)
+            for slot in slots
+            if slot.cookie
         ]
 
     def close(self) -> None:

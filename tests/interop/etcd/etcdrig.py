@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,24 @@ async def kill(etcd: EmbeddedEtcd) -> None:
     await etcd.wait()
 
 
+def stop(pid: int) -> None:
+    """Stop a process; the last of its threads has stopped at the end, as a signal reaches each by itself."""
+    os.kill(pid, signal.SIGSTOP)
+    for _ in range(1000):
+        if all(
+            stat.read_text().rpartition(")")[2].split()[0] == "T"
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+        ):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{pid} does not stop")
+
+
 @contextlib.contextmanager
 def hanging(etcd: EmbeddedEtcd) -> Iterator[None]:
     """It accepts connections and says nothing."""
     assert etcd.process is not None
-    os.kill(etcd.process.pid, signal.SIGSTOP)
+    stop(etcd.process.pid)
     try:
         yield
     finally:

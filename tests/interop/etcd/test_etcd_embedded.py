@@ -17,7 +17,7 @@ from services.common.errors import FailedPrecondition, Unavailable
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.pidfile import ProcessRef
-from tests.interop.etcd.etcdrig import kill, until
+from tests.interop.etcd.etcdrig import kill, stop, until
 
 # A parent that starts a server and then waits to be killed.
 PARENT = """
@@ -191,7 +191,7 @@ async def test_a_server_that_hangs_is_reported_in_time_and_not_replaced(
     await server.start()
     ref = server.process
     assert ref is not None
-    os.kill(ref.pid, signal.SIGSTOP)
+    stop(ref.pid)
     with pytest.raises(Unavailable, match=r"not healthy after 0\.3 s"):
         await server.start(timeout_s=0.3)
     os.kill(ref.pid, signal.SIGCONT)
