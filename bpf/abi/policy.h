@@ -21,25 +21,11 @@
 
 #include "abi/addr.h"
 #include "abi/endpoint.h"
+#include "abi/policy_eps.h"
 #include "lib/likely.h"
 #include "lib/maps.h"
 
 #define POL_INNER (1 << 12)    /* BPF_F_INNER_MAP: inner arrays may differ in size */
-#define POL_MMAPABLE (1 << 10) /* BPF_F_MMAPABLE */
-
-/* pol_ep.flags */
-#define POL_EP_AUDIT 0x1    /* report verdicts, let everything pass */
-#define POL_EP_LOCKDOWN 0x2 /* let nothing pass */
-
-/* What is in force for an endpoint. Zero: not known yet, which denies everything. Element 0 is the host's, whose owner is 0; there
- * zero means that nothing is asked. */
-struct pol_ep {
-	__u32 policy;   /* line of POL_POLICIES; these two are one store */
-	__u32 revision;
-	__u32 flags;    /* POL_EP_* */
-	__u32 owner;    /* host-side ifindex of the pod it was written for: numbers of endpoints are used again */
-};
-_Static_assert(sizeof(struct pol_ep) == 16, "ABI");
 
 /* pol_lines: what its inner arrays hold. */
 enum pol_table {
@@ -268,7 +254,6 @@ enum pol_stat {
 FIB_MAP("array", __u32, struct pol_line, pol_line_t, 1, POL_MMAPABLE | POL_INNER);
 FIB_MAP("lru_hash", struct ct_key, struct ct_entry, ct_flow_t, 1, 0);
 
-FIB_MAP("array", __u32, struct pol_ep, pol_eps, EP_MAX, POL_MMAPABLE);
 FIB_MAP("array_of_maps$pol_line_t", __u32, __u32, pol_lines, POL_TABLES, 0);
 /* Class of an identity in a policy's table of peers; none: class 0, if it is known. */
 FIB_MAP("hash", struct pol_peer, __u32, pol_peers, POL_PEERS_MAX, BPF_F_NO_PREALLOC);

@@ -74,6 +74,7 @@ ATTACH_TYPES: Final = {
     "cgroup_udp6_sendmsg": 15,
     "cgroup_udp4_recvmsg": 19,
     "cgroup_udp6_recvmsg": 20,
+    "trace_raw_tp": 23,
     "cgroup_inet4_getpeername": 29,
     "cgroup_inet6_getpeername": 30,
     "cgroup_inet_sock_release": 34,
@@ -268,6 +269,42 @@ def map_batch(
     if _syscall(_NR_BPF, cmd, ct.addressof(buffer), 56) < 0:
         return struct.unpack_from("I", buffer.raw, 32)[0], ct.get_errno()
     return struct.unpack_from("I", buffer.raw, 32)[0], 0
+
+
+class Refused(OSError):
+    """The verifier would not have it; `log` says why."""
+
+    log = ""
+
+
+def prog_load(kind: str, code: bytes, name: str, attach_type: int = 0, btf_id: int = 0) -> int:
+    """Load instructions as they are (license GPL); the descriptor. `btf_id`: type of the kernel's that it is attached to."""
+    instructions, licence = ct.create_string_buffer(code, len(code)), ct.create_string_buffer(b"GPL")
+    log = ct.create_string_buffer(1 << 20)
+    attr = struct.pack(
+        "IIQQIIQII16sIIIIQIIQIII",
+        PROG_TYPES.index(kind),
+        len(code) // 8,
+        ct.addressof(instructions),
+        ct.addressof(licence),
+        1,
+        len(log),
+        ct.addressof(log),
+        0,
+        0,
+        name.encode()[:15],
+        0,
+        attach_type,
+        *[0] * 7,
+        btf_id,
+        0,
+    )
+    try:
+        return call(PROG_LOAD, attr, f"program {name}")[0]
+    except OSError as error:
+        refused = Refused(*error.args)
+        refused.log = log.value.decode(errors="replace")
+        raise refused from None
 
 
 def prog_fd_by_id(ident: int) -> int:

@@ -14,7 +14,8 @@ from typing import Any, Final, Self
 
 from services.common import errors
 
-_STRUCT, _UNION = 4, 5
+_STRUCT, _UNION, _ENUM, _TYPEDEF = 4, 5, 6, 8
+_KINDS: Final = {_STRUCT: "structure", _ENUM: "enumeration", _TYPEDEF: "type"}
 _TRANSPARENT: Final = frozenset({8, 9, 10, 11, 18})
 """Typedefs and qualifiers: the same layout under another name."""
 
@@ -71,10 +72,24 @@ class Btf:
             total += at
         return total
 
-    def _find(self, name: str) -> int:
-        number: int = _libbpf().btf__find_by_name_kind(self._btf, name.encode(), _STRUCT)
+    def enumerator(self, path: str) -> int:
+        """The value of a name of an enumeration: "sock_flags.SOCK_DONE". FailedPrecondition if there is none."""
+        kind, name = path.split(".")
+        info, _, address = self._type(self._find(kind, _ENUM))
+        for at in range(address, address + 8 * (info & 0xFFFF), 8):
+            of, value = struct.unpack("Ii", ct.string_at(at, 8))
+            if _libbpf().btf__name_by_offset(self._btf, of).decode() == name:
+                return int(value)
+        raise errors.FailedPrecondition(f"this kernel has no {path}")
+
+    def typedef(self, name: str) -> int:
+        """The number of a type by its other name, as programs name a tracepoint's arguments. FailedPrecondition if there is none."""
+        return self._find(name, _TYPEDEF)
+
+    def _find(self, name: str, kind: int = _STRUCT) -> int:
+        number: int = _libbpf().btf__find_by_name_kind(self._btf, name.encode(), kind)
         if number < 0:
-            raise errors.FailedPrecondition(f"this kernel has no structure {name}")
+            raise errors.FailedPrecondition(f"this kernel has no {_KINDS[kind]} {name}")
         return number
 
     def _type(self, number: int) -> tuple[int, int, int]:
@@ -107,9 +122,13 @@ class Btf:
         return None
 
 
-def offsets(fields: Mapping[str, str], sizes: Sequence[tuple[str, str]] = ()) -> dict[str, int]:
-    """Name -> offset of a field path, and name -> size of a structure, in one go. Blocking. Raises as Btf."""
+def offsets(
+    fields: Mapping[str, str], sizes: Sequence[tuple[str, str]] = (), enumerators: Sequence[tuple[str, str]] = ()
+) -> dict[str, int]:
+    """Name -> offset of a field path, size of a structure, or value of an enumerator, in one go. Blocking. Raises as Btf."""
     with Btf() as btf:
-        return {name: btf.offset(path) for name, path in fields.items()} | {
-            name: btf.size(structure) for name, structure in sizes
-        }
+        return (
+            {name: btf.offset(path) for name, path in fields.items()}
+            | {name: btf.size(structure) for name, structure in sizes}
+            | {name: btf.enumerator(path) for name, path in enumerators}
+        )

@@ -177,6 +177,8 @@ class Loader:
 
     def _load_function(self, module: Any, source: Path, name: str, kind: str) -> int:
         kind, _, attach = kind.partition("/")
+        if kind == "tp_btf":
+            return self._load_tracepoint(module, source, name, attach)
         if kind not in bpf.PROG_TYPES or (attach and attach not in bpf.ATTACH_TYPES):
             raise LoadError(
                 "INVALID_ARGUMENT", f"{source.name}: {name} has unknown program type {kind}/{attach}"
@@ -206,6 +208,27 @@ class Loader:
                 _tail(log[0]),
             )
         return os.dup(function.fd)
+
+    def _load_tracepoint(self, module: Any, source: Path, name: str, tracepoint: str) -> int:
+        """A program whose arguments are the tracepoint's, with the kernel's own types: BCC knows no such thing."""
+        import ctypes as ct
+
+        from bcc import lib
+
+        from services.common.kernel import btf
+
+        start = lib.bpf_function_start(module.module, name.encode())
+        if not start:
+            raise LoadError("INVALID_ARGUMENT", f"{source.name} has no function {name}")
+        with btf.Btf() as types:
+            target = types.typedef(f"btf_trace_{tracepoint}")
+        code = ct.string_at(start, lib.bpf_function_size(module.module, name.encode()))
+        try:
+            return bpf.prog_load("tracing", code, name, bpf.ATTACH_TYPES["trace_raw_tp"], target)
+        except bpf.Refused as error:
+            raise LoadError(
+                "FAILED_PRECONDITION", f"the kernel refused program {name} of {source.name}: {error}", "", _tail(error.log)
+            ) from None
 
     def _commit(self) -> None:
         with contextlib.ExitStack() as undo:

@@ -1,0 +1,138 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* What becomes of one send(). */
+#pragma once
+
+/* Whether nothing has changed since the pair was judged: the service's configuration, and both ends' policies. What has is noted. */
+static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct sa_config *config)
+{
+	bool same = pair->epoch == config->epoch;
+
+#pragma unroll
+	for (int side = 0; side < 2; side++) {
+		struct sa_end *end = &pair->ends[side];
+		__u32 id = end->endpoint;
+		struct pol_ep *now = pol_eps.lookup(&id);
+
+		if (!now)
+			continue;
+
+		__u64 policy = *(volatile __u64 *)&now->policy;
+		__u32 flags = *(volatile __u32 *)&now->flags;
+
+		if (end->policy != policy || end->policy_flags != flags) {
+			end->policy = policy;
+			end->policy_flags = flags;
+			same = false;
+		}
+	}
+	return same;
+}
+
+/* Back to TCP, until packets have got through again. */
+static __always_inline void sa_judge(struct sa_pair *pair, const struct sa_config *config)
+{
+	__u64 cookie = pair->ends[0].cookie;
+
+	pair->epoch = config->epoch;
+	pair->proofs = 0;
+	pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+	if (config->flags & SA_CFG_ON && config->classes & 1U << (pair->class & 31) && !sa_off.lookup(&cookie))
+		pair->flags &= ~SA_PAIR_OFF;
+	else
+		pair->flags |= SA_PAIR_OFF;
+}
+
+/* Whether `size` bytes of ends[side] may be handed over. Its socket is locked. */
+static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 size)
+{
+	struct sa_end *me = &pair->ends[side], *other = &pair->ends[!side];
+	bool turn = pair->speaker != side;
+	struct sa_config *config;
+	__u32 zero = 0;
+
+	if (unlikely(pair->ended || !other->cookie))
+		return false;
+	config = sa_config.lookup(&zero);
+	if (!config)
+		return false;
+	if (turn) {
+		pair->speaker = side;
+		pair->run = 0;
+	}
+	pair->run += size;
+	if (pair->run > config->run_bytes) {
+		sa_finish(pair, SA_BULK);
+		return false;
+	}
+	if (unlikely(!sa_still_judged(pair, config)))
+		sa_judge(pair, config);
+	if (unlikely(pair->flags & SA_PAIR_OFF))
+		return false;
+	if (likely(me->mode == SA_SHORT)) {
+		if (!turn)
+			return true;
+		if (unlikely(sa_is_special(other))) {
+			sa_finish(pair, SA_OPTION);
+			return false;
+		}
+		/* Who speaks without reading what he was told is not waited for: TCP has a limit. */
+		if (unlikely(!sa_is_empty(other))) {
+			sa_finish(pair, SA_BEHIND);
+			return false;
+		}
+		if (unlikely(bpf_ktime_get_ns() - pair->beat > config->beat_ns)) {
+			pair->beat = bpf_ktime_get_ns();
+			pair->proofs = 0;
+			pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+			return false;
+		}
+		return true;
+	}
+	if (!turn)
+		return false;
+	pair->proofs++;
+	if (pair->proofs <= config->proofs || !other->reads || !sa_all_read(me, other))
+		return false;
+	if (sa_is_special(me) || sa_is_special(other)) {
+		sa_finish(pair, SA_OPTION);
+		return false;
+	}
+	me->mode = SA_SHORT;
+	if (!pair->beat)
+		pair->beat = bpf_ktime_get_ns();
+	return true;
+}
+
+/* Always SK_PASS: what is not handed over goes the way it would have gone. */
+int fib_sa_msg(struct sk_msg_md *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sa_mine *mine = sk ? sa_mine.sk_storage_get(sk, 0, 0) : 0;
+	struct sa_pair *pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
+	__u32 size = ctx->size, side;
+	struct sa_end *me;
+	__u64 to;
+
+	if (!pair)
+		return SK_PASS;
+	side = mine->side & 1;
+	me = &pair->ends[side];
+	to = pair->ends[!side].cookie;
+	if (!sa_may_pass(pair, side, size) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
+		me->tcp_bytes += size;
+		me->tcp_sends++;
+		sa_count(SA_STAT_TCP_BYTES, size);
+		sa_count(SA_STAT_TCP_SENDS, 1);
+		return SK_PASS;
+	}
+	me->bytes += size;
+	me->sends++;
+	sa_count(SA_STAT_BYTES, size);
+	sa_count(SA_STAT_SENDS, 1);
+	if (unlikely(!(pair->flags & SA_PAIR_USED))) {
+		pair->flags |= SA_PAIR_USED;
+		sa_count(SA_STAT_SHORTENED, 1);
+		sa_tell(SA_EVENT_SHORT, pair);
+	}
+	return SK_PASS;
+}

@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Counting, and the end of pairs. */
+#pragma once
+
+static __always_inline void sa_count(__u32 which, __u64 by)
+{
+	__u64 *count = sa_stats.lookup(&which);
+
+	if (count)
+		*count += by;
+}
+
+static __always_inline void sa_tell(__u32 kind, const struct sa_pair *pair)
+{
+	struct sa_event *event = sa_events.ringbuf_reserve(sizeof(*event));
+
+	if (!event) {
+		sa_count(SA_STAT_LOST, 1);
+		return;
+	}
+	event->time = bpf_ktime_get_ns();
+	event->kind = kind;
+	event->pad = 0;
+	bpf_probe_read_kernel(&event->pair, sizeof(event->pair), pair);
+	sa_events.ringbuf_submit(event, 0);
+}
+
+/* It is not shortened any more; the first reason stays. */
+static __always_inline void sa_finish(struct sa_pair *pair, __u32 reason)
+{
+	if (!pair->ended)
+		pair->ended = reason;
+}

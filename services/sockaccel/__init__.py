@@ -1,0 +1,1 @@
+"""Socket acceleration: connections within one machine that skip the TCP/IP stack."""
