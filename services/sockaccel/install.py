@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -33,7 +34,12 @@ FIELDS: Final = {
     "AT_CSS_PARENT": "cgroup_subsys_state.parent",
 }
 """What the programs read of the kernel's own structures; all there since Linux 5.12."""
-MAPS: Final = {**abi.MAPS, **{name: pipeline.MAPS[name] for name in ("ep_addr", "ep_near", "ep_netns", "ep_cgroup", "ep_iface")}, "pol_eps": pipeline.POLICY_EPS}
+_ENDPOINTS: Final = ("ep_addr", "ep_near", "ep_netns", "ep_cgroup", "ep_iface")
+MAPS: Final = {
+    **abi.MAPS,
+    **{name: pipeline.MAPS[name] for name in _ENDPOINTS},
+    "pol_eps": pipeline.POLICY_EPS,
+}
 
 
 def spec(pairs: int = 0) -> loader.ProgramSpec:
@@ -43,10 +49,28 @@ def spec(pairs: int = 0) -> loader.ProgramSpec:
         functions={OPS: "sock_ops", MSG: "sk_msg", **{name: f"tp_btf/{where}" for name, where in CALLS.items()}},
         service=SERVICE,
         maps=MAPS,
-        defines={**btf.offsets(FIELDS, enumerators=[("SOCK_ZEROCOPY", "sock_flags.SOCK_ZEROCOPY")]), **({"SA_PAIRS_MAX": pairs} if pairs else {})},
+        defines={
+            **btf.offsets(FIELDS, enumerators=[("SOCK_ZEROCOPY", "sock_flags.SOCK_ZEROCOPY")]),
+            "SA_PAIRS_MAX": pairs or abi.PAIRS_MAX,
+        },
     )
 
 
 def program_path(instance: Instance, name: str) -> Path:
     """Where a program is pinned."""
     return instance.pin_dir / "prog" / SERVICE / name
+
+
+def complete(instance: Instance) -> bool:
+    """Whether all is pinned."""
+    pins = [instance.pin_dir / path for path in MAPS.values()]
+    pins += [program_path(instance, name) for name in (OPS, MSG, *CALLS)]
+    return all(path.exists() for path in pins)
+
+
+async def load(instance: Instance, pairs: int = 0) -> None:
+    """Load the programs anew, adopting what maps there are. Raises what loader.load raises.
+
+    pairs: room for so many, for tests; 0: abi.PAIRS_MAX.
+    """
+    await loader.load([await asyncio.to_thread(spec, pairs)], instance.pin_dir)

@@ -83,7 +83,7 @@ class Btf:
         raise errors.FailedPrecondition(f"this kernel has no {path}")
 
     def typedef(self, name: str) -> int:
-        """The number of a type by its other name, as programs name a tracepoint's arguments. FailedPrecondition if there is none."""
+        """The number of a type of that name, as tracepoints' arguments have. FailedPrecondition if there is none."""
         return self._find(name, _TYPEDEF)
 
     def _find(self, name: str, kind: int = _STRUCT) -> int:

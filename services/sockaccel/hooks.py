@@ -1,0 +1,151 @@
+"""Where the programs hang: the socket map, two tracepoints, a control group. They outlive the process. Functions block."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes as ct
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from services.common import errors
+from services.common.kernel import attach, bpf, cgroup, progs
+from services.sockaccel import abi, install
+
+if TYPE_CHECKING:
+    from services.common.instance import Instance
+
+_KIND: Final = "cgroup_sock_ops"
+
+
+def attach_all(instance: Instance, group: str) -> None:
+    """Have the pinned programs at work on a control group ("": the root) and all below it; idempotent.
+
+    What hands over comes first, what makes pairs last. NotFound: not loaded; FailedPrecondition: the kernel refuses.
+    """
+    with progs.opened(install.program_path(instance, install.MSG)) as fd:
+        _attach_msg(instance, fd)
+    for name in install.CALLS:
+        _attach_call(instance, name)
+    path = cgroup.create(group)
+    mark = _mark(instance)
+    with progs.opened(install.program_path(instance, install.OPS)) as fd:
+        attach.attach_cgroup(path, _KIND, fd, mark)
+    _detach_groups(mark, keep=path)
+
+
+def missing(instance: Instance, group: str) -> list[str]:
+    """Which programs do not hang where they belong."""
+    found = []
+    wanted = progs.info(install.program_path(instance, install.OPS)).id
+    if all(entry.prog_id != wanted for entry in attach.attached_cgroup(cgroup.path_of(group), _KIND)):
+        found.append(install.OPS)
+    if attached_msg(instance) != progs.info(install.program_path(instance, install.MSG)).id:
+        found.append(install.MSG)
+    return found + [name for name in install.CALLS if not _link_path(instance, name).exists()]
+
+
+def detach_all(instance: Instance) -> None:
+    """Take them off, with no service alive: no pair is made from here on; those there are go on until their maps go."""
+    with contextlib.suppress(errors.NotFound):
+        _detach_groups(_mark(instance))
+    for name in install.CALLS:
+        _link_path(instance, name).unlink(missing_ok=True)
+
+
+def attached_msg(instance: Instance) -> int:
+    """Id of the program at the socket map; 0: none, or the kernel does not tell (before 5.17)."""
+    ids = (ct.c_uint32 * 8)()
+    with _socks(instance) as fd:
+        try:
+            _, back = bpf.call(
+                bpf.PROG_QUERY,
+                struct.pack(
+                    "IIIIQIIQQQQ", fd, bpf.ATTACH_TYPES["sk_msg_verdict"], 0, 0, ct.addressof(ids), len(ids), 0, 0, 0, 0, 0
+                ),
+            )
+        except OSError:
+            return 0
+    return ids[0] if struct.unpack_from("I", back, 24)[0] else 0
+
+
+def _attach_msg(instance: Instance, prog_fd: int) -> None:
+    if attached_msg(instance) == bpf.prog_info(prog_fd).id:
+        return
+    with _socks(instance) as fd:
+        try:
+            bpf.call(
+                bpf.PROG_ATTACH,
+                struct.pack("IIIIIIQ", fd, prog_fd, bpf.ATTACH_TYPES["sk_msg_verdict"], 0, 0, 0, 0),
+            )
+        except OSError as error:
+            raise errors.FailedPrecondition(
+                f"the kernel refuses a program at a map of sockets: {error.strerror}",
+                fix="this needs Linux 5.12 or newer with CONFIG_NET_SOCK_MSG",
+            ) from None
+
+
+def _attach_call(instance: Instance, name: str) -> None:
+    """A link of a tracepoint is pinned under the program's name; of a newer program in the place of the older."""
+    path = _link_path(instance, name)
+    with progs.opened(install.program_path(instance, name)) as fd:
+        if path.exists() and _linked(path) == bpf.prog_info(fd).id:
+            return
+        try:
+            link = bpf.call(bpf.RAW_TRACEPOINT_OPEN, struct.pack("QIIQ", 0, fd, 0, 0))[0]
+        except OSError as error:
+            raise errors.FailedPrecondition(
+                f"cannot attach to tracepoint {install.CALLS[name]}: {error.strerror}", fix="this needs Linux 6.3 or newer"
+            ) from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = path.with_name(name + "~")
+        fresh.unlink(missing_ok=True)
+        bpf.pin(link, str(fresh))
+        fresh.rename(path)
+    finally:
+        os.close(link)
+
+
+def _linked(path: Path) -> int:
+    """Id of the program of a pinned link (struct bpf_link_info: type, id, prog_id)."""
+    fd = bpf.get(str(path))
+    try:
+        out = ct.create_string_buffer(64)
+        bpf.call(bpf.INFO_BY_FD, struct.pack("IIQ", fd, len(out), ct.addressof(out)), "link info")
+        return int(struct.unpack_from("III", out.raw)[2])
+    finally:
+        os.close(fd)
+
+
+def _link_path(instance: Instance, name: str) -> Path:
+    return instance.pin_dir / "link" / install.SERVICE / name
+
+
+@contextlib.contextmanager
+def _socks(instance: Instance) -> Iterator[int]:
+    try:
+        fd = bpf.get(str(instance.pin_dir / abi.MAPS["sa_socks"]))
+    except FileNotFoundError:
+        raise errors.NotFound("the programs of socket acceleration have not been loaded") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _mark(instance: Instance) -> int:
+    """What all programs of an instance use, of whatever version they are, and nobody else's: a map."""
+    with _socks(instance) as fd:
+        return bpf.map_info(fd).id
+
+
+def _detach_groups(mark: int, keep: Path | None = None) -> None:
+    for directory, _, _ in os.walk(cgroup.mount_point()):
+        path = Path(directory)
+        # Groups come and go.
+        with contextlib.suppress(errors.NotFound):
+            if path != keep:
+                attach.detach_cgroup(path, _KIND, install.OPS, mark)

@@ -1,0 +1,184 @@
+"""The maps of the family `sockaccel`, opened; what the service writes is written by difference.
+
+For one thread. Programs read every map at any time, so the configuration, which makes anything eligible, is written last.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from services.common.errors import ResourceExhausted
+from services.common.kernel.maps import BpfMap
+from services.common.pipeline.abi import FibAddr, IPAddress
+from services.sockaccel import abi
+
+if TYPE_CHECKING:
+    from services.common.instance import Instance
+
+RUN_BYTES: Final = 65_536
+PROOFS: Final = 4
+BEAT_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What all the maps are to hold. Masks have a bit for each class."""
+
+    on: bool = False
+    classes: int = 0
+    any_port: int = 0
+    any_group: int = 0
+    proxies: int = 0
+    same: int = 0
+    pods: int = 0
+    host: int = 0
+    within: int = 0
+    run_bytes: int = RUN_BYTES
+    proofs: int = PROOFS
+    beat_s: float = BEAT_S
+    host_netns: int = 0
+    spaces: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    """Network namespace cookie -> masks of clients and of servers, endpoint."""
+    ports: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
+    """Port -> mask, whether proxies listen there."""
+    uids: frozenset[int] = frozenset()
+    groups: Mapping[int, int] = field(default_factory=dict)
+    hosts: frozenset[IPAddress] = frozenset()
+    off: frozenset[int] = frozenset()
+
+
+class Tables:
+    """Opened with the pins of an instance; NotFound if the programs are not loaded."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._open: list[BpfMap[Any, Any]] = []
+        try:
+            self.pairs = self._map(instance, "sa_pairs", ct.c_uint64, abi.Pair)
+            self.stats = self._map(instance, "sa_stats", ct.c_uint32, ct.c_uint64)
+            self._config = self._map(instance, "sa_config", ct.c_uint32, abi.Config)
+            self._spaces = self._map(instance, "sa_spaces", ct.c_uint64, abi.Space)
+            self._ports = self._map(instance, "sa_ports", ct.c_uint32, abi.Port)
+            self._uids = self._map(instance, "sa_uids", ct.c_uint32, ct.c_uint32)
+            self._groups = self._map(instance, "sa_groups", ct.c_uint64, ct.c_uint32)
+            self._hosts = self._map(instance, "sa_hosts", FibAddr, ct.c_uint32)
+            self._off = self._map(instance, "sa_off", ct.c_uint64, ct.c_uint32)
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self, instance: Instance, name: str, key: Any, value: Any) -> BpfMap[Any, Any]:
+        made: BpfMap[Any, Any] = BpfMap.open(instance.pin_dir / abi.MAPS[name], key, value)
+        self._open.append(made)
+        return made
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+        self._open = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def capacity(self) -> int:
+        """Pairs there can be."""
+        return self.pairs.info.max_entries
+
+    def config(self) -> abi.Config:
+        """As it is now."""
+        return self._config.lookup(0) or abi.Config()
+
+    def write(self, wanted: Wanted) -> int:
+        """Make it so; how many entries were changed. If any was, every pair is judged anew.
+
+        ResourceExhausted, before anything is changed, if something has no room.
+        """
+        for name, entries, room in (
+            ("ports", wanted.ports, abi.PORTS_MAX),
+            ("uids", wanted.uids, abi.UIDS_MAX),
+            ("cgroups", wanted.groups, abi.GROUPS_MAX),
+            ("addresses of the host", wanted.hosts, abi.HOSTS_MAX),
+            ("switched off pairs", wanted.off, abi.OFF_MAX),
+        ):
+            if len(entries) > room:
+                raise ResourceExhausted(f"{len(entries)} {name}, the limit is {room}", fix="name fewer")
+        changed = self._write_spaces(wanted)
+        changed += _agree(self._ports, {port: abi.Port(mask, int(proxy)) for port, (mask, proxy) in wanted.ports.items()})
+        changed += _agree(self._uids, {uid: ct.c_uint32(1) for uid in wanted.uids})
+        changed += _agree(self._groups, {group: ct.c_uint32(mask) for group, mask in wanted.groups.items()})
+        changed += _agree(self._hosts, {bytes(FibAddr.of(address)): ct.c_uint32(1) for address in wanted.hosts})
+        changed += _agree(self._off, {cookie: ct.c_uint32(1) for cookie in wanted.off})
+        before = self.config()
+        after = abi.Config(
+            flags=(abi.ConfigFlag.ON if wanted.on else 0) | (abi.ConfigFlag.GROUPS if wanted.groups else 0),
+            epoch=before.epoch,
+            classes=wanted.classes,
+            any_port=wanted.any_port,
+            any_group=wanted.any_group,
+            proxies=wanted.proxies,
+            same=wanted.same,
+            pods=wanted.pods,
+            host=wanted.host,
+            within=wanted.within,
+            run_bytes=wanted.run_bytes,
+            proofs=wanted.proofs,
+            beat_ns=int(wanted.beat_s * 1e9),
+            host_netns=wanted.host_netns,
+        )
+        if changed or bytes(after) != bytes(before):
+            after.epoch = (before.epoch + 1) & 0xFFFFFFFF
+            self._config.update(0, after)
+            changed += 1
+        return changed
+
+    def judge(self) -> None:
+        """Have every pair judged anew, on TCP."""
+        config = self.config()
+        config.epoch = (config.epoch + 1) & 0xFFFFFFFF
+        self._config.update(0, config)
+
+    def _write_spaces(self, wanted: Wanted) -> int:
+        there = {int(key.value): value for key, value in self._spaces.items()}
+        changed = 0
+        for cookie, (client, server, endpoint) in wanted.spaces.items():
+            old = there.pop(cookie, None)
+            if old is None or (old.client, old.server, old.endpoint) != (client, server, endpoint):
+                # That a proxy is at work there is the programs' knowledge.
+                proxied = old.flags if old is not None and old.endpoint == endpoint else 0
+                self._spaces.update(cookie, abi.Space(client, server, endpoint, proxied))
+                changed += 1
+        for cookie in there:
+            changed += self._spaces.delete(cookie)
+        return changed
+
+    def stat(self, which: int) -> int:
+        """Sum of a counter over all CPUs."""
+        return sum(int(each.value) for each in self.stats.lookup_percpu(which) or ())
+
+    def all_pairs(self) -> list[abi.Pair]:
+        """Those whose server is known."""
+        return [pair for _, pair in self.pairs.items() if pair.ends[1].cookie]
+
+
+def _agree(table: BpfMap[Any, Any], wanted: Mapping[Any, Any]) -> int:
+    """Have a map hold exactly these; how many entries were changed. Keys are integers, or bytes of a structure."""
+    there = {_key(key): value for key, value in table.items()}
+    changed = 0
+    for key, value in wanted.items():
+        old = there.pop(key, None)
+        if old is None or bytes(old) != bytes(value):
+            table.update(FibAddr.from_buffer_copy(key) if isinstance(key, bytes) else key, value)
+            changed += 1
+    for key in there:
+        changed += table.delete(FibAddr.from_buffer_copy(key) if isinstance(key, bytes) else key)
+    return changed
+
+
+def _key(key: Any) -> Any:
+    return bytes(key) if isinstance(key, ct.Structure) else key.value

@@ -1,0 +1,165 @@
+"""Connections that are shortened, and those that are not: real sockets, tables filled by hand."""
+
+from __future__ import annotations
+
+import pytest
+from accelrig import A4, A6, B4, B6, Rig, until
+
+from services.sockaccel import abi
+from tests.e2e.lb.sockrig import Process
+
+TALK = """
+def take(s, size):
+    got = b""
+    while len(got) < size:
+        more = s.recv(size - len(got))
+        assert more, "closed"
+        got += more
+    return got
+
+def talk(rounds, size=64, begin=0):
+    # Both ends are here: client c, server d.
+    for number in range(begin, begin + rounds):
+        word = bytes([number & 255]) * size
+        c.sendall(word)
+        assert take(d, size) == word
+        d.sendall(word[::-1] + b".")
+        assert take(c, size + 1) == word[::-1] + b"."
+"""
+KINDS = {
+    "v4 loopback": ("AF_INET", "AF_INET", "127.0.0.1", "127.0.0.1"),
+    "v6 loopback": ("AF_INET6", "AF_INET6", "::1", "::1"),
+    "v4 own address": ("AF_INET", "AF_INET", A4, A4),
+    "v6 own address": ("AF_INET6", "AF_INET6", A6, A6),
+    "mapped client": ("AF_INET6", "AF_INET", f"::ffff:{A4}", A4),
+    "mapped server": ("AF_INET", "AF_INET6", A4, "::"),
+}
+
+
+def pair_up(
+    process: Process,
+    family: str = "AF_INET",
+    of_server: str = "AF_INET",
+    to: str = "127.0.0.1",
+    at: str = "127.0.0.1",
+) -> None:
+    process.do(TALK)
+    process.do(f"""
+l = socket.socket(socket.{of_server}); l.bind(({at!r}, 0)); l.listen()
+c = socket.socket(socket.{family}); c.connect(({to!r}, l.getsockname()[1])); d, _ = l.accept()
+c.settimeout(5); d.settimeout(5)
+""")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_that_take_turns_are_shortened(rig: Rig, kind: str) -> None:
+    process = rig.process()
+    before = rig.stat(abi.Stat.SENDS)
+    pair_up(process, *KINDS[kind])
+    (pair,) = rig.pairs()
+    assert pair.ends[0].netns == pair.ends[1].netns == rig.cookies[0]
+    process.do("talk(50)")
+    (pair,) = rig.pairs()
+    # Proofs first, and a first word and an answer before them.
+    assert pair.ends[0].sends >= 40 and pair.ends[1].sends >= 40
+    assert pair.ends[0].tcp_sends + pair.ends[0].sends == 50
+    assert pair.ends[0].bytes == 64 * pair.ends[0].sends and pair.ends[1].bytes == 65 * pair.ends[1].sends
+    assert rig.stat(abi.Stat.SENDS) - before == pair.ends[0].sends + pair.ends[1].sends
+    process.do("c.close(); assert d.recv(1) == b''; d.close()")
+    assert until(lambda: not rig.pairs())
+
+
+@pytest.mark.parametrize("address", [B4, B6])
+def test_pods_of_one_node_are_shortened(rig: Rig, address: str) -> None:
+    server, client = rig.process(1), rig.process(0)
+    family = "AF_INET6" if ":" in address else "AF_INET"
+    port = server.do(f"l = socket.socket(socket.{family}); l.bind(({address!r}, 0)); l.listen()", "l.getsockname()[1]")
+    client.do(f"c = socket.socket(socket.{family}); c.connect(({address!r}, {port}))")
+    server.do("d, _ = l.accept()")
+    for number in range(30):
+        client.do(f"c.sendall(b'{number:03}')")
+        assert server.do("", "d.recv(99).decode()") == f"{number:03}"
+        server.do(f"d.sendall(b'{number:05}')")
+        assert client.do("", "c.recv(99).decode()") == f"{number:05}"
+    (pair,) = rig.pairs()
+    assert (pair.ends[0].endpoint, pair.ends[1].endpoint) == (1, 2)
+    assert pair.ends[0].sends > 20 and pair.ends[1].sends > 20
+
+
+def test_bulk_is_left_to_tcp_and_taken_out(rig: Rig) -> None:
+    process = rig.process()
+    pair_up(process)
+    before = rig.ended(abi.EndReason.BULK)
+    process.do("""
+def reader():
+    global got
+    got = 0
+    while got < 4 << 20:
+        got += len(d.recv(1 << 16))
+t = threading.Thread(target=reader); t.start()
+c.sendall(bytes(4 << 20)); t.join()
+""")
+    assert process.give("got") == 4 << 20
+    until(lambda: rig.ended(abi.EndReason.BULK) == before + 1)
+    assert rig.pairs() == []
+    process.do("talk(20)")
+
+
+def test_bulk_later_goes_back_to_tcp_for_good(rig: Rig) -> None:
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(30)")
+    sends = rig.pairs()[0].ends[0].sends
+    assert sends > 20
+    process.do("""
+def reader():
+    take(d, 4 << 20)
+t = threading.Thread(target=reader); t.start()
+c.sendall(bytes(4 << 20)); t.join()
+talk(20)
+""")
+    (pair,) = rig.pairs()
+    assert pair.ended == abi.EndReason.BULK and pair.ends[0].sends <= sends + 1
+
+
+def test_what_nobody_asked_for_is_left_alone(rig: Rig) -> None:
+    process = rig.process()
+    rig.write(same=0)
+    before = rig.stat(abi.Stat.PAIRS)
+    pair_up(process)
+    process.do("talk(30)")
+    assert rig.stat(abi.Stat.PAIRS) == before and rig.pairs() == []
+
+
+def test_switched_off_and_on_live(rig: Rig) -> None:
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    cookie = rig.pairs()[0].ends[0].cookie
+    for changes, back in (
+        ({"on": False}, {"on": True}),
+        ({"classes": 0}, {"classes": 1}),
+        ({"off": frozenset({cookie})}, {"off": frozenset()}),
+    ):
+        rig.write(**changes)
+        sends = rig.pairs()[0].ends[0].sends
+        process.do("talk(20)")
+        assert rig.pairs()[0].ends[0].sends == sends
+        rig.write(**back)
+        process.do("talk(20)")
+        assert rig.pairs()[0].ends[0].sends > sends + 10
+
+
+def test_now_and_then_a_word_goes_by_tcp(rig: Rig) -> None:
+    process = rig.process()
+    rig.write(beat_s=0.2)
+    pair_up(process)
+    process.do("talk(20)")
+    tcp = rig.pairs()[0].ends[0].tcp_sends
+    process.do("""
+for _ in range(10):
+    time.sleep(0.05)
+    talk(4)
+""")
+    assert tcp + 2 <= rig.pairs()[0].ends[0].tcp_sends + rig.pairs()[0].ends[1].tcp_sends
+    assert rig.pairs()[0].ends[0].sends > 20
