@@ -15,6 +15,7 @@ SECTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "identity": (*SHARED, "identities"),
     "lb": (*SHARED, "lb"),
     "policy": (*SHARED, "policy"),
+    "sockaccel": (*SHARED, "sockaccel"),
 }
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
     "policy": "policy",
     "flow": "flow",
     "prefilter": "prefilter",
+    "sockaccel": "sockaccel",
     "connectivity": "connectivity",
     "monitor": "monitor",
     "trace": "trace",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from services.common.etcd.embedded import EmbeddedEtcd, Member
 
 # Service -> module that runs it; in order of start.
-SERVICES = {"ipam": "services.ipam", "identity": "services.identity", "lb": "services.lb", "policy": "services.policy"}
+SERVICES = {name: f"services.{name}" for name in ("ipam", "identity", "lb", "policy", "sockaccel")}
 ETCD = "etcd"  # name of the child process, its directory and its log
 POLL_S = 0.02
 HOPELESS_RESTARTS = 4  # a child that died this often while coming up will not come up
@@ -279,6 +279,7 @@ def _removals(
     from services.ipam.endpoints import teardown
     from services.lb import teardown as balancing
     from services.policy import teardown as policies
+    from services.sockaccel import teardown as acceleration
 
     if options.etcd or options.etcd_members:
         yield "the node's lease in etcd", partial(_leave, instance, options)
@@ -286,6 +287,7 @@ def _removals(
         yield f"pod {name}", partial(pods.remove, instance, name)
     yield "load balancing", partial(balancing.remove, instance)
     yield "policies", partial(policies.remove, instance)
+    yield "socket acceleration", partial(acceleration.remove, instance)
     yield "ways to other nodes", partial(network.remove, instance)
     yield "links, routes and rules", partial(teardown.remove, instance)
     yield "BPF programs and maps", partial(remove_tree, instance.pin_dir)

@@ -50,11 +50,20 @@ def _policy(instance: Instance, file: Path | None, overrides: Overrides) -> tupl
     return build(instance, cfg), cfg.host
 
 
+def _sockaccel(instance: Instance, file: Path | None, overrides: Overrides) -> tuple[Service, HostConfig]:
+    from services.sockaccel.__main__ import build
+    from services.sockaccel.config import SockAccelConfig
+
+    cfg = command.load("sockaccel", SockAccelConfig, file, overrides)
+    return build(instance, cfg), cfg.host
+
+
 BUILD: Mapping[str, Callable[[Instance, Path | None, Overrides], tuple[Service, HostConfig]]] = {
     "ipam": _ipam,
     "identity": _identity,
     "lb": _lb,
     "policy": _policy,
+    "sockaccel": _sockaccel,
 }
 
 

@@ -47,12 +47,15 @@ def missing(instance: Instance, group: str) -> list[str]:
     return found + [name for name in install.CALLS if not _link_path(instance, name).exists()]
 
 
-def detach_all(instance: Instance) -> None:
-    """Take them off, with no service alive: no pair is made from here on; those there are go on until their maps go."""
-    with contextlib.suppress(errors.NotFound):
-        _detach_groups(_mark(instance))
+def detach_all(instance: Instance) -> list[Path]:
+    """Take them off, with no service alive; which control groups they were on.
+
+    No pair is made from here on; those there are go on until their maps go.
+    """
+    groups = _detach_groups(_mark(instance))
     for name in install.CALLS:
         _link_path(instance, name).unlink(missing_ok=True)
+    return groups
 
 
 def attached_msg(instance: Instance) -> int:
@@ -142,10 +145,12 @@ def _mark(instance: Instance) -> int:
         return bpf.map_info(fd).id
 
 
-def _detach_groups(mark: int, keep: Path | None = None) -> None:
+def _detach_groups(mark: int, keep: Path | None = None) -> list[Path]:
+    gone = []
     for directory, _, _ in os.walk(cgroup.mount_point()):
         path = Path(directory)
         # Groups come and go.
         with contextlib.suppress(errors.NotFound):
-            if path != keep:
-                attach.detach_cgroup(path, _KIND, install.OPS, mark)
+            if path != keep and attach.detach_cgroup(path, _KIND, install.OPS, mark):
+                gone.append(path)
+    return gone

@@ -161,6 +161,10 @@ class Tables:
         """Sum of a counter over all CPUs."""
         return sum(int(each.value) for each in self.stats.lookup_percpu(which) or ())
 
+    def switched_off(self) -> set[int]:
+        """Pairs that an earlier process switched off."""
+        return {int(key.value) for key in self._off.keys()}  # noqa: SIM118 - it is no mapping
+
     def all_pairs(self) -> list[abi.Pair]:
         """Those whose server is known."""
         return [pair for _, pair in self.pairs.items() if pair.ends[1].cookie]

@@ -16,10 +16,12 @@ from services.identity.config import IdentityConfig
 from services.ipam.config import IpamConfig
 from services.lb.config import LbConfig
 from services.policy.config import PolicyConfig
+from services.sockaccel.config import SockAccelConfig
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
 CONFIGS: dict[str, type[Any]] = {
     "ipam": IpamConfig, "identity": IdentityConfig, "lb": LbConfig, "policy": PolicyConfig,
+    "sockaccel": SockAccelConfig,
 }  # fmt: skip
 
 
@@ -64,12 +66,13 @@ def test_processes_of_one_file_listen_on_ports_of_their_own(tmp_path: Path) -> N
         f'host: {{rpc: {{tcp: "[::1]:7400", {tls}}}, telemetry: {{prometheus: "127.0.0.1:9464"}}}}\n'
     )
     loaded = [command.load(name, cls, file, {}).host for name, cls in CONFIGS.items()]
-    assert [host.rpc.tcp for host in loaded] == [f"[::1]:{port}" for port in range(7400, 7404)]
+    assert [host.rpc.tcp for host in loaded] == [f"[::1]:{port}" for port in range(7400, 7405)]
     assert [host.telemetry.prometheus for host in loaded] == [
         "127.0.0.1:9464",
         "127.0.0.1:9465",
         "127.0.0.1:9466",
         "127.0.0.1:9467",
+        "127.0.0.1:9468",
     ]
     any_free = command.load(
         "identity", CONFIGS["identity"], None, {"host.telemetry.prometheus": "127.0.0.1:0"}

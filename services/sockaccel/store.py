@@ -1,0 +1,85 @@
+"""What is declared on this node, on its disk: classes, each with the bit it has in the kernel's masks, and the main switch."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from fibril.sockaccel.v1 import sockaccel_pb2 as pb
+from services.common import db
+from services.common.errors import NotFound, ResourceExhausted
+from services.sockaccel import convert
+from services.sockaccel.abi import CLASSES
+from services.sockaccel.model import LOCAL_PROXIES, Class
+
+MIGRATIONS: Final = (
+    """
+    CREATE TABLE classes (bit INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, declared BLOB NOT NULL);
+    CREATE TABLE switch (everything INTEGER NOT NULL);
+    INSERT INTO switch VALUES (1);
+    """,
+)
+
+
+class Store:
+    """Used from one event loop. A change is on the disk when the call returns; one that raises has changed nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """FailedPrecondition when the file cannot be used."""
+        fresh = not path.exists()
+        self._db: sqlite3.Connection = db.open_db(
+            path, MIGRATIONS, "restore it, or move it away and declare the classes anew"
+        )
+        self.on = bool(self._db.execute("SELECT everything FROM switch").fetchone()[0])
+        self.classes: dict[str, tuple[int, Class]] = {}
+        for bit, name, blob in self._db.execute("SELECT bit, name, declared FROM classes"):
+            self.classes[name] = bit, convert.declared(pb.Class.FromString(blob), name)
+        if fresh:
+            self.upsert(LOCAL_PROXIES)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def upsert(self, each: Class) -> bool:
+        """Whether there was none of that name. ResourceExhausted: there are as many as there can be."""
+        known = self.classes.get(each.name)
+        bit = known[0] if known is not None else self._free_bit()
+        blob = convert.class_message(each).SerializeToString(deterministic=True)
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO classes VALUES (?, ?, ?)", (bit, each.name, blob))
+        self.classes[each.name] = bit, each
+        return known is None
+
+    def delete(self, name: str) -> int:
+        """The bit it had. NotFound."""
+        bit = self.require(name)[0]
+        with self._db:
+            self._db.execute("DELETE FROM classes WHERE bit = ?", (bit,))
+        del self.classes[name]
+        return bit
+
+    def require(self, name: str) -> tuple[int, Class]:
+        """Bit and class of that name. NotFound."""
+        if name not in self.classes:
+            raise NotFound(f"there is no class {name!r}", field="name", fix="see: fibril sockaccel class ls")
+        return self.classes[name]
+
+    def switch(self, on: bool) -> None:
+        """Everything off, or on."""
+        with self._db:
+            self._db.execute("UPDATE switch SET everything = ?", (int(on),))
+        self.on = on
+
+    def name_of(self, bit: int) -> str:
+        """Name of the class with that bit; empty if it is gone."""
+        return next((name for name, (number, _) in self.classes.items() if number == bit), "")
+
+    def _free_bit(self) -> int:
+        taken = {bit for bit, _ in self.classes.values()}
+        free = next((bit for bit in range(CLASSES) if bit not in taken), None)
+        if free is None:
+            raise ResourceExhausted(
+                f"there are {CLASSES} classes already, the limit is {CLASSES}", field="declared.name", fix="delete one"
+            )
+        return free
