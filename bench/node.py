@@ -34,7 +34,7 @@ class Node:
         self.root = root
         # Sockets of the machine, and of other nodes on it, are none of this one's.
         self.env = {**os.environ, "FIBRIL_RUN_ROOT": str(root / "run"), "FIBRIL_STATE_ROOT": str(root / "state"),
-                    "FIBRIL_LB_CGROUP": Instance(name).cgroup}
+                    "FIBRIL_LB_CGROUP": Instance(name).cgroup, "FIBRIL_SOCKACCEL_CGROUP": Instance(name).cgroup}
 
     def fibril(self, *words: str) -> None:
         """Run the command inside the namespace (nsenter leaves /sys alone, so bpffs stays in sight)."""

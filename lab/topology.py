@@ -218,6 +218,7 @@ class Lab:
             "FIBRIL_NETWORK_UNDERLAY": "auto" if self.underlay == "dual" else self.underlay,
             # Sockets of other nodes on this kernel are not this node's to balance.
             "FIBRIL_LB_CGROUP": Instance(node.instance).cgroup,
+            "FIBRIL_SOCKACCEL_CGROUP": Instance(node.instance).cgroup,
             "FIBRIL_CONNECTIVITY_WORLD": " ".join(self.world),
         }
 

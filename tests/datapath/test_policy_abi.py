@@ -49,7 +49,6 @@ def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "mirror"), [
-    (r"^#define POL_EP_(\w+) (0x\w+)", abi.EpFlag),
     (r"^#define POL_CFG_(\w+) (0x\w+)", abi.ConfigFlag),
     (r"^\tPOL_STAT_(\w+) = (\d+),", abi.Stat),
     (r"^\tPOL_(POLICIES|CELLS) = (\d+),", abi.Table),
@@ -57,6 +56,11 @@ def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
 ])  # fmt: skip
 def test_numbers_are_the_headers(pattern: str, mirror: Any) -> None:
     assert numbers("policy.h", pattern) == {name: member.value for name, member in mirror.__members__.items()}
+
+
+def test_switches_of_endpoints_are_the_headers() -> None:
+    mine = {flag.name: flag.value for flag in abi.EpFlag}
+    assert numbers("policy_eps.h", r"^#define POL_EP_(\w+) (0x\w+)") == mine
 
 
 def test_connections_flags_are_the_headers() -> None:

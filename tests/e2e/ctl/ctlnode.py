@@ -48,7 +48,7 @@ class Node:
         }
         self.instance = Instance.from_env(self.name, self.env)
         # Sockets of the machine, and of other tests' nodes, are none of this one's.
-        self.env["FIBRIL_LB_CGROUP"] = self.instance.cgroup
+        self.env["FIBRIL_LB_CGROUP"] = self.env["FIBRIL_SOCKACCEL_CGROUP"] = self.instance.cgroup
 
     def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
         """Start a program in the namespace; mounts stay as they are."""

@@ -1,0 +1,73 @@
+"""The ctypes mirror of bpf/abi/sockaccel.h against the layouts and numbers the compiler sees."""
+
+from __future__ import annotations
+
+import ctypes as ct
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from services.common.kernel import loader
+from services.sockaccel import abi
+from tests.datapath.test_abi import CHILD, numbers
+
+STRUCTS = {"sa_config": abi.Config, "sa_space": abi.Space, "sa_port": abi.Port, "sa_end": abi.End, "sa_pair": abi.Pair,
+           "sa_event": abi.Event}  # fmt: skip
+WORDS = {"class_": "class"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = loader.bpf_root()
+    # Types of a socket's storage are known to the kernel only with those of a function.
+    child = CHILD.replace('#include "abi/endpoint.h"', '#include "abi/sockaccel.h"\\nint none(void *ctx) { return 0; }')
+    done = subprocess.run(
+        [sys.executable, "-c", child, root, ",".join(STRUCTS), tmp_path_factory.mktemp("abi") / "probe.c",
+         f"-I{root}", "-I/usr/include", f"-I/usr/include/{os.uname().machine}-linux-gnu"],
+        env={**os.environ, "BCC_KERNEL_SOURCE": str(root / "headers"), "PYTHONPATH": str(loader.ROOT)},
+        capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
+    mirror = STRUCTS[name]
+    assert ct.sizeof(mirror) == compiled[name]["size"]
+    mine = {
+        WORDS.get(field[0], field[0]): [getattr(mirror, field[0]).offset, getattr(mirror, field[0]).size]
+        for field in mirror._fields_
+    }
+    theirs = {
+        field: place for field, place in compiled[name]["fields"].items() if not field.startswith("__pad")
+    }
+    assert mine == theirs
+
+
+@pytest.mark.parametrize(("pattern", "mirror"), [
+    (r"^#define SA_CFG_(\w+) (0x\w+)", abi.ConfigFlag),
+    (r"^#define SA_SPACE_(\w+) (0x\w+)", abi.SpaceFlag),
+    (r"^#define SA_PAIR_(\w+) (0x\w+)", abi.PairFlag),
+    (r"^\tSA_STAT_(\w+) = (\d+),", abi.Stat),
+    (r"^\tSA_EVENT_(\w+) = (\d+),", abi.EventKind),
+    (r"^\tSA_(TCP|SHORT) = (\d+),", abi.Mode),
+    (r"^\tSA_(NOT_ENDED|CLOSED|BULK|READS|SENDS|OPTION|BEHIND) = (\d+),", abi.EndReason),
+])  # fmt: skip
+def test_numbers_are_the_headers(pattern: str, mirror: Any) -> None:
+    assert numbers("sockaccel.h", pattern) == {name: member.value for name, member in mirror.__members__.items()}
+
+
+def test_limits_are_the_headers() -> None:
+    assert numbers("sockaccel.h", r"^#define SA_(CLASSES|PAIRS_MAX) (\d+)") == {
+        "CLASSES": abi.CLASSES, "PAIRS_MAX": abi.PAIRS_MAX,
+    }  # fmt: skip
+    assert numbers("sockaccel.h", r"^\t(SA_STATS) = (\d+),") == {"SA_STATS": abi.STATS}
+
+
+def test_map_names_fit_the_kernel() -> None:
+    assert all(len(name) <= 15 for name in abi.MAPS)
