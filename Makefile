@@ -52,7 +52,7 @@ status: install-node ## Show the health of every part of the node
 	@$(BIN)/fibril --instance $(INSTANCE) status
 
 # ---- test ----------------------------------------------------------------------------------------------------------
-E2E_SERVICES := tests/e2e/lb tests/e2e/policy
+E2E_SERVICES := tests/e2e/lb tests/e2e/policy tests/e2e/sockaccel
 .PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop soak-identity soak-lb lint format
 test: lint ## Install what is missing and run everything CI runs
 	@# Most of what they do is wait: two side by side take little more than half the time. Each is shown when it ends.

@@ -40,7 +40,8 @@ def missing(instance: Instance, group: str) -> list[str]:
     """Which programs do not hang where they belong."""
     found = []
     wanted = progs.info(install.program_path(instance, install.OPS)).id
-    if all(entry.prog_id != wanted for entry in attach.attached_cgroup(cgroup.path_of(group), _KIND)):
+    path = cgroup.path_of(group)
+    if not path.exists() or all(entry.prog_id != wanted for entry in attach.attached_cgroup(path, _KIND)):
         found.append(install.OPS)
     if attached_msg(instance) != progs.info(install.program_path(instance, install.MSG)).id:
         found.append(install.MSG)

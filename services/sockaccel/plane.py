@@ -108,7 +108,8 @@ class Plane:
             await self._attach()
             wanted = self._wanted()
             if wanted is None:
-                raise errors.Unavailable("waiting for the endpoints of this node")
+                self._problem = "waiting for the endpoints of this node"
+                return
             self.changes += await self._run(self.tables.write, wanted)
         except (errors.FibrilError, OSError) as error:
             problem = str(error)
