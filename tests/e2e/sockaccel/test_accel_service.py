@@ -209,7 +209,7 @@ def test_what_a_policy_forbids_is_stopped_at_once_and_comes_back(
         record = pairs(declared)[0]
         assert shortened(record) == before and record["state"] == "PAIR_STATE_PROVING"
     finally:
-        fibril(declared, "policy", "delete", "-f", str(deny))
+        fibril(declared, "policy", "rm", "-f", str(deny))
     # What was sent meanwhile is sent again by TCP.
     client("held['a'].settimeout(10)")
     assert client("len(held['a'].recv(64))") == 64
