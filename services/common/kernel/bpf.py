@@ -9,11 +9,12 @@ Structures follow `union bpf_attr` in include/uapi/linux/bpf.h.
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _NR_BPF: Final = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
 
@@ -35,6 +36,7 @@ MAP_FD_BY_ID = 14
 INFO_BY_FD = 15
 PROG_QUERY = 16
 RAW_TRACEPOINT_OPEN = 17
+BTF_LOAD, BTF_FD_BY_ID = 18, 19
 MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH = 24, 26, 27
 LINK_CREATE, ENABLE_STATS = 28, 32
 
@@ -100,8 +102,8 @@ def call(cmd: int, attr: bytes, what: str = "") -> tuple[int, bytes]:
     buffer = ct.create_string_buffer(attr, len(attr))
     result = _syscall(_NR_BPF, cmd, ct.addressof(buffer), len(attr))
     if result < 0:
-        errno = ct.get_errno()
-        raise OSError(errno, os.strerror(errno), what or None)
+        number = ct.get_errno()
+        raise OSError(number, os.strerror(number), what or None)
     return result, buffer.raw
 
 
@@ -225,12 +227,16 @@ def map_create(
     flags: int = 0,
     name: str = "",
     inner_fd: int = 0,
+    types: tuple[int, int, int] = (0, 0, 0),
 ) -> int:
-    """A new map's descriptor. `name` is cut to 15 characters."""
+    """A new map's descriptor. `name` is cut to 15 characters.
+
+    types: a descriptor of type information, and the numbers of key and value in it.
+    """
     return call(
         MAP_CREATE,
         struct.pack(
-            "7I16s",
+            "7I16s5I",
             MAP_TYPES.index(kind),
             key_size,
             value_size,
@@ -239,17 +245,45 @@ def map_create(
             inner_fd,
             0,
             name.encode()[:15],
+            0,
+            *types,
+            0,
         ),
         f"map {name}",
     )[0]
+
+
+def map_types(fd: int) -> tuple[int, int, int]:
+    """Id of a map's type information, numbers of key and value in it."""
+    _, raw = _info(fd, 88)
+    found: tuple[int, int, int] = struct.unpack_from("III", raw, 64)
+    return found
+
+
+def btf_raw(ident: int) -> bytes:
+    """Type information that the kernel holds."""
+    fd = call(BTF_FD_BY_ID, struct.pack("I", ident), f"type information {ident}")[0]
+    try:
+        out = ct.create_string_buffer(1 << 20)
+        info = ct.create_string_buffer(struct.pack("QI", ct.addressof(out), len(out)), 32)
+        call(INFO_BY_FD, struct.pack("IIQ", fd, 32, ct.addressof(info)), "type information")
+        return out.raw[: struct.unpack_from("I", info.raw, 8)[0]]
+    finally:
+        os.close(fd)
+
+
+def btf_load(raw: bytes) -> int:
+    """A descriptor of type information."""
+    data = ct.create_string_buffer(raw, len(raw))
+    return call(BTF_LOAD, struct.pack("QQIIII", ct.addressof(data), 0, len(raw), 0, 0, 0), "type information")[0]
 
 
 def map_elem(cmd: int, fd: int, key: int, value: int, flags: int = 0) -> None:
     """LOOKUP, UPDATE, DELETE or NEXT_KEY; `key` and `value` are addresses of ctypes objects."""
     buffer = struct.pack("IIQQQ", fd, 0, key, value, flags)
     if _syscall(_NR_BPF, cmd, buffer, 32) < 0:
-        errno = ct.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        number = ct.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def map_batch(
@@ -278,18 +312,37 @@ class Refused(OSError):
 
 
 def prog_load(kind: str, code: bytes, name: str, attach_type: int = 0, btf_id: int = 0) -> int:
-    """Load instructions as they are (license GPL); the descriptor. `btf_id`: type of the kernel's that it is attached to."""
+    """Load instructions as they are (license GPL); the descriptor. `btf_id`: type of the kernel's that it is attached to.
+
+    Refused: with the verifier's words.
+    """
     instructions, licence = ct.create_string_buffer(code, len(code)), ct.create_string_buffer(b"GPL")
-    log = ct.create_string_buffer(1 << 20)
-    attr = struct.pack(
+    # Words cost time, so they are asked for only when it has been refused.
+    for size in (0, 1 << 24):
+        log = ct.create_string_buffer(size or 1)
+        attr = _load_attr(kind, code, name, attach_type, btf_id, instructions, licence, log if size else None)
+        try:
+            return call(PROG_LOAD, attr, f"program {name}")[0]
+        except OSError as error:
+            refused = Refused(*error.args)
+            refused.log = log.value.decode(errors="replace")
+            if error.errno == errno.EPERM:
+                break
+    raise refused
+
+
+def _load_attr(
+    kind: str, code: bytes, name: str, attach_type: int, btf_id: int, instructions: Any, licence: Any, log: Any
+) -> bytes:
+    return struct.pack(
         "IIQQIIQII16sIIIIQIIQIII",
         PROG_TYPES.index(kind),
         len(code) // 8,
         ct.addressof(instructions),
         ct.addressof(licence),
-        1,
-        len(log),
-        ct.addressof(log),
+        1 if log is not None else 0,
+        len(log) if log is not None else 0,
+        ct.addressof(log) if log is not None else 0,
         0,
         0,
         name.encode()[:15],
@@ -299,12 +352,6 @@ def prog_load(kind: str, code: bytes, name: str, attach_type: int = 0, btf_id: i
         btf_id,
         0,
     )
-    try:
-        return call(PROG_LOAD, attr, f"program {name}")[0]
-    except OSError as error:
-        refused = Refused(*error.args)
-        refused.log = log.value.decode(errors="replace")
-        raise refused from None
 
 
 def prog_fd_by_id(ident: int) -> int:

@@ -7,7 +7,9 @@ A load is all or nothing. Everything is compiled, checked and loaded first; only
 are pinned and program arrays updated, and a failure in that part takes back what it did. Loads below one
 pin directory are serialised by a lock on the directory itself, but for the compiling.
 
-Maps: BCC creates each map the C code declares. If one is already pinned under the path the spec names and
+What BCC made of a source is kept (see `compiled`), so mostly nothing is compiled at all.
+
+Maps: each map the C code declares is created. If one is already pinned under the path the spec names and
 has the same shape, its descriptor takes the new one's number (dup2) before any program is loaded, so
 programs refer to the pinned map whatever its type. Otherwise the new map is pinned. A map the spec does
 not name is private to the programs of its file.
@@ -26,10 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.common.kernel import bpf
+from services.common.kernel import bpf, btf, compiled
 from services.common.kernel.source import SourceError, flatten
 
 LOG_LINES = 40
@@ -64,6 +67,15 @@ def _tail(log: str) -> str:
     return "\n".join(log.strip().split("\n")[-LOG_LINES:])
 
 
+@dataclass(frozen=True)
+class Made:
+    """A unit and its maps, by name."""
+
+    unit: compiled.Unit
+    fds: dict[str, int]
+    digest: str
+
+
 class Loader:
     """One run. `maps` is shared by all units, so that a map two files declare is one map."""
 
@@ -74,6 +86,7 @@ class Loader:
         self.new_maps: dict[str, int] = {}
         self.programs: dict[str, int] = {}
         self.slots: list[tuple[str, int, int]] = []
+        self._modules: list[Any] = []
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
@@ -86,12 +99,12 @@ class Loader:
             )
         self.pin_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         # What takes long comes before the lock: services of a node start together.
-        modules = [self._compile(unit) for unit in self.spec["units"]]
+        units = [self._prepare(unit) for unit in self.spec["units"]]
         lock = os.open(self.pin_dir, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            for unit, module in zip(self.spec["units"], modules, strict=True):
-                self._load_unit(unit, module)
+            for unit, made in zip(self.spec["units"], units, strict=True):
+                self._load_unit(unit, made)
             start = time.monotonic()
             self._commit()
             self.seconds["commit"] = round(time.monotonic() - start, 4)
@@ -104,10 +117,8 @@ class Loader:
             "maps": {path: "created" if path in self.new_maps else "adopted" for path in self.maps},
         }
 
-    def _compile(self, unit: dict[str, Any]) -> Any:
-        """BCC's module of a unit, with maps of its own yet."""
-        from bcc import BPF
-
+    def _prepare(self, unit: dict[str, Any]) -> Made:
+        """A unit with maps of its own yet: as it was kept, else compiled and kept."""
         start = time.monotonic()
         source = Path(unit["source"])
         try:
@@ -115,6 +126,24 @@ class Loader:
         except (SourceError, OSError) as error:
             raise LoadError("INVALID_ARGUMENT", f"cannot read BPF source {source}: {error}") from error
         flags = [*self.spec["cflags"], *(f"-D{name}={value}" for name, value in unit["defines"].items())]
+        digest = compiled.digest(text, flags, Path(os.environ["BCC_KERNEL_SOURCE"]))
+        kept = compiled.read(digest)
+        made = self._recall(kept, digest) if kept is not None else None
+        if made is None:
+            made = self._compile(source, text, flags, digest)
+            self.seconds[f"compile {source.name}"] = round(time.monotonic() - start, 4)
+        return made
+
+    def _recall(self, unit: compiled.Unit, digest: str) -> Made | None:
+        try:
+            return Made(unit, unit.create_maps(), digest)
+        except (OSError, LookupError, ValueError):
+            compiled.forget(digest)
+            return None
+
+    def _compile(self, source: Path, text: str, flags: list[str], digest: str) -> Made:
+        from bcc import BPF
+
         module = None
         # BCC reports with a bare Exception; what went wrong is on stderr.
         with captured_stderr() as log, contextlib.suppress(Exception):
@@ -129,22 +158,19 @@ class Loader:
             )
         if log[0].strip():
             print(log[0], file=sys.stderr)
-        self.seconds[f"compile {source.name}"] = round(time.monotonic() - start, 4)
-        return module
+        unit, fds = compiled.of_module(module, text)
+        compiled.write(digest, unit)
+        self._modules.append(module)  # whose end would close the maps
+        return Made(unit, fds, digest)
 
-    def _load_unit(self, unit: dict[str, Any], module: Any) -> None:
-        from bcc import lib
-
+    def _load_unit(self, unit: dict[str, Any], made: Made) -> None:
         source = Path(unit["source"])
         for name, path in unit["maps"].items():
-            fd = lib.bpf_table_fd(module.module, name.encode())
-            if fd < 0:
+            if name not in made.fds:
                 raise LoadError("INVALID_ARGUMENT", f"{source.name} declares no map {name}")
-            self._adopt(name, path, fd)
+            self._adopt(name, path, made.fds[name])
         start = time.monotonic()
-        fds = {
-            name: self._load_function(module, source, name, kind) for name, kind in unit["functions"].items()
-        }
+        fds = {name: self._load_function(made, source, name, kind) for name, kind in unit["functions"].items()}
         self.seconds[f"verify {source.name}"] = round(time.monotonic() - start, 4)
         for name, fd in fds.items():
             self.programs[str(self.pin_dir / "prog" / unit["service"] / name)] = fd
@@ -155,7 +181,7 @@ class Loader:
             self.slots += [(path, int(index), fds[name]) for index, name in entries.items()]
 
     def _adopt(self, name: str, path: str, fd: int) -> None:
-        """Let descriptor `fd`, which the compiled code holds, be the map pinned at `path`."""
+        """Let descriptor `fd`, which the code is to hold, be the map pinned at `path`."""
         mine = bpf.map_info(fd)
         known = self.maps.get(path)
         if known is None:
@@ -175,59 +201,38 @@ class Loader:
         os.dup2(known, fd)
         self.maps[path] = known
 
-    def _load_function(self, module: Any, source: Path, name: str, kind: str) -> int:
+    def _load_function(self, made: Made, source: Path, name: str, kind: str) -> int:
         kind, _, attach = kind.partition("/")
+        target = 0
         if kind == "tp_btf":
-            return self._load_tracepoint(module, source, name, attach)
+            # Its arguments are the tracepoint's, with the kernel's own types.
+            with btf.Btf() as types:
+                target = types.typedef(f"btf_trace_{attach}")
+            kind, attach = "tracing", "trace_raw_tp"
         if kind not in bpf.PROG_TYPES or (attach and attach not in bpf.ATTACH_TYPES):
             raise LoadError(
                 "INVALID_ARGUMENT", f"{source.name}: {name} has unknown program type {kind}/{attach}"
             )
-        function, failure = None, ""
-        with captured_stderr() as log:
-            try:
-                function = module.load_func(
-                    name.encode(),
-                    bpf.PROG_TYPES.index(kind),
-                    attach_type=bpf.ATTACH_TYPES[attach] if attach else -1,
-                )
-            except Exception as error:  # BCC raises nothing narrower
-                failure = str(error)
-        if function is None:
-            if "super-user" in failure:
+        if name not in made.unit.functions:
+            raise LoadError("INVALID_ARGUMENT", f"{source.name} has no function {name}")
+        code = made.unit.code(name, made.fds)
+        try:
+            return bpf.prog_load(kind, code, name, bpf.ATTACH_TYPES[attach] if attach else 0, target)
+        except bpf.Refused as error:
+            # Should what is kept be at fault, it is not the next time.
+            compiled.forget(made.digest)
+            if error.errno == errno.EPERM:
                 raise LoadError(
                     "PERMISSION_DENIED",
                     f"may not load BPF program {name} of {source.name}",
                     "run as root with CAP_BPF and CAP_NET_ADMIN",
-                    _tail(log[0]),
-                )
+                    _tail(error.log),
+                ) from None
             raise LoadError(
                 "FAILED_PRECONDITION",
-                f"the kernel refused program {name} of {source.name}: {failure}",
+                f"the kernel refused program {name} of {source.name}: {error.strerror}",
                 "",
-                _tail(log[0]),
-            )
-        return os.dup(function.fd)
-
-    def _load_tracepoint(self, module: Any, source: Path, name: str, tracepoint: str) -> int:
-        """A program whose arguments are the tracepoint's, with the kernel's own types: BCC knows no such thing."""
-        import ctypes as ct
-
-        from bcc import lib
-
-        from services.common.kernel import btf
-
-        start = lib.bpf_function_start(module.module, name.encode())
-        if not start:
-            raise LoadError("INVALID_ARGUMENT", f"{source.name} has no function {name}")
-        with btf.Btf() as types:
-            target = types.typedef(f"btf_trace_{tracepoint}")
-        code = ct.string_at(start, lib.bpf_function_size(module.module, name.encode()))
-        try:
-            return bpf.prog_load("tracing", code, name, bpf.ATTACH_TYPES["trace_raw_tp"], target)
-        except bpf.Refused as error:
-            raise LoadError(
-                "FAILED_PRECONDITION", f"the kernel refused program {name} of {source.name}: {error}", "", _tail(error.log)
+                _tail(error.log),
             ) from None
 
     def _commit(self) -> None:
