@@ -93,8 +93,10 @@ struct sa_end {
 	__u64 policy;         /* pol_ep.policy and revision it was proven under */
 	__u32 policy_flags;
 	__u32 reads;          /* 1: its process has been seen to read plainly */
+	__u32 unread;         /* bytes handed to it since its queue was last seen empty: as much may wait there, no more */
+	__u32 reserved;
 };
-_Static_assert(sizeof(struct sa_end) == 104, "ABI");
+_Static_assert(sizeof(struct sa_end) == 112, "ABI");
 
 enum sa_mode {
 	SA_TCP = 0,
@@ -109,7 +111,7 @@ enum sa_end_reason {
 	SA_READS = 3,    /* recv() with flags, or splice(), that the short way does not know */
 	SA_SENDS = 4,    /* send() with such flags: urgent data, zero copy */
 	SA_OPTION = 5,   /* SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS) */
-	SA_BEHIND = 6,   /* a reader that had not read all when it was asked */
+	SA_BEHIND = 6,   /* a reader that leaves more unread than one end may send without a word of the other */
 };
 
 /* A connection. */
@@ -126,7 +128,7 @@ struct sa_pair {
 	__u32 flags;           /* SA_PAIR_* */
 	__u32 reserved;
 };
-_Static_assert(sizeof(struct sa_pair) == 256, "ABI");
+_Static_assert(sizeof(struct sa_pair) == 272, "ABI");
 
 /* sa_pair.flags */
 #define SA_PAIR_REDIRECTED 0x1 /* the client's destination is not the server's address */

@@ -69,15 +69,19 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	if (unlikely(pair->flags & SA_PAIR_OFF))
 		return false;
 	if (likely(me->mode == SA_SHORT)) {
+		/* Who speaks without reading what he is told is left to TCP, which has a limit. */
+		other->unread += size;
+		if (unlikely(other->unread > config->run_bytes)) {
+			if (!sa_is_empty(other)) {
+				sa_finish(pair, SA_BEHIND);
+				return false;
+			}
+			other->unread = size;
+		}
 		if (!turn)
 			return true;
 		if (unlikely(sa_is_special(other))) {
 			sa_finish(pair, SA_OPTION);
-			return false;
-		}
-		/* Who speaks without reading what he was told is not waited for: TCP has a limit. */
-		if (unlikely(!sa_is_empty(other))) {
-			sa_finish(pair, SA_BEHIND);
 			return false;
 		}
 		if (unlikely(bpf_ktime_get_ns() - pair->beat > config->beat_ns)) {
@@ -98,6 +102,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 		return false;
 	}
 	me->mode = SA_SHORT;
+	other->unread = size;
 	if (!pair->beat)
 		pair->beat = bpf_ktime_get_ns();
 	return true;

@@ -126,7 +126,7 @@ class End(ct.Structure):
         ("cookie", ct.c_uint64), ("sock", ct.c_uint64), ("netns", ct.c_uint64), ("addr", FibAddr), ("port", ct.c_uint32),
         ("endpoint", ct.c_uint32), ("uid", ct.c_uint32), ("mode", ct.c_uint32), ("tcp_bytes", ct.c_uint64),
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
-        ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32),
+        ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("reserved", ct.c_uint32),
     )  # fmt: skip
 
 
@@ -146,5 +146,5 @@ class Event(ct.Structure):
     _fields_ = (("time", ct.c_uint64), ("kind", ct.c_uint32), ("pad", ct.c_uint32), ("pair", Pair))
 
 
-SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 104, Pair: 256, Event: 272}
+SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 112, Pair: 272, Event: 288}
 assert all(ct.sizeof(kind) == size for kind, size in SIZES.items())

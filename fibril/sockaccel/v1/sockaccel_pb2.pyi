@@ -103,7 +103,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_OPTION: _EndReason.ValueType  # 5
     """Such an option of a socket: SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS in the kernel)."""
     END_REASON_BEHIND: _EndReason.ValueType  # 6
-    """A process speaks without reading what it was told: TCP has a limit for that."""
+    """A process leaves more unread than one end may send without a word of the other: TCP has a limit for that."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
     """Why a pair is no longer shortened, for good."""
@@ -121,7 +121,7 @@ END_REASON_SENDS: EndReason.ValueType  # 4
 END_REASON_OPTION: EndReason.ValueType  # 5
 """Such an option of a socket: SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS in the kernel)."""
 END_REASON_BEHIND: EndReason.ValueType  # 6
-"""A process speaks without reading what it was told: TCP has a limit for that."""
+"""A process leaves more unread than one end may send without a word of the other: TCP has a limit for that."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 @_typing.final

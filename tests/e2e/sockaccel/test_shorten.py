@@ -163,3 +163,41 @@ for _ in range(10):
 """)
     assert tcp + 2 <= rig.pairs()[0].ends[0].tcp_sends + rig.pairs()[0].ends[1].tcp_sends
     assert rig.pairs()[0].ends[0].sends > 20
+
+
+def test_who_does_not_read_is_left_to_tcp(rig: Rig) -> None:
+    """Both speak by turns and neither reads: what waits unread has a limit, and arrives in order."""
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    process.do("""
+sent = 0
+for _ in range(300):
+    c.sendall(bytes([sent & 255]) * 1000); d.sendall(bytes([sent & 255]) * 1000); sent += 1
+""")
+    (pair,) = rig.pairs()
+    assert pair.ended == abi.EndReason.BEHIND
+    assert max(end.unread for end in pair.ends) <= rig.wanted.run_bytes + 1000
+    process.do("""
+for s in (c, d):
+    got = take(s, 300_000)
+    assert got == b"".join(bytes([number & 255]) * 1000 for number in range(300))
+""")
+
+
+def test_who_speaks_at_once_with_the_other_stays_shortened(rig: Rig) -> None:
+    """As many streams in one connection do: turns overlap, but everything is read in time."""
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    process.do("""
+def pump(s):
+    for number in range(2000):
+        s.sendall(bytes([number & 255]) * 500)
+        if number % 16 == 15:
+            take(s, 8000)
+t = [threading.Thread(target=pump, args=(s,)) for s in (c, d)]
+[each.start() for each in t]; [each.join(20) for each in t]
+""")
+    (pair,) = rig.pairs()
+    assert not pair.ended and pair.ends[0].sends > 1900 and pair.ends[1].sends > 1900
