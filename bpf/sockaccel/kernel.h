@@ -43,10 +43,15 @@ static __always_inline bool sa_is_special(const struct sa_end *end)
 	       sa_read64(end->sock, AT_SK_FLAGS) & (1ULL << SOCK_ZEROCOPY);
 }
 
-/* Whether nothing that was handed to `end` waits there to be read. */
-static __always_inline bool sa_is_empty(const struct sa_end *end)
+/* Bytes that were handed to `end` and wait there to be read. Kernels before 6.14 do not count them: then all that was handed over since this
+ * was last asked counts, unless the queue is empty. */
+static __always_inline __u32 sa_waiting(const struct sa_end *end)
 {
 	__u64 psock = sa_read64(end->sock, AT_SK_USER_DATA) & ~7ULL;
+	__u32 counted;
 
-	return !psock || sa_read64(psock, AT_PSOCK_INGRESS) == psock + AT_PSOCK_INGRESS;
+	if (!psock || sa_read64(psock, AT_PSOCK_INGRESS) == psock + AT_PSOCK_INGRESS)
+		return 0;
+	counted = sa_read32(end->sock, AT_SK_RMEM);
+	return counted ? counted : end->unread;
 }

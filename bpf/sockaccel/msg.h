@@ -72,11 +72,11 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 		/* Who speaks without reading what he is told is left to TCP, which has a limit. */
 		other->unread += size;
 		if (unlikely(other->unread > config->run_bytes)) {
-			if (!sa_is_empty(other)) {
+			other->unread = sa_waiting(other) + size;
+			if (other->unread > config->run_bytes) {
 				sa_finish(pair, SA_BEHIND);
 				return false;
 			}
-			other->unread = size;
 		}
 		if (!turn)
 			return true;

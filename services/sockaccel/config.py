@@ -30,7 +30,7 @@ class SockAccelSection:
     )
     bulk_bytes: int = field(
         default=65_536,
-        metadata={"help": "bytes from one end without a word of the other, or left unread, above which a connection stays on TCP for good"},
+        metadata={"help": "bytes without a word of the other end, or left unread, above which a connection stays on TCP"},
     )
     proofs: int = field(default=4, metadata={"help": "changes of speaker on TCP before a connection is shortened"})
     beat_s: float = field(

@@ -27,6 +27,7 @@ FIELDS: Final = {
     "AT_SK_FLAGS": "sock.__sk_common.skc_flags",
     "AT_SK_UID": "sock.sk_uid",
     "AT_SK_CGROUP": "sock.sk_cgrp_data.cgroup",
+    "AT_SK_RMEM": "sock.sk_backlog.rmem_alloc",
     "AT_SK_USER_DATA": "sock.sk_user_data",
     "AT_PSOCK_INGRESS": "sk_psock.ingress_msg",
     "AT_CGROUP_KN": "cgroup.kn",
