@@ -103,7 +103,7 @@ lock: $(VENV)/.stamp ## Resolve the dependencies of pyproject.toml anew into req
 		--no-header --upgrade pyproject.toml -o requirements.lock
 
 # ---- measure -------------------------------------------------------------------------------------------------------
-.PHONY: bench-policy bench-pod bench-datapath bench-cni bench-ipam bench-identity bench-lb bench
+.PHONY: bench-policy bench-pod bench-datapath bench-cni bench-ipam bench-identity bench-lb bench-sockaccel bench
 bench-pod: install ## Pod to pod: request/response, connections, streams, against veth and bridge
 	@$(BIN)/python -m bench.pod
 	@$(BIN)/python -m bench.polpod
@@ -134,4 +134,8 @@ bench-lb: install ## Connections to 1 to 50,000 services, programming them; agai
 bench-policy: install ## Changes of policies until enforced, identities, memory
 	@$(BIN)/python -m bench.policy
 
-bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-policy bench-pod ## All benchmarks, one JSON object a line
+bench-sockaccel: install ## Connections within the node, handed over: against loopback, pods with policy, unix sockets
+	@$(BIN)/python -m bench.sockaccel
+
+bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-policy bench-sockaccel \
+	bench-pod ## All benchmarks, one JSON object a line
