@@ -136,13 +136,18 @@ def measure(bench: Bench, program: Path, short: Place, plain: Place, name: str, 
 
 
 def idle(bench: Bench, program: Path, instance: Instance, place: Place) -> None:
-    """Programs attached against detached, for connections that no class is about."""
+    """Programs attached against detached, for connections that no class is about.
+
+    `_beside`: while others on the machine are shortened, when the programs behind recv() and send() are attached as well.
+    """
     assert place.group is not None
     group = place.group.name
 
-    def attached(run: Run) -> Run:
+    def attached(run: Run, calls: bool) -> Run:
         def measure() -> float:
-            hooks.attach_all(instance, group)
+            hooks.attach_all(instance, group, calls)
+            if not calls:
+                hooks.detach_calls(instance)
             return run()
 
         return measure
@@ -156,9 +161,11 @@ def idle(bench: Bench, program: Path, instance: Instance, place: Place) -> None:
 
     for mode, unit in (("pp", "rounds/s"), ("connect", "connections/s")):
         run = place.run(program, mode, 64 if mode == "pp" else 1, False, ALONE)
-        found = interleave({"on": attached(run), "off": detached(run)}, quick(9, 41))
-        value, baseline = paired(found["on"], found["off"])
-        bench.emit("idle_cost" if mode == "connect" else "idle_cost_rr", unit, value, "detached", baseline)
+        ways = {"": attached(run, False), "_beside": attached(run, True)}
+        found = interleave({**ways, "off": detached(run)}, quick(9, 41))
+        for way in ways:
+            value, baseline = paired(found[way], found["off"])
+            bench.emit(("idle_cost" if mode == "connect" else "idle_cost_rr") + way, unit, value, "detached", baseline)
 
 
 def build(scratch: Path) -> Path:

@@ -95,7 +95,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	if (!turn)
 		return false;
 	pair->proofs++;
-	if (pair->proofs <= config->proofs || !other->reads || !sa_all_read(me, other))
+	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);

@@ -66,6 +66,15 @@ static __always_inline bool sa_is_proxy_uid(__u32 uid)
 	return sa_uids.lookup(&uid);
 }
 
+/* Of the socket's owner. */
+static __always_inline __u32 sa_uid_of(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	void *tcp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+
+	return tcp ? sa_read32((__u64)tcp, AT_SK_UID) : ~0U;
+}
+
 /* Classes whose control groups hold the socket's. */
 static __always_inline __u32 sa_classes_of_group(__u64 sock)
 {
@@ -91,16 +100,21 @@ static __always_inline __u32 sa_classes_of_group(__u64 sock)
 
 /* Classes a client may be of, by where it wants to. */
 static __always_inline __u32 sa_wanted(const struct sa_config *config, const struct sa_space *space,
-				       struct fib_addr *from, struct fib_addr *to, __u32 port)
+				       struct fib_addr *from, struct fib_addr *to, __u32 port, struct bpf_sock_ops *ctx)
 {
 	__u32 classes = space->client & config->classes;
 
 	if (!classes)
 		return 0;
-	if (sa_is_loopback(to) || fib_addr_same(from, to))
-		return classes & (space->endpoint ? config->same : config->within);
+	/* Where a proxy is at work, what a client wants is not where it gets. */
 	if (space->flags & SA_SPACE_PROXIED && classes & config->same)
 		return classes;
+	if (sa_is_loopback(to) || fib_addr_same(from, to)) {
+		classes &= space->endpoint ? config->same : config->within;
+		if (classes & config->proxies && !sa_is_proxy_port(port) && !sa_is_proxy_uid(sa_uid_of(ctx)))
+			classes &= ~config->proxies;
+		return classes ? classes & sa_classes_of_port(config, port) : 0;
+	}
 	if (space->endpoint && sa_hosts.lookup(to))
 		classes &= config->host;
 	else if (endpoint_by_address(to, fib_addr_is_v4(to) ? 4 : 6))
@@ -125,7 +139,7 @@ static __always_inline void sa_connected(struct bpf_sock_ops *ctx, const struct 
 	sa_local(ctx, &me->addr);
 	sa_remote(ctx, &opening.ends[1].addr);
 	opening.ends[1].port = sa_remote_port(ctx);
-	opening.class = sa_wanted(config, space, &me->addr, &opening.ends[1].addr, opening.ends[1].port);
+	opening.class = sa_wanted(config, space, &me->addr, &opening.ends[1].addr, opening.ends[1].port, ctx);
 	if (!opening.class)
 		return;
 	sk = ctx->sk;
@@ -275,6 +289,7 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~SA_WATCHED);
 	sa_socks.delete(&cookie);
+	sa_mine.sk_storage_delete(sk);
 }
 
 static __always_inline void sa_closed(struct bpf_sock_ops *ctx)
@@ -321,7 +336,7 @@ int fib_sa_ops(struct bpf_sock_ops *ctx)
 		sa_connected(ctx, config, space, netns);
 	} else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		sa_accepted(ctx, config, space, netns);
-	} else if (space->server & config->proxies && sa_is_proxy_port(ctx->local_port)) {
+	} else if (space->server & config->proxies && (sa_is_proxy_port(ctx->local_port) || sa_is_proxy_uid(sa_uid_of(ctx)))) {
 		space->flags |= SA_SPACE_PROXIED;
 	}
 	return 1;

@@ -33,6 +33,7 @@ class ConfigFlag(enum.IntFlag):
 
     ON = 0x1
     GROUPS = 0x2
+    CALLS = 0x4
 
 
 class SpaceFlag(enum.IntFlag):

@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 _KIND: Final = "cgroup_sock_ops"
 
 
-def attach_all(instance: Instance, group: str) -> None:
+def attach_all(instance: Instance, group: str, calls: bool = True) -> None:
     """Have the pinned programs at work on a control group ("": the root) and all below it; idempotent.
 
-    What hands over comes first, what makes pairs last. NotFound: not loaded; FailedPrecondition: the kernel refuses.
+    What hands over comes first, what makes pairs last. calls: those behind recv() and send() too.
+    NotFound: not loaded; FailedPrecondition: the kernel refuses.
     """
     with progs.opened(install.program_path(instance, install.MSG)) as fd:
         _attach_msg(instance, fd)
-    for name in install.CALLS:
-        _attach_call(instance, name)
+    if calls:
+        for name in install.CALLS:
+            _attach_call(instance, name)
     path = cgroup.create(group)
     mark = _mark(instance)
     with progs.opened(install.program_path(instance, install.OPS)) as fd:
@@ -36,7 +38,7 @@ def attach_all(instance: Instance, group: str) -> None:
     _detach_groups(mark, keep=path)
 
 
-def missing(instance: Instance, group: str) -> list[str]:
+def missing(instance: Instance, group: str, calls: bool = True) -> list[str]:
     """Which programs do not hang where they belong."""
     found = []
     wanted = progs.info(install.program_path(instance, install.OPS)).id
@@ -45,7 +47,7 @@ def missing(instance: Instance, group: str) -> list[str]:
         found.append(install.OPS)
     if attached_msg(instance) != progs.info(install.program_path(instance, install.MSG)).id:
         found.append(install.MSG)
-    return found + [name for name in install.CALLS if not _link_path(instance, name).exists()]
+    return found + [name for name in install.CALLS if calls and not _link_path(instance, name).exists()]
 
 
 def detach_all(instance: Instance) -> list[Path]:
@@ -54,9 +56,14 @@ def detach_all(instance: Instance) -> list[Path]:
     No pair is made from here on; those there are go on until their maps go.
     """
     groups = _detach_groups(_mark(instance))
+    detach_calls(instance)
+    return groups
+
+
+def detach_calls(instance: Instance) -> None:
+    """Take those behind recv() and send() off, which every socket of the machine pays for."""
     for name in install.CALLS:
         _link_path(instance, name).unlink(missing_ok=True)
-    return groups
 
 
 def attached_msg(instance: Instance) -> int:

@@ -3,7 +3,8 @@
     plane = Plane(instance, section, wanted)    wanted() gives what the tables are to hold; None: not known yet
     plane.need()                                something has changed
 
-What is attached stays when the process goes, and is adopted by the next.
+The programs behind recv() and send(), which every socket of the machine pays for, are attached while there are pairs;
+until then nothing is shortened. What is attached stays when the process goes, and is adopted by the next.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from services.common import errors
@@ -31,6 +34,8 @@ T = TypeVar("T")
 RESYNC_S: Final = 5.0
 """How soon programs are back that somebody took off, and tables in order that somebody changed."""
 SETTLE_S: Final = 0.01
+ALONE_S: Final = 30.0
+"""Without a pair for so long, the programs behind recv() and send() are taken off."""
 _PAUSE_S: Final = 0.1
 _RETRY_S: Final = 2.0
 
@@ -52,6 +57,7 @@ class Plane:
         self._thread = ThreadPoolExecutor(1, "sockaccel.tables")
         self._dirty, self._done = asyncio.Event(), asyncio.Event()
         self._rounds = 0
+        self._calls, self._alone_since, self._made = True, time.monotonic(), 0
         self._tables: Tables | None = None
         self._problem = "not attached yet"
         self._ring_problem = ""
@@ -110,19 +116,42 @@ class Plane:
             if wanted is None:
                 self._problem = "waiting for the endpoints of this node"
                 return
-            self.changes += await self._run(self.tables.write, wanted)
+            self.changes += await self._run(self.tables.write, replace(wanted, calls=self._calls))
+            if not self._calls and not await self._run(self._let_go):
+                self._alone_since = time.monotonic()
         except (errors.FibrilError, OSError) as error:
             problem = str(error)
         if problem and problem != self._problem:
             log.warning("sockets are not accelerated as wanted", extra={"cause": problem})
         self._problem = problem
 
+    def _let_go(self) -> bool:
+        """Nothing is shortened from here on. But if there is a pair now, what was handed to it is read under their eyes."""
+        if self.tables.any_pair():
+            return False
+        hooks.detach_calls(self._instance)
+        return True
+
+    def _look(self) -> None:
+        """Whether the programs behind recv() and send() are wanted now."""
+        if self._tables is None:
+            return
+        now, made = time.monotonic(), self._tables.stat(abi.Stat.PAIRS)
+        if made != self._made:
+            self._made, self._alone_since = made, now
+        elif self._calls and now - self._alone_since > ALONE_S and self._tables.any_pair():
+            self._alone_since = now
+        calls = now - self._alone_since <= ALONE_S
+        if calls != self._calls:
+            self._calls = calls
+            self._dirty.set()
+
     async def _attach(self) -> None:
         there = self._tables is not None and await self._run(install.complete, self._instance)
         if not there and not await self._datapath.install():
             raise self._datapath.problem or errors.Unavailable("the programs are not there")
-        if await self._run(hooks.missing, self._instance, self._section.cgroup):
-            await self._run(hooks.attach_all, self._instance, self._section.cgroup)
+        if await self._run(hooks.missing, self._instance, self._section.cgroup, self._calls):
+            await self._run(hooks.attach_all, self._instance, self._section.cgroup, self._calls)
             log.info("programs attached", extra={"cgroup": self._section.cgroup or "root"})
 
     async def _use(self) -> None:
@@ -145,6 +174,7 @@ class Plane:
                             event = abi.Event.from_buffer_copy(record)
                             if event.kind == abi.EventKind.ENDED:
                                 self._ended(event.pair, offset)
+                        self._look()
                         await asyncio.sleep(_PAUSE_S)
             except errors.FibrilError as error:
                 self._ring_problem = str(error)

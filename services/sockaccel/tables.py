@@ -48,6 +48,8 @@ class Wanted:
     groups: Mapping[int, int] = field(default_factory=dict)
     hosts: frozenset[IPAddress] = frozenset()
     off: frozenset[int] = frozenset()
+    calls: bool = True
+    """Whether the programs behind recv() and send() are attached."""
 
 
 class Tables:
@@ -116,7 +118,9 @@ class Tables:
         changed += _agree(self._off, {cookie: ct.c_uint32(1) for cookie in wanted.off})
         before = self.config()
         after = abi.Config(
-            flags=(abi.ConfigFlag.ON if wanted.on else 0) | (abi.ConfigFlag.GROUPS if wanted.groups else 0),
+            flags=(abi.ConfigFlag.ON if wanted.on else 0)
+            | (abi.ConfigFlag.GROUPS if wanted.groups else 0)
+            | (abi.ConfigFlag.CALLS if wanted.calls else 0),
             epoch=before.epoch,
             classes=wanted.classes,
             any_port=wanted.any_port,
@@ -164,6 +168,10 @@ class Tables:
     def switched_off(self) -> set[int]:
         """Pairs that an earlier process switched off."""
         return {int(key.value) for key in self._off.keys()}  # noqa: SIM118 - it is no mapping
+
+    def any_pair(self) -> bool:
+        """Whether there is one, shortened or not."""
+        return next(self.pairs.keys(), None) is not None
 
     def all_pairs(self) -> list[abi.Pair]:
         """Those whose server is known."""
