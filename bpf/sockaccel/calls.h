@@ -1,7 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* How the processes at paired sockets read and write: tracepoints, behind each call of every socket of the machine, attached only while there
- * are pairs (SA_CFG_CALLS). Calls that behave otherwise on the short way end the pair; and none is shortened before its reader has been
- * seen to read plainly: who splices is never seen. */
+/* How the processes at paired sockets read and write.
+ *
+ * Reading is seen by a tracepoint behind each recv() of every socket of the machine, attached only while there are pairs (SA_CFG_CALLS). Calls
+ * that behave otherwise on the short way end the pair; and none is shortened before its reader has been seen to read plainly: who splices
+ * is never seen.
+ *
+ * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*,
+ * SIZE_REGS and the calls' numbers are the machine's (services/sockaccel/install.py).
+ */
 #pragma once
 
 #define SA_MSG_OOB 0x1
@@ -39,17 +45,34 @@ int fib_sa_recv(__u64 *ctx)
 	return 0;
 }
 
-/* (sk, length, flags) */
-int fib_sa_send(__u64 *ctx)
-{
-	struct sa_mine *mine;
-	struct sa_pair *pair;
+enum sa_call {
+	SA_CALL_PLAIN,
+	SA_CALL_SPECIAL, /* with flags that the short way does not know */
+	SA_CALL_UNKNOWN, /* no call known here: of another kind, of another machine's programs, io_uring, the kernel's own */
+};
 
-	if (likely(!(ctx[2] & (SA_MSG_OOB | SA_MSG_ZEROCOPY))))
-		return 0;
-	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
-	pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
-	if (pair)
-		sa_finish(pair, SA_SENDS);
-	return 0;
+static __always_inline enum sa_call sa_sending(void)
+{
+	__u64 stack = sa_read64(bpf_get_current_task(), AT_TASK_STACK), flags;
+	__u64 regs[SIZE_REGS / 8];
+
+	if (bpf_probe_read_kernel(regs, sizeof(regs), (void *)(stack + SA_STACK - SIZE_REGS)))
+		return SA_CALL_UNKNOWN;
+	if ((regs[AT_REGS_MODE / 8] & SA_MODE_MASK) != SA_MODE_USER)
+		return SA_CALL_UNKNOWN;
+	switch ((__u32)regs[AT_REGS_CALL / 8]) {
+	case SA_NR_WRITE:
+	case SA_NR_WRITEV:
+		return SA_CALL_PLAIN;
+	case SA_NR_SENDTO:
+	case SA_NR_SENDMMSG:
+		flags = regs[AT_REGS_FOURTH / 8];
+		break;
+	case SA_NR_SENDMSG:
+		flags = regs[AT_REGS_THIRD / 8];
+		break;
+	default:
+		return SA_CALL_UNKNOWN;
+	}
+	return flags & (SA_MSG_OOB | SA_MSG_ZEROCOPY) ? SA_CALL_SPECIAL : SA_CALL_PLAIN;
 }

@@ -29,13 +29,19 @@ static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct s
 }
 
 /* Back to TCP, until packets have got through again. */
+static __always_inline void sa_back(struct sa_pair *pair)
+{
+	pair->proofs = 0;
+	pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+}
+
+/* What has changed may be against it. */
 static __always_inline void sa_judge(struct sa_pair *pair, const struct sa_config *config)
 {
 	__u64 cookie = pair->ends[0].cookie;
 
 	pair->epoch = config->epoch;
-	pair->proofs = 0;
-	pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+	sa_back(pair);
 	if (config->flags & SA_CFG_ON && config->classes & 1U << (pair->class & 31) && !sa_off.lookup(&cookie))
 		pair->flags &= ~SA_PAIR_OFF;
 	else
@@ -48,6 +54,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	struct sa_end *me = &pair->ends[side], *other = &pair->ends[!side];
 	bool turn = pair->speaker != side;
 	struct sa_config *config;
+	enum sa_call call;
 	__u32 zero = 0;
 
 	if (unlikely(pair->ended || !other->cookie))
@@ -62,6 +69,13 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	pair->run += size;
 	if (pair->run > config->run_bytes) {
 		sa_finish(pair, SA_BULK);
+		return false;
+	}
+	call = sa_sending();
+	if (unlikely(call != SA_CALL_PLAIN)) {
+		if (call == SA_CALL_SPECIAL)
+			sa_finish(pair, SA_SENDS);
+		sa_back(pair);
 		return false;
 	}
 	if (unlikely(!sa_still_judged(pair, config)))
@@ -86,8 +100,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 		}
 		if (unlikely(bpf_ktime_get_ns() - pair->beat > config->beat_ns)) {
 			pair->beat = bpf_ktime_get_ns();
-			pair->proofs = 0;
-			pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+			sa_back(pair);
 			return false;
 		}
 		return true;

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from services.common import errors
 from services.common.kernel import btf, loader
 from services.common.pipeline import abi as pipeline
 from services.sockaccel import abi
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "sockaccel"
 OPS: Final = "fib_sa_ops"
 MSG: Final = "fib_sa_msg"
-CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_send": "sock_send_length"}
+CALLS: Final = {"fib_sa_recv": "sock_recv_length"}
 """Programs at tracepoints."""
 FIELDS: Final = {
     "AT_TCP_WRITE_SEQ": "tcp_sock.write_seq",
@@ -33,8 +37,46 @@ FIELDS: Final = {
     "AT_CGROUP_KN": "cgroup.kn",
     "AT_KN_ID": "kernfs_node.id",
     "AT_CSS_PARENT": "cgroup_subsys_state.parent",
+    "AT_TASK_STACK": "task_struct.stack",
 }
 """What the programs read of the kernel's own structures; all there since Linux 5.12."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a process in a system call is read: where its registers are saved, and which call it is in.
+
+    A kernel with stacks of another size is not understood, which the programs notice: then nothing is shortened.
+    """
+
+    registers: Mapping[str, str]
+    numbers: Mapping[str, int]
+
+
+MACHINES: Final = {
+    "x86_64": Machine(
+        {
+            "AT_REGS_CALL": "pt_regs.orig_ax",
+            "AT_REGS_THIRD": "pt_regs.dx",
+            "AT_REGS_FOURTH": "pt_regs.r10",
+            "AT_REGS_MODE": "pt_regs.cs",
+        },
+        {
+            "SA_STACK": 16384, "SA_MODE_MASK": 0xFFFF, "SA_MODE_USER": 0x33, "SA_NR_WRITE": 1, "SA_NR_WRITEV": 20,
+            "SA_NR_SENDTO": 44, "SA_NR_SENDMSG": 46, "SA_NR_SENDMMSG": 307,
+        },
+    ),
+    "aarch64": Machine(
+        {
+            "AT_REGS_CALL": "pt_regs.syscallno",
+            "AT_REGS_MODE": "pt_regs.pstate",
+        },
+        {
+            "AT_REGS_THIRD": 16, "AT_REGS_FOURTH": 24, "SA_STACK": 16384, "SA_MODE_MASK": 0x1F, "SA_MODE_USER": 0,
+            "SA_NR_WRITE": 64, "SA_NR_WRITEV": 66, "SA_NR_SENDTO": 206, "SA_NR_SENDMSG": 211, "SA_NR_SENDMMSG": 269,
+        },
+    ),
+}  # fmt: skip
 _ENDPOINTS: Final = ("ep_addr", "ep_near", "ep_netns", "ep_cgroup", "ep_iface")
 MAPS: Final = {
     **abi.MAPS,
@@ -44,14 +86,22 @@ MAPS: Final = {
 
 
 def spec(pairs: int = 0) -> loader.ProgramSpec:
-    """All programs. Blocks for some 20 ms; FailedPrecondition if the kernel lacks a field."""
+    """All programs. Blocks for some 20 ms. FailedPrecondition: a kernel without a field, or a machine not in MACHINES."""
+    machine = MACHINES.get(platform.machine())
+    if machine is None:
+        raise errors.FailedPrecondition(
+            f"connections cannot be shortened on {platform.machine()} machines", fix=f"it takes {' or '.join(MACHINES)}"
+        )
     return loader.ProgramSpec(
         source=Path("sockaccel/sockaccel.c"),
         functions={OPS: "sock_ops", MSG: "sk_msg", **{name: f"tp_btf/{where}" for name, where in CALLS.items()}},
         service=SERVICE,
         maps=MAPS,
         defines={
-            **btf.offsets(FIELDS, enumerators=[("SOCK_ZEROCOPY", "sock_flags.SOCK_ZEROCOPY")]),
+            **btf.offsets(
+                {**FIELDS, **machine.registers}, [("SIZE_REGS", "pt_regs")], [("SOCK_ZEROCOPY", "sock_flags.SOCK_ZEROCOPY")]
+            ),
+            **machine.numbers,
             "SA_PAIRS_MAX": pairs or abi.PAIRS_MAX,
         },
     )

@@ -34,9 +34,11 @@ async def running(rig: Rig) -> AsyncIterator[Plane]:
 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("did not happen in time")
 
 
 def attached(rig: Rig) -> bool:

@@ -201,3 +201,19 @@ t = [threading.Thread(target=pump, args=(s,)) for s in (c, d)]
 """)
     (pair,) = rig.pairs()
     assert not pair.ended and pair.ends[0].sends > 1900 and pair.ends[1].sends > 1900
+
+
+def test_an_urgent_byte_is_one(rig: Rig) -> None:
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    (pair,) = rig.pairs()
+    assert pair.ends[0].sends and not pair.ended
+    process.do("""
+import select
+c.sendall(b"before"); c.send(b"!", socket.MSG_OOB); c.sendall(b"after")
+assert select.select([], [], [d], 5)[2]
+assert d.recv(1, socket.MSG_OOB) == b"!" and take(d, 11) == b"beforeafter"
+""")
+    assert rig.pairs()[0].ended == abi.EndReason.SENDS
+    process.do("talk(20)")
