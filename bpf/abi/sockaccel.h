@@ -95,9 +95,11 @@ struct sa_end {
 	__u32 policy_flags;
 	__u32 reads;          /* 1: its process has been seen to read plainly */
 	__u32 unread;         /* bytes handed to it since its queue was last seen empty: as much may wait there, no more */
-	__u32 reserved;
+	__u32 settled;        /* 1: the pair has ended, and all that this end has handed over is in the other's queue, or read */
+	__u64 task;           /* that hands over; an address in the kernel */
+	__u64 tasks;          /* how often it has been another */
 };
-_Static_assert(sizeof(struct sa_end) == 112, "ABI");
+_Static_assert(sizeof(struct sa_end) == 128, "ABI");
 
 enum sa_mode {
 	SA_TCP = 0,
@@ -129,11 +131,11 @@ struct sa_pair {
 	__u32 flags;           /* SA_PAIR_* */
 	__u32 reserved;
 };
-_Static_assert(sizeof(struct sa_pair) == 272, "ABI");
+_Static_assert(sizeof(struct sa_pair) == 304, "ABI");
 
 /* sa_pair.flags */
 #define SA_PAIR_REDIRECTED 0x1 /* the client's destination is not the server's address */
-#define SA_PAIR_USED 0x2       /* something has been handed over: sockets keep what was not read yet */
+#define SA_PAIR_USED 0x2       /* something has been handed over: taking its sockets out throws away what they have not read */
 #define SA_PAIR_OFF 0x4        /* switched off */
 
 /* In the storage of each socket. */

@@ -14,6 +14,7 @@
 #define SA_MSG_TRUNC 0x20
 #define SA_MSG_WAITALL 0x100
 #define SA_MSG_ZEROCOPY 0x4000000
+#define SA_MUCH 512 /* bytes */
 
 /* Whether a socket is in no map of sockets, and so in no pair: a load, where looking for its storage would be a call. */
 static __always_inline bool sa_is_plain(__u64 sk)
@@ -31,11 +32,14 @@ int fib_sa_recv(__u64 *ctx)
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
-	if (!mine || (mine->reads && !special))
+	/* Looked at again when it reads much, which may be the end of the pair. */
+	if (!mine || (mine->reads && !special && (int)ctx[1] < SA_MUCH))
 		return 0;
 	pair = sa_pairs.lookup(&mine->pair);
 	if (!pair)
 		return 0;
+	if (unlikely(pair->ended))
+		sa_note_settled(pair, mine->side);
 	if (special) {
 		sa_finish(pair, SA_READS);
 	} else {

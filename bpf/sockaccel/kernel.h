@@ -43,14 +43,20 @@ static __always_inline bool sa_is_special(const struct sa_end *end)
 	       sa_read64(end->sock, AT_SK_FLAGS) & (1ULL << SOCK_ZEROCOPY);
 }
 
-/* Bytes that were handed to `end` and wait there to be read. Kernels before 6.14 do not count them: then all that was handed over since this
- * was last asked counts, unless the queue is empty. */
+/* Whether anything handed to a socket waits there to be read. */
+static __always_inline bool sa_queue(__u64 sock)
+{
+	__u64 psock = sa_read64(sock, AT_SK_USER_DATA) & ~7ULL;
+
+	return psock && sa_read64(psock, AT_PSOCK_INGRESS) != psock + AT_PSOCK_INGRESS;
+}
+
+/* How many bytes do. Kernels before 6.14 do not count them: then all that was handed over since this was last asked counts, unless the queue is empty. */
 static __always_inline __u32 sa_waiting(const struct sa_end *end)
 {
-	__u64 psock = sa_read64(end->sock, AT_SK_USER_DATA) & ~7ULL;
 	__u32 counted;
 
-	if (!psock || sa_read64(psock, AT_PSOCK_INGRESS) == psock + AT_PSOCK_INGRESS)
+	if (!sa_queue(end->sock))
 		return 0;
 	counted = sa_read32(end->sock, AT_SK_RMEM);
 	return counted ? counted : end->unread;

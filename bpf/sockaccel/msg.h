@@ -121,6 +121,20 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	return true;
 }
 
+/* The last word before what is sent is handed over. Who looks whether a queue will stay empty looks at `ended` first and at the task then; here it
+ * is the other way round: one of the two sees what the other has written. */
+static __always_inline bool sa_hand_over(struct sa_pair *pair, struct sa_end *me)
+{
+	__u64 task = bpf_get_current_task();
+
+	if (unlikely(me->task != task)) {
+		__sync_fetch_and_add(&me->tasks, 1);
+		me->task = task;
+		__sync_fetch_and_add(&me->tasks, 0);
+	}
+	return !*(volatile __u32 *)&pair->ended;
+}
+
 /* Always SK_PASS: what is not handed over goes the way it would have gone. */
 int fib_sa_msg(struct sk_msg_md *ctx)
 {
@@ -136,7 +150,9 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 	side = mine->side & 1;
 	me = &pair->ends[side];
 	to = pair->ends[!side].cookie;
-	if (!sa_may_pass(pair, side, size) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
+	if (unlikely(pair->ended))
+		sa_note_settled(pair, side);
+	if (!sa_may_pass(pair, side, size) || !sa_hand_over(pair, me) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
 		me->tcp_bytes += size;
 		me->tcp_sends++;
 		sa_count(SA_STAT_TCP_BYTES, size);

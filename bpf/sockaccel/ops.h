@@ -264,18 +264,31 @@ static __always_inline void sa_accepted(struct bpf_sock_ops *ctx, const struct s
 	sa_opening.delete(&key);
 }
 
-/* The first acknowledgements of a socket tell what has become of it. */
+/* Whether nothing is, or will ever be again, in the queue of ends[side]. */
+static __always_inline bool sa_is_empty(const struct sa_pair *pair, __u32 side)
+{
+	const struct sa_end *from = &pair->ends[!side];
+
+	return (!from->tasks || from->settled) && !sa_queue(pair->ends[side].sock);
+}
+
+/* Acknowledgements tell when a socket is in sa_socks for nothing: its other end is not here, or the pair has ended. What was handed over has to
+ * be read first. */
 static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct sa_mine *mine = sk ? sa_mine.sk_storage_get(sk, 0, 0) : 0;
 	struct sa_pair *pair;
 	__u64 cookie, other;
+	void *tcp;
 
 	if (!mine)
 		return;
 	pair = sa_pairs.lookup(&mine->pair);
-	if (pair && (!pair->ended || pair->flags & SA_PAIR_USED))
+	tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp || (!pair && sa_queue((__u64)tcp)))
+		return;
+	if (pair && (!pair->ended || !sa_is_empty(pair, 0) || !sa_is_empty(pair, 1)))
 		return;
 	cookie = sa_cookie_of(ctx);
 	if (pair) {

@@ -25,6 +25,16 @@ static __always_inline void sa_tell(__u32 kind, const struct sa_pair *pair)
 	sa_events.ringbuf_submit(event, 0);
 }
 
+/* Whether all that ends[side] has handed over lies in the other's queue: called by a task that is at a socket of an ended pair, and so is in no
+ * send() of before. If several tasks have handed over, one of them may still be about to. */
+static __always_inline void sa_note_settled(struct sa_pair *pair, __u32 side)
+{
+	struct sa_end *me = &pair->ends[side & 1];
+
+	if (me->task == bpf_get_current_task() && me->tasks == 1)
+		me->settled = 1;
+}
+
 /* It is not shortened any more; the first reason stays. */
 static __always_inline void sa_finish(struct sa_pair *pair, __u32 reason)
 {

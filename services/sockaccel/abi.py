@@ -127,7 +127,8 @@ class End(ct.Structure):
         ("cookie", ct.c_uint64), ("sock", ct.c_uint64), ("netns", ct.c_uint64), ("addr", FibAddr), ("port", ct.c_uint32),
         ("endpoint", ct.c_uint32), ("uid", ct.c_uint32), ("mode", ct.c_uint32), ("tcp_bytes", ct.c_uint64),
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
-        ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("reserved", ct.c_uint32),
+        ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("settled", ct.c_uint32),
+        ("task", ct.c_uint64), ("tasks", ct.c_uint64),
     )  # fmt: skip
 
 
@@ -147,5 +148,5 @@ class Event(ct.Structure):
     _fields_ = (("time", ct.c_uint64), ("kind", ct.c_uint32), ("pad", ct.c_uint32), ("pair", Pair))
 
 
-SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 112, Pair: 272, Event: 288}
+SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 128, Pair: 304, Event: 320}
 assert all(ct.sizeof(kind) == size for kind, size in SIZES.items())
