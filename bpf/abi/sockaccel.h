@@ -97,7 +97,8 @@ struct sa_end {
 	__u32 unread;         /* bytes handed to it since its queue was last seen empty: as much may wait there, no more */
 	__u32 settled;        /* 1: the pair has ended, and all that this end has handed over is in the other's queue, or read */
 	__u64 task;           /* that hands over; an address in the kernel */
-	__u64 tasks;          /* how often it has been another */
+	__u32 tasks;          /* how often it has been another */
+	__u32 judged;         /* times it was sent back to TCP */
 };
 _Static_assert(sizeof(struct sa_end) == 128, "ABI");
 
@@ -135,7 +136,6 @@ _Static_assert(sizeof(struct sa_pair) == 304, "ABI");
 
 /* sa_pair.flags */
 #define SA_PAIR_REDIRECTED 0x1 /* the client's destination is not the server's address */
-#define SA_PAIR_USED 0x2       /* something has been handed over: taking its sockets out throws away what they have not read */
 #define SA_PAIR_OFF 0x4        /* switched off */
 
 /* In the storage of each socket. */

@@ -28,11 +28,26 @@ static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct s
 	return same;
 }
 
-/* Back to TCP, until packets have got through again. */
+/* Back to TCP, until packets have got through again. An end that is about to hand over on another CPU notices (sa_shorten). */
 static __always_inline void sa_back(struct sa_pair *pair)
 {
 	pair->proofs = 0;
+	__sync_fetch_and_add(&pair->ends[0].judged, 1);
+	__sync_fetch_and_add(&pair->ends[1].judged, 1);
 	pair->ends[0].mode = pair->ends[1].mode = SA_TCP;
+}
+
+/* From here on ends[side] hands over, unless the other end has sent both back since it was `judged`. */
+static __always_inline bool sa_shorten(struct sa_pair *pair, __u32 side, __u32 judged)
+{
+	struct sa_end *me = &pair->ends[side];
+
+	me->mode = SA_SHORT;
+	__sync_fetch_and_add(&pair->proofs, 1); /* for the barrier that it is */
+	if (likely(*(volatile __u32 *)&me->judged == judged))
+		return true;
+	me->mode = SA_TCP;
+	return false;
 }
 
 /* What has changed may be against it. */
@@ -54,8 +69,8 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	struct sa_end *me = &pair->ends[side], *other = &pair->ends[!side];
 	bool turn = pair->speaker != side;
 	struct sa_config *config;
+	__u32 zero = 0, judged;
 	enum sa_call call;
-	__u32 zero = 0;
 
 	if (unlikely(pair->ended || !other->cookie))
 		return false;
@@ -80,9 +95,14 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	}
 	if (unlikely(!sa_still_judged(pair, config)))
 		sa_judge(pair, config);
+	judged = *(volatile __u32 *)&me->judged;
 	if (unlikely(pair->flags & SA_PAIR_OFF))
 		return false;
 	if (likely(me->mode == SA_SHORT)) {
+		if (unlikely(sa_is_layered(me))) {
+			sa_finish(pair, SA_OPTION);
+			return false;
+		}
 		/* Who speaks without reading what he is told is left to TCP, which has a limit. */
 		other->unread += size;
 		if (unlikely(other->unread > config->run_bytes)) {
@@ -107,18 +127,25 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	}
 	if (!turn)
 		return false;
-	pair->proofs++;
+	__sync_fetch_and_add(&pair->proofs, 1);
 	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);
 		return false;
 	}
-	me->mode = SA_SHORT;
+	if (!sa_shorten(pair, side, judged))
+		return false;
 	other->unread = size;
 	if (!pair->beat)
 		pair->beat = bpf_ktime_get_ns();
 	return true;
+}
+
+/* Whether a socket may write at all: if not, TCP says so. */
+static __always_inline bool sa_is_open(const struct bpf_sock *sk)
+{
+	return sk->state == SA_TCP_ESTABLISHED || sk->state == SA_TCP_CLOSE_WAIT;
 }
 
 /* The last word before what is sent is handed over. Who looks whether a queue will stay empty looks at `ended` first and at the task then; here it
@@ -143,16 +170,19 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 	struct sa_pair *pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
 	__u32 size = ctx->size, side;
 	struct sa_end *me;
+	bool first;
 	__u64 to;
 
-	if (!pair)
+	if (!pair || !sa_is_open(sk))
 		return SK_PASS;
 	side = mine->side & 1;
 	me = &pair->ends[side];
 	to = pair->ends[!side].cookie;
 	if (unlikely(pair->ended))
 		sa_note_settled(pair, side);
+	first = !pair->ends[0].tasks && !pair->ends[1].tasks;
 	if (!sa_may_pass(pair, side, size) || !sa_hand_over(pair, me) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
+		me->mode = SA_TCP;
 		me->tcp_bytes += size;
 		me->tcp_sends++;
 		sa_count(SA_STAT_TCP_BYTES, size);
@@ -163,8 +193,7 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 	me->sends++;
 	sa_count(SA_STAT_BYTES, size);
 	sa_count(SA_STAT_SENDS, 1);
-	if (unlikely(!(pair->flags & SA_PAIR_USED))) {
-		pair->flags |= SA_PAIR_USED;
+	if (unlikely(first)) {
 		sa_count(SA_STAT_SHORTENED, 1);
 		sa_tell(SA_EVENT_SHORT, pair);
 	}

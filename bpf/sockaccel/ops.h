@@ -4,7 +4,6 @@
 
 /* Reports of round trips and of states, for sockets that are considered: the first comes with the first acknowledgement. */
 #define SA_WATCHED (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG)
-#define SA_TCP_CLOSE 7
 #define SA_GROUP_LEVELS 8
 #define SA_AF_INET 2
 #define SA_E2BIG 7
@@ -163,6 +162,7 @@ static __always_inline void sa_connected(struct bpf_sock_ops *ctx, const struct 
 		sa_count(SA_STAT_FULL, 1);
 		return;
 	}
+	*kept = mine; /* it may have been connected before */
 	failed = sa_socks.sock_hash_update(ctx, &mine.pair, BPF_NOEXIST);
 	if (failed) {
 		sa_count(failed == -SA_E2BIG || failed == -SA_ENOMEM ? SA_STAT_FULL : SA_STAT_TAKEN, 1);
@@ -286,7 +286,10 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 		return;
 	pair = sa_pairs.lookup(&mine->pair);
 	tcp = bpf_skc_to_tcp_sock(sk);
-	if (!tcp || (!pair && sa_queue((__u64)tcp)))
+	if (!tcp)
+		return;
+	/* Its other end is closed and gone, but what that handed over may still wait here: only a socket that connects anew is rid of it. */
+	if (!pair && (mine->reads || sa_queue((__u64)tcp)) && ctx->state != SA_TCP_SYN_SENT)
 		return;
 	if (pair && (!pair->ended || !sa_is_empty(pair, 0) || !sa_is_empty(pair, 1)))
 		return;

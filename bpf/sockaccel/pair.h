@@ -2,6 +2,12 @@
 /* Counting, and the end of pairs. */
 #pragma once
 
+/* States of TCP. */
+#define SA_TCP_ESTABLISHED 1
+#define SA_TCP_SYN_SENT 2
+#define SA_TCP_CLOSE 7
+#define SA_TCP_CLOSE_WAIT 8
+
 static __always_inline void sa_count(__u32 which, __u64 by)
 {
 	__u64 *count = sa_stats.lookup(&which);

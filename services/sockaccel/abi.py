@@ -46,7 +46,6 @@ class PairFlag(enum.IntFlag):
     """SA_PAIR_*."""
 
     REDIRECTED = 0x1
-    USED = 0x2
     OFF = 0x4
 
 
@@ -128,7 +127,7 @@ class End(ct.Structure):
         ("endpoint", ct.c_uint32), ("uid", ct.c_uint32), ("mode", ct.c_uint32), ("tcp_bytes", ct.c_uint64),
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
         ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("settled", ct.c_uint32),
-        ("task", ct.c_uint64), ("tasks", ct.c_uint64),
+        ("task", ct.c_uint64), ("tasks", ct.c_uint32), ("judged", ct.c_uint32),
     )  # fmt: skip
 
 
