@@ -1,0 +1,168 @@
+"""Calls of sockets on shortened connections give what they give on TCP: each is made on both, and compared.
+
+What differs all the same is in DIFFERENCES, to the letter: a kernel, or a program, that behaves otherwise is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import callcases
+import pytest
+from accelrig import A4, B4, Rig, until
+
+from services.sockaccel import abi
+from tests.e2e.lb.sockrig import Process
+
+DIFFERENCES: dict[str, Any] = {
+    # A recv() that waits, and is woken by anything but data, gives up with EAGAIN; what it waits for is there for the next.
+    "signal_while_reading": [["EAGAIN"], ["EAGAIN"], "abc"],
+    "room_to_write_while_reading": [["EAGAIN"], ["EAGAIN"], [None]],
+    "read_ends_with_shutdown_beside": ["EAGAIN"],
+    "read_ends_with_reset": [["EAGAIN"], "ECONNRESET"],
+    # Nobody tells the writer that what he wrote has not been read.
+    "close_with_something_unread": "",
+    # Noticed with the first call, which behaves like a plain one.
+    "waitall_in_parts": ["abc"],
+    "trunc": [4, "0123", "456789abc"],
+    "out_of_band": [1, [2, "a"], "bcd"],
+    # Noticed with the next turn of who writes.
+    "lowat_within_a_turn": [1, 1, "abcdef"],
+    # Not known to maps of sockets.
+    "splice_out": ["EAGAIN", "abcdef"],
+    "peek_off": ["ab", "abcdef", "abcdef"],
+    "inq": [],
+    "timestamps": 0,
+    "bad_address_to_write_from": [0, None, "abc"],
+}
+ENDS = {
+    "waitall_of_what_is_there": abi.EndReason.READS,
+    "waitall_in_parts": abi.EndReason.READS,
+    "waitall_a_second_time": abi.EndReason.READS,
+    "trunc": abi.EndReason.READS,
+    "zerocopy": abi.EndReason.SENDS,
+    "zerocopy_a_second_time": abi.EndReason.SENDS,
+    "out_of_band": abi.EndReason.SENDS,
+    "out_of_band_that_nobody_asks_for": abi.EndReason.SENDS,
+    "lowat_after_a_turn": abi.EndReason.OPTION,
+    "slow_reader": abi.EndReason.BULK,
+}
+"""Why a connection was no longer shortened by the end; of all others: it was closed."""
+KINDS = {
+    "v4": ("AF_INET", -1, "127.0.0.1", "127.0.0.1"),
+    "v6": ("AF_INET6", -1, "::1", "::1"),
+    "mapped": ("AF_INET6", "AF_INET", f"::ffff:{A4}", A4),
+}
+
+
+def begin(process: Process, kind: str) -> None:
+    family, of_server, to, at = KINDS[kind]
+    other = f"socket.{of_server}" if isinstance(of_server, str) else of_server
+    process.do(f"c, d = connected(socket.{family}, {other}, {to!r}, {at!r})")
+
+
+@pytest.fixture
+def caller(rig: Rig) -> Iterator[Process]:
+    process = rig.process()
+    process.do(Path(callcases.__file__).read_text())
+    yield process
+
+
+def newest(rig: Rig) -> abi.Pair:
+    return max(rig.pairs(), key=lambda pair: pair.made)
+
+
+@pytest.mark.parametrize("name", callcases.CASES)
+def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str) -> None:
+    for kind, (w, r) in [(kind, ("c", "d")) for kind in KINDS] + [("v4", ("d", "c"))]:
+        found = {}
+        for on in (False, True):
+            rig.write(on=on)
+            begin(caller, kind)
+            if w == "d":
+                # So that whoever writes begins a turn.
+                caller.do("c.sendall(b'.'); exactly(d, 1)")
+            if on:
+                pair = newest(rig)
+                assert all(end.mode == abi.Mode.SHORT and end.sends for end in pair.ends), "not shortened"
+                before = {reason: rig.ended(reason) for reason in abi.EndReason}
+            found[on] = caller.give(f"run({name!r}, {w}, {r})")
+        assert found[True] != "hangs" and found[False] != "hangs", (kind, found)
+        wanted = DIFFERENCES.get(name, found[False])
+        assert found[True] == wanted, (kind, json.dumps(found))
+        assert name not in DIFFERENCES or found[False] != wanted, "no difference any more"
+        if name in ENDS:
+            until(lambda: rig.ended(ENDS[name]) > before[ENDS[name]])  # noqa: B023
+
+
+def test_what_was_handed_over_is_peeked_before_what_comes_by_tcp(rig: Rig, caller: Process) -> None:
+    """A peek reaches up to where the way changes, no further: who waits for more must read."""
+    begin(caller, "v4")
+    caller.do("c.sendall(b'abc')")
+    assert newest(rig).ends[0].bytes and newest(rig).ends[0].mode == abi.Mode.SHORT
+    rig.write(on=False)
+    caller.do("c.sendall(b'def'); time.sleep(PAUSE_S)")
+    peeks = "[got(d, 9, socket.MSG_PEEK), waiting(d), got(d, 1), got(d), got(d, 9, socket.MSG_PEEK), got(d)]"
+    assert caller.give(peeks) == ["abc", 3, "a", "bc", "def", "def"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_words_stay_in_order_when_the_way_changes_between_any_two(rig: Rig, caller: Process, count: int) -> None:
+    """Switched off and on again at every place of a conversation, with the reader behind by some words."""
+    begin(caller, "v4")
+    caller.do("whole, back = b'', b''")
+    for number in range(2 * count):
+        rig.write(on=bool(number % 2))
+        caller.do(f"""
+for at in range(8):
+    word = b'%d.%d;' % ({number}, at)
+    whole += word; c.sendall(word)
+    if at % 3 == {number % 3}:
+        back += d.recv(5); d.sendall(b'.'); exactly(c, 1)
+""")
+    assert caller.give("back + exactly(d, len(whole) - len(back)) == whole")
+
+
+@pytest.mark.parametrize("client", [262, 0])
+def test_multipath_is_left_alone(rig: Rig, caller: Process, client: int) -> None:
+    """IPPROTO_MPTCP at both ends is not shortened; asked for by the server only, it is TCP after all."""
+    try:
+        caller.do("l = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)")
+    except OSError:
+        pytest.skip("the kernel has no multipath TCP")
+    found = caller.do(f"""
+l.bind(({A4!r}, 0)); l.listen()
+c = socket.socket(socket.AF_INET, socket.SOCK_STREAM, {client}); c.connect(l.getsockname()); d, _ = l.accept()
+for number in range(50):
+    c.sendall(b'%d' % number); assert exactly(d, len(b'%d' % number)) == b'%d' % number
+    d.sendall(b'.'); exactly(c, 1)
+whole = pattern(300_000)
+with beside(lambda: c.sendall(whole)) as done:
+    arrived = exactly(d, len(whole)) == whole
+c.close(); end = rest(d)
+""", "[arrived, done, end]")
+    assert found == [True, [None], ["", "end"]]
+    assert client == 0 or all(not end.sends for pair in rig.pairs() for end in pair.ends)
+
+
+def test_pods_call_each_other(rig: Rig) -> None:
+    """Ends in two processes and two namespaces, for calls that need both at once."""
+    server, client = rig.process(1), rig.process(0)
+    for each in (server, client):
+        each.do(Path(callcases.__file__).read_text())
+    port = server.do(f"l = socket.create_server(({B4!r}, 0))", "l.getsockname()[1]")
+    client.do(f"s = socket.create_connection(({B4!r}, {port})); s.settimeout(5)")
+    server.do("s, _ = l.accept(); s.settimeout(5)")
+    for number in range(40):
+        for one, other in ((client, server), (server, client)):
+            one.do(f"s.sendall(b'{number:04}')")
+            assert other.give("exactly(s, 4).decode()") == f"{number:04}"
+    assert all(end.mode == abi.Mode.SHORT for end in newest(rig).ends)
+    # The server dies with something unread, and with something on its way: the client gets what was sent, and then the end.
+    client.do("s.sendall(b'unread')")
+    server.do("s.sendall(b'last')")
+    server.close()
+    assert client.give("rest(s)") == ["last", "end"]
