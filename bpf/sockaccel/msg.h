@@ -155,9 +155,8 @@ static __always_inline bool sa_hand_over(struct sa_pair *pair, struct sa_end *me
 	__u64 task = bpf_get_current_task();
 
 	if (unlikely(me->task != task)) {
-		__sync_fetch_and_add(&me->tasks, 1);
 		me->task = task;
-		__sync_fetch_and_add(&me->tasks, 0);
+		__sync_fetch_and_add(&me->tasks, 1); /* and a barrier */
 	}
 	return !*(volatile __u32 *)&pair->ended;
 }
