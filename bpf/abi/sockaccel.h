@@ -114,7 +114,7 @@ enum sa_end_reason {
 	SA_BULK = 2,     /* one end sends much without a word of the other */
 	SA_READS = 3,    /* recv() with flags, or splice(), that the short way does not know */
 	SA_SENDS = 4,    /* send() with such flags: urgent data, zero copy */
-	SA_OPTION = 5,   /* SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS) */
+	SA_OPTION = 5,   /* SO_RCVLOWAT, a protocol on top (TLS) */
 	SA_BEHIND = 6,   /* a reader that leaves more unread than one end may send without a word of the other */
 };
 

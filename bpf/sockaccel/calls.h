@@ -15,6 +15,7 @@
 #define SA_MSG_WAITALL 0x100
 #define SA_MSG_ZEROCOPY 0x4000000
 #define SA_MUCH 512 /* bytes */
+#define SA_REG(name) ((AT_REGS_##name - AT_REGS_FIRST) / 8)
 
 /* Whether a socket is in no map of sockets, and so in no pair: a load, where looking for its storage would be a call. */
 static __always_inline bool sa_is_plain(__u64 sk)
@@ -55,25 +56,28 @@ enum sa_call {
 	SA_CALL_UNKNOWN, /* no call known here: of another kind, of another machine's programs, io_uring, the kernel's own */
 };
 
+/* Its fields are read without a call. */
+static void *(*sa_current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+
 static __always_inline enum sa_call sa_sending(void)
 {
-	__u64 stack = sa_read64(bpf_get_current_task(), AT_TASK_STACK), flags;
-	__u64 regs[SIZE_REGS / 8];
+	__u64 regs[(AT_REGS_LAST - AT_REGS_FIRST) / 8 + 1], flags;
+	__u64 top = *(volatile __u64 *)((__u64)sa_current_task() + AT_TASK_STACK) + SA_STACK - SIZE_REGS;
 
-	if (bpf_probe_read_kernel(regs, sizeof(regs), (void *)(stack + SA_STACK - SIZE_REGS)))
+	if (bpf_probe_read_kernel(regs, sizeof(regs), (void *)(top + AT_REGS_FIRST)))
 		return SA_CALL_UNKNOWN;
-	if ((regs[AT_REGS_MODE / 8] & SA_MODE_MASK) != SA_MODE_USER)
+	if ((regs[SA_REG(MODE)] & SA_MODE_MASK) != SA_MODE_USER)
 		return SA_CALL_UNKNOWN;
-	switch ((__u32)regs[AT_REGS_CALL / 8]) {
+	switch ((__u32)regs[SA_REG(CALL)]) {
 	case SA_NR_WRITE:
 	case SA_NR_WRITEV:
 		return SA_CALL_PLAIN;
 	case SA_NR_SENDTO:
 	case SA_NR_SENDMMSG:
-		flags = regs[AT_REGS_FOURTH / 8];
+		flags = regs[SA_REG(FOURTH)];
 		break;
 	case SA_NR_SENDMSG:
-		flags = regs[AT_REGS_THIRD / 8];
+		flags = regs[SA_REG(THIRD)];
 		break;
 	default:
 		return SA_CALL_UNKNOWN;

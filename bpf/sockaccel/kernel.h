@@ -36,17 +36,17 @@ static __always_inline bool sa_all_read(const struct sa_end *from, const struct 
 	return written == copied && sa_read64(to->sock, AT_SK_COOKIE) == to->cookie;
 }
 
-/* Whether a protocol (TLS) is on top of it. What it writes would be handed over as the process gave it, not as the other end wants it. */
-static __always_inline bool sa_is_layered(const struct sa_end *end)
+/* Whether a protocol (TLS) is on top of it, without a call. What it writes would be handed over as the process gave it, not as the other end
+ * wants it. */
+static __always_inline bool sa_is_layered(void *tcp)
 {
-	return sa_read64(end->sock, AT_ULP_OPS);
+	return *(volatile __u64 *)(tcp + AT_ULP_OPS);
 }
 
 /* Whether a socket has something about it that the short way does not know. */
 static __always_inline bool sa_is_special(const struct sa_end *end)
 {
-	return sa_read32(end->sock, AT_SK_RCVLOWAT) > 1 || sa_is_layered(end) ||
-	       sa_read64(end->sock, AT_SK_FLAGS) & (1ULL << SOCK_ZEROCOPY);
+	return sa_read32(end->sock, AT_SK_RCVLOWAT) > 1 || sa_read64(end->sock, AT_ULP_OPS);
 }
 
 /* Whether anything handed to a socket waits there to be read. */

@@ -63,8 +63,8 @@ static __always_inline void sa_judge(struct sa_pair *pair, const struct sa_confi
 		pair->flags |= SA_PAIR_OFF;
 }
 
-/* Whether `size` bytes of ends[side] may be handed over. Its socket is locked. */
-static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 size)
+/* Whether `size` bytes of ends[side] may be handed over. Its socket, `tcp`, is locked. */
+static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *tcp, __u32 size)
 {
 	struct sa_end *me = &pair->ends[side], *other = &pair->ends[!side];
 	bool turn = pair->speaker != side;
@@ -99,7 +99,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 	if (unlikely(pair->flags & SA_PAIR_OFF))
 		return false;
 	if (likely(me->mode == SA_SHORT)) {
-		if (unlikely(sa_is_layered(me))) {
+		if (unlikely(sa_is_layered(tcp))) {
 			sa_finish(pair, SA_OPTION);
 			return false;
 		}
@@ -118,8 +118,8 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 			sa_finish(pair, SA_OPTION);
 			return false;
 		}
-		if (unlikely(bpf_ktime_get_ns() - pair->beat > config->beat_ns)) {
-			pair->beat = bpf_ktime_get_ns();
+		if (unlikely(bpf_ktime_get_coarse_ns() - pair->beat > config->beat_ns)) {
+			pair->beat = bpf_ktime_get_coarse_ns();
 			sa_back(pair);
 			return false;
 		}
@@ -138,7 +138,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, __u32 
 		return false;
 	other->unread = size;
 	if (!pair->beat)
-		pair->beat = bpf_ktime_get_ns();
+		pair->beat = bpf_ktime_get_coarse_ns();
 	return true;
 }
 
@@ -170,9 +170,13 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 	__u32 size = ctx->size, side;
 	struct sa_end *me;
 	bool first;
+	void *tcp;
 	__u64 to;
 
 	if (!pair || !sa_is_open(sk))
+		return SK_PASS;
+	tcp = bpf_skc_to_tcp_sock(sk);
+	if (!tcp)
 		return SK_PASS;
 	side = mine->side & 1;
 	me = &pair->ends[side];
@@ -180,7 +184,7 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 	if (unlikely(pair->ended))
 		sa_note_settled(pair, side);
 	first = !pair->ends[0].tasks && !pair->ends[1].tasks;
-	if (!sa_may_pass(pair, side, size) || !sa_hand_over(pair, me) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
+	if (!sa_may_pass(pair, side, tcp, size) || !sa_hand_over(pair, me) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
 		me->mode = SA_TCP;
 		me->tcp_bytes += size;
 		me->tcp_sends++;

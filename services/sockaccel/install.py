@@ -28,7 +28,6 @@ FIELDS: Final = {
     "AT_ULP_OPS": "inet_connection_sock.icsk_ulp_ops",
     "AT_SK_COOKIE": "sock.__sk_common.skc_cookie",
     "AT_SK_RCVLOWAT": "sock.sk_rcvlowat",
-    "AT_SK_FLAGS": "sock.__sk_common.skc_flags",
     "AT_SK_UID": "sock.sk_uid",
     "AT_SK_CGROUP": "sock.sk_cgrp_data.cgroup",
     "AT_SK_RMEM": "sock.sk_backlog.rmem_alloc",
@@ -85,6 +84,12 @@ MAPS: Final = {
 }
 
 
+def _registers(machine: Machine) -> dict[str, int]:
+    known = btf.offsets(machine.registers, [("SIZE_REGS", "pt_regs")]) | machine.numbers
+    used = [at for name, at in known.items() if name.startswith("AT_REGS_")]
+    return known | {"AT_REGS_FIRST": min(used), "AT_REGS_LAST": max(used)}
+
+
 def spec(pairs: int = 0) -> loader.ProgramSpec:
     """All programs. Blocks for some 20 ms. FailedPrecondition: a kernel without a field, or a machine not in MACHINES."""
     machine = MACHINES.get(platform.machine())
@@ -98,10 +103,8 @@ def spec(pairs: int = 0) -> loader.ProgramSpec:
         service=SERVICE,
         maps=MAPS,
         defines={
-            **btf.offsets(
-                {**FIELDS, **machine.registers}, [("SIZE_REGS", "pt_regs")], [("SOCK_ZEROCOPY", "sock_flags.SOCK_ZEROCOPY")]
-            ),
-            **machine.numbers,
+            **btf.offsets(FIELDS),
+            **_registers(machine),
             "SA_PAIRS_MAX": pairs or abi.PAIRS_MAX,
         },
     )

@@ -101,7 +101,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_SENDS: _EndReason.ValueType  # 4
     """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
     END_REASON_OPTION: _EndReason.ValueType  # 5
-    """Such an option of a socket: SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS in the kernel)."""
+    """Such an option of a socket: SO_RCVLOWAT, a protocol on top (TLS in the kernel)."""
     END_REASON_BEHIND: _EndReason.ValueType  # 6
     """A process leaves more unread than one end may send without a word of the other: TCP has a limit for that."""
 
@@ -119,7 +119,7 @@ END_REASON_READS: EndReason.ValueType  # 3
 END_REASON_SENDS: EndReason.ValueType  # 4
 """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
 END_REASON_OPTION: EndReason.ValueType  # 5
-"""Such an option of a socket: SO_RCVLOWAT, SO_ZEROCOPY, a protocol on top (TLS in the kernel)."""
+"""Such an option of a socket: SO_RCVLOWAT, a protocol on top (TLS in the kernel)."""
 END_REASON_BEHIND: EndReason.ValueType  # 6
 """A process leaves more unread than one end may send without a word of the other: TCP has a limit for that."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
