@@ -85,7 +85,7 @@ MAPS: Final = {
 
 
 def _registers(machine: Machine) -> dict[str, int]:
-    known = btf.offsets(machine.registers, [("SIZE_REGS", "pt_regs")]) | machine.numbers
+    known = {**btf.offsets(machine.registers, [("SIZE_REGS", "pt_regs")]), **machine.numbers}
     used = [at for name, at in known.items() if name.startswith("AT_REGS_")]
     return known | {"AT_REGS_FIRST": min(used), "AT_REGS_LAST": max(used)}
 
