@@ -12,9 +12,10 @@
 
 #define FDS 4096
 
-static const char answer[] =
-	"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 64\r\n\r\n"
-	"{\"name\":\"an application\",\"answer\":\"of sixty-four bytes\",\"ok\":true}";
+#define BODY "{\"name\":\"application\",\"content\":\"of sixty-four bytes\",\"ok\":true}"
+_Static_assert(sizeof(BODY) - 1 == 64, "content-length");
+
+static const char answer[] = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 64\r\n\r\n" BODY;
 /* How much of the end of a request's header has come: a request may come in parts. */
 static int seen[FDS];
 
