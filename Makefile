@@ -72,7 +72,7 @@ test-e2e-nodes: install
 test-e2e-services: install
 	$(PYTEST) $(E2E_SERVICES)
 
-test-interop: install ## Real etcd, podman, containerd and CNI plugins
+test-interop: install ## Real etcd, podman, containerd, CNI plugins and Envoy
 	$(PYTEST) tests/interop
 
 soak-identity: install ## Identities in a storm and under faults for SOAK_S seconds (300), every answer recorded and checked
@@ -136,6 +136,7 @@ bench-policy: install ## Changes of policies until enforced, identities, memory
 
 bench-sockaccel: install ## Connections within the node, handed over: against loopback, pods with policy, unix sockets
 	@$(BIN)/python -m bench.sockaccel
+	@$(BIN)/python -m bench.sidecar
 
 bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-policy bench-sockaccel \
 	bench-pod ## All benchmarks, one JSON object a line
