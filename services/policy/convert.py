@@ -46,7 +46,7 @@ DOCUMENT_MAX: Final = 1 << 20
 PRIORITY_MAX: Final = 1000
 E = TypeVar("E", Action, Tier, Operator, Entity)
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,251}[A-Za-z0-9])?")
-_PORT_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+PORT_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _SOURCES: Final = ("k8s:", "any:", "container:")
 
@@ -171,14 +171,20 @@ def _direction(number: int, at: str) -> Direction:
 
 def selector(message: pb.LabelSelector, at: str) -> Selector:
     """Of endpoints or nodes. Sources of labels ("k8s:") are left out of keys."""
-    labels = {}
-    for name, value in message.match_labels.items():
-        labels[label_key(name, f"{at}.match_labels")] = _text(value, TEXT_MAX, f"{at}.match_labels[{name[:60]!r}]")
-    more = [
+    # Keys that differ in their source alone are conditions on one label: all of them count.
+    found = [
+        Expression(
+            label_key(name, f"{at}.match_labels"),
+            Operator.IN,
+            (_text(value, TEXT_MAX, f"{at}.match_labels[{name[:60]!r}]"),),
+        )
+        for name, value in message.match_labels.items()
+    ]
+    found += [
         _expression(each, f"{at}.match_expressions[{number}]") for number, each in enumerate(message.match_expressions)
     ]
-    _at_most(len(labels) + len(more), 256, "conditions", at)
-    return Selector.of(labels, *more)
+    _at_most(len(found), 256, "conditions", at)
+    return Selector.of({}, *found)
 
 
 def label_key(name: str, at: str) -> str:
@@ -255,17 +261,18 @@ def _cidr(message: pb.CidrPeer, at: str) -> CidrPeer:
     _at_most(len(given), 1024, "holes", f"{at}.except")
     for number, text in enumerate(given):
         hole = network(text, f"{at}.except[{number}]")
-        if hole.version != whole.version or not _is_within(hole, whole):
+        if not is_within(hole, whole):
             raise InvalidArgument(f"{hole} is not within {whole}", field=f"{at}.except[{number}]")
         holes.append(hole)
     return CidrPeer(whole, tuple(dict.fromkeys(holes)))
 
 
-def _is_within(hole: IPNetwork, whole: IPNetwork) -> bool:
+def is_within(hole: IPNetwork, whole: IPNetwork) -> bool:
+    """Whether all addresses of the first are of the second."""
     shift = whole.max_prefixlen - whole.prefixlen
-    return hole.prefixlen >= whole.prefixlen and (
-        int(hole.network_address) >> shift == int(whole.network_address) >> shift
-    )
+    if hole.version != whole.version or hole.prefixlen < whole.prefixlen:
+        return False
+    return int(hole.network_address) >> shift == int(whole.network_address) >> shift
 
 
 def network(text: str, at: str) -> IPNetwork:
@@ -315,7 +322,7 @@ def _port(message: pb.Port, at: str) -> Port:
     if message.name:
         if message.first or message.last:
             raise InvalidArgument("a named port has no number", field=f"{at}.name", fix="leave one out")
-        if not _PORT_NAME.fullmatch(message.name):
+        if not PORT_NAME.fullmatch(message.name):
             raise InvalidArgument(f"{message.name[:60]!r} is no name of a port", field=f"{at}.name")
         return Port(protocol, name=message.name)
     if max(message.first, message.last) > PORT_MAX:

@@ -1,6 +1,7 @@
 """CiliumNetworkPolicy and CiliumClusterwideNetworkPolicy (cilium.io/v2), as far as addresses, identities and ports go.
 
-An entry of a list is a rule: peers of one entry are alternatives, as are its ports. What concerns requests, names or
+An entry of a list is a rule: peers of one entry are alternatives, as are its ports. An entry that names neither ({}) matches
+nothing, it only switches default deny on; a list without entries does not even that. What concerns requests, names or
 certificates is refused: to leave it aside would allow more than the policy says.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from fibril.policy.v1 import policy_pb2 as pb
-from services.policy.documents.common import INGRESS, PROTOCOLS, SECTIONS, Draft, cidr, port
+from services.policy.documents.common import INGRESS, PROTOCOLS, SECTIONS, Draft, cidr, decimal, port
 from services.policy.documents.fields import Fields
 from services.policy.documents.selectors import selector, within
 
@@ -83,12 +84,15 @@ def _spec(spec: Fields, draft: Draft, prefix: str) -> None:
     assert chosen is not None
     subject = selector(chosen)
     deny_by_default = spec.child("enableDefaultDeny")
+    before = len(draft.policy.rules)
     for section, direction in SECTIONS.items():
-        allow, deny = section in spec or spec.has(section), f"{section}Deny" in spec or spec.has(f"{section}Deny")
-        wanted = deny_by_default.take(section, bool, allow or deny) if deny_by_default is not None else allow or deny
+        entries = {name: list(spec.children(name)) for name in (section, f"{section}Deny")}
+        wanted = any(entries.values())
+        if deny_by_default is not None:
+            wanted = deny_by_default.take(section, bool, wanted)
         rules = 0
         for name, action in ((section, pb.RULE_ACTION_ALLOW), (f"{section}Deny", pb.RULE_ACTION_DENY)):
-            for at, each in enumerate(spec.children(name)):
+            for at, each in enumerate(entries[name]):
                 rule = draft.rule(
                     subject,
                     direction,
@@ -112,6 +116,9 @@ def _spec(spec: Fields, draft: Draft, prefix: str) -> None:
     if deny_by_default is not None:
         deny_by_default.done()
     spec.done()
+    if len(draft.policy.rules) == before:
+        # Whoever expects a list without entries to deny everything must not find everything allowed.
+        raise spec.refuse("", "has no rules", "give ingress or egress an entry; {} alone denies by default")
 
 
 def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None:
@@ -124,27 +131,34 @@ def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None
         found = selector(each)
         rule.peers.add(endpoints=within(found, namespace) if namespace else found)
     rule.peers.extend(_entities(fields, f"{way}Entities"))
-    for text in fields.texts(f"{way}CIDR"):
-        rule.peers.append(cidr(text, []))
+    for at, text in enumerate(fields.texts(f"{way}CIDR")):
+        rule.peers.append(cidr(fields, f"{way}CIDR[{at}]", text))
     for each in fields.children(f"{way}CIDRSet"):
         each.unsupported("cidrGroupRef", "cidrGroupSelector")
-        rule.peers.append(cidr(each.take("cidr", str, ""), each.texts("except")))
+        rule.peers.append(cidr(each, "cidr", each.take("cidr", str, ""), each.texts("except")))
         each.done()
     for each in fields.children(f"{way}Nodes"):
         rule.peers.add(node=pb.NodePeer(nodes=selector(each)))
     if direction != INGRESS:
         rule.peers.extend(_services(fields.children("toServices"), namespace))
-    if said and not rule.peers:
-        rule.match_no_peer = True
     for each in fields.children("toPorts"):
         each.unsupported(*_LATER)
-        ports = list(each.children("ports"))
-        rule.ports.extend(port(found, PROTOCOLS, "ANY") for found in ports)
+        rule.ports.extend(port(found, PROTOCOLS, "ANY") for found in _some(each, "ports"))
         each.done()
     for each in fields.children("icmps"):
-        rule.ports.extend(_icmp(found) for found in each.children("fields"))
+        rule.ports.extend(_icmp(found) for found in _some(each, "fields"))
         each.done()
     fields.done()
+    if not rule.peers and (said or not rule.ports):
+        rule.match_no_peer = True
+
+
+def _some(fields: Fields, name: str) -> list[Fields]:
+    """A list that would stand for everything if it were left out: refused without entries."""
+    found = list(fields.children(name))
+    if not found:
+        raise fields.refuse(name, "has no entries", "give some, or leave out the whole entry")
+    return found
 
 
 def _entities(fields: Fields, name: str) -> Iterable[pb.Peer]:
@@ -178,7 +192,8 @@ def _icmp(fields: Fields) -> pb.Port:
     protocol = pb.PORT_PROTOCOL_ICMP if family == "IPv4" else pb.PORT_PROTOCOL_ICMPV6
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise fields.refuse("type", "is neither a number nor a name")
-    kind = int(value) if str(value).isdigit() else _ICMP[family].get(str(value), -1)
+    number = decimal(value)
+    kind = number if number is not None else _ICMP[family].get(str(value), -1)
     if not 0 <= kind <= 255:
         raise fields.refuse("type", f"is {str(value)[:40]!r}", "a number up to 255, or a name such as EchoRequest")
     fields.done()

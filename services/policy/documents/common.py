@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from fibril.policy.v1 import policy_pb2 as pb
+from services.common.errors import InvalidArgument
+from services.policy import convert
 from services.policy.documents.fields import Fields
+from services.policy.model import IPNetwork
 
 PROTOCOLS: Final = {
     "ANY": pb.PORT_PROTOCOL_UNSPECIFIED,
@@ -39,6 +43,10 @@ class Draft:
         self.reject, self.keep = (self._option(metadata, options, each) for each in (_REJECT, _KEEP))
         fields.ignore("apiVersion", "kind", "status")
         self.policy = pb.Policy(key=pb.PolicyKey(kind=kind, namespace=namespace, name=name))
+        try:
+            convert.key(self.policy.key, "")
+        except InvalidArgument as error:
+            raise metadata.refuse(error.field.lstrip("."), f"is not usable: {error.message}", error.fix) from None
         self.namespace = namespace
 
     @staticmethod
@@ -60,19 +68,27 @@ class Draft:
         )
 
 
+def decimal(value: object) -> int | None:
+    """A number, or text that is one in plain digits; None: neither."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        # Nothing is as large as that; long texts take long.
+        return int(value) if len(value) < 10 else 10**9
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
 def number(fields: Fields, name: str, default: int = 0) -> int:
     """A port or type given as a number, or as text that is one."""
     value = fields.take(name, object, default)
-    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdigit():
+    found = decimal(value)
+    if found is None:
         raise fields.refuse(name, f"is {str(value)[:30]!r}, not a number")
-    found = int(value)
     if found > 65535:
         raise fields.refuse(name, f"is {found}", "give at most 65535")
     return found
 
 
 def port(fields: Fields, protocols: dict[str, pb.PortProtocol.ValueType], default: str) -> pb.Port:
-    """protocol, port (a number or a name) and endPort, as Kubernetes and Cilium write them."""
+    """protocol, port (a number or a name) and endPort, as Kubernetes and Cilium write them. Port 0 is Cilium's word for all."""
     protocol = fields.take("protocol", str, default).upper() or default
     if protocol not in protocols:
         raise fields.refuse("protocol", f"is {protocol!r}", f"one of: {', '.join(protocols)}")
@@ -81,8 +97,11 @@ def port(fields: Fields, protocols: dict[str, pb.PortProtocol.ValueType], defaul
     last = number(fields, "endPort")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise fields.refuse("port", "is neither a number nor a name")
-    if str(value).isdigit():
-        found.first = _port(fields, "port", int(value))
+    first = decimal(value)
+    if first is not None:
+        found.first = _port(fields, "port", first)
+        if not first and protocols is not PROTOCOLS:
+            raise fields.refuse("port", "is 0", "give 1 to 65535; leave it out for all ports")
         if last:
             found.last = _port(fields, "endPort", last)
             if found.first and found.last < found.first:
@@ -90,7 +109,7 @@ def port(fields: Fields, protocols: dict[str, pb.PortProtocol.ValueType], defaul
             if not found.first:
                 raise fields.refuse("endPort", "is given without a port")
     elif value:
-        found.name = str(value)
+        found.name = port_name(fields, "port", str(value))
         if last:
             raise fields.refuse("endPort", "is given with a port's name")
     elif last:
@@ -105,8 +124,27 @@ def _port(fields: Fields, name: str, value: int) -> int:
     return value
 
 
-def cidr(text: object, excepted: list[str]) -> pb.Peer:
-    """A prefix with holes; convert.py checks what they say."""
-    found = pb.Peer(cidr=pb.CidrPeer(cidr=str(text)))
+def port_name(fields: Fields, name: str, text: str) -> str:
+    """A named port's name."""
+    if not convert.PORT_NAME.fullmatch(text):
+        raise fields.refuse(name, f"is {text[:60]!r}, no name of a port", "up to 63 letters, digits and '-'")
+    return text
+
+
+def cidr(fields: Fields, name: str, text: str, excepted: Sequence[str] = ()) -> pb.Peer:
+    """A prefix, with holes."""
+    whole = _network(fields, name, text)
+    for at, each in enumerate(excepted):
+        hole = _network(fields, f"except[{at}]", each)
+        if not convert.is_within(hole, whole):
+            raise fields.refuse(f"except[{at}]", f"is {hole}, not within {whole}")
+    found = pb.Peer(cidr=pb.CidrPeer(cidr=text))
     getattr(found.cidr, "except").extend(excepted)
     return found
+
+
+def _network(fields: Fields, name: str, text: str) -> IPNetwork:
+    try:
+        return convert.network(text, name)
+    except InvalidArgument as error:
+        raise fields.refuse(name, f"is not usable: {error.message}", error.fix) from None

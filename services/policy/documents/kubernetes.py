@@ -8,9 +8,19 @@ from collections.abc import Callable
 from typing import Final
 
 from fibril.policy.v1 import policy_pb2 as pb
-from services.policy.documents.common import EGRESS, INGRESS, PROTOCOLS, SECTIONS, Draft, cidr, number, port
+from services.policy.documents.common import (
+    EGRESS,
+    INGRESS,
+    PROTOCOLS,
+    SECTIONS,
+    Draft,
+    cidr,
+    number,
+    port,
+    port_name,
+)
 from services.policy.documents.fields import Fields
-from services.policy.documents.selectors import namespace_key, selector, within
+from services.policy.documents.selectors import namespace_key, selector
 from services.policy.model import NAMESPACE
 
 _TRANSPORT: Final = {name: value for name, value in PROTOCOLS.items() if value}
@@ -37,10 +47,12 @@ def network_policy(fields: Fields, default_namespace: str) -> pb.Policy:
     for name in types:
         if name not in _TYPES:
             raise spec.refuse("policyTypes", f"names {name!r}", "Ingress and Egress")
+    sections = {section: list(spec.children(section)) for section in SECTIONS}
     if not types:
-        types = ["Ingress", "Egress"] if spec.has("egress") else ["Ingress"]
+        # A list without rules is as good as none.
+        types = ["Ingress", "Egress"] if sections["egress"] else ["Ingress"]
     for section, direction in SECTIONS.items():
-        rules = list(spec.children(section))
+        rules = sections[section]
         if section.capitalize() not in types:
             if rules:
                 raise spec.refuse(section, "is given, and policyTypes does not name it")
@@ -71,7 +83,7 @@ def _peer(fields: Fields, namespace: str) -> pb.Peer:
     if block is not None:
         if pods is not None or namespaces is not None:
             raise fields.refuse("ipBlock", "excludes podSelector and namespaceSelector", "make two peers of it")
-        found = cidr(block.take("cidr", str, ""), block.texts("except"))
+        found = cidr(block, "cidr", block.take("cidr", str, ""), block.texts("except"))
         block.done()
         return found
     if pods is None and namespaces is None:
@@ -81,12 +93,16 @@ def _peer(fields: Fields, namespace: str) -> pb.Peer:
         selector(pods, into=chosen)
     if namespaces is not None:
         selector(namespaces, namespace_key, chosen)
-        if not chosen.match_labels and not chosen.match_expressions:
-            # All endpoints of all namespaces: each has one.
-            chosen.match_expressions.add(key=NAMESPACE, operator=pb.LABEL_OPERATOR_EXISTS)
+        _of_namespaces(chosen)
     else:
-        within(chosen, namespace)
+        # Whatever the selector says: labels of pods are nothing but labels here.
+        chosen.match_expressions.add(key=NAMESPACE, operator=pb.LABEL_OPERATOR_IN, values=[namespace])
     return pb.Peer(endpoints=chosen)
+
+
+def _of_namespaces(chosen: pb.LabelSelector) -> None:
+    """Only endpoints that are pods, whatever the selector leaves open: each is in a namespace, and nobody else is."""
+    chosen.match_expressions.add(key=NAMESPACE, operator=pb.LABEL_OPERATOR_EXISTS)
 
 
 # -- policies of administrators
@@ -179,15 +195,16 @@ def _pods(fields: Fields) -> pb.LabelSelector:
 def _ranked_peers(fields: Fields) -> list[pb.Peer]:
     fields.unsupported("domainNames")
     if "networks" in fields:
-        found = [cidr(text, []) for text in fields.texts("networks")]
+        found = [cidr(fields, f"networks[{at}]", text) for at, text in enumerate(fields.texts("networks"))]
+        if not found:
+            raise fields.refuse("networks", "has no entries")
     elif "nodes" in fields:
         nodes = fields.child("nodes")
         assert nodes is not None
         found = [pb.Peer(node=pb.NodePeer(nodes=selector(nodes)))]
     else:
         chosen = _pods(fields)
-        if not chosen.match_labels and not chosen.match_expressions:
-            chosen.match_expressions.add(key=NAMESPACE, operator=pb.LABEL_OPERATOR_EXISTS)
+        _of_namespaces(chosen)
         found = [pb.Peer(endpoints=chosen)]
     fields.done()
     return found
@@ -201,9 +218,13 @@ def _ranked_port(fields: Fields) -> list[pb.Port]:
     if bool(name) + (one is not None) + (many is not None) != 1:
         raise fields.refuse("", "must have one of portNumber, portRange and namedPort")
     if name:
-        return [pb.Port(name=name)]
+        return [pb.Port(name=port_name(fields, "namedPort", name))]
     if one is not None:
-        return [port(one, _TRANSPORT, "TCP")]
+        single = pb.Port(protocol=_transport(one), first=number(one, "port"))
+        if not single.first:
+            raise one.refuse("port", "is missing")
+        one.done()
+        return [single]
     assert many is not None
     found = pb.Port(protocol=_transport(many), first=number(many, "start"), last=number(many, "end"))
     if not 1 <= found.first <= found.last:
@@ -224,7 +245,7 @@ def _protocol(fields: Fields) -> list[pb.Port]:
     name = fields.take("destinationNamedPort", str, "")
     if name:
         fields.done()
-        return [pb.Port(name=name)]
+        return [pb.Port(name=port_name(fields, "destinationNamedPort", name))]
     for protocol in _TRANSPORT:
         found = fields.child(protocol.lower())
         if found is None:

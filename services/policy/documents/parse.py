@@ -18,6 +18,7 @@ Reader = Callable[[Fields, str], pb.Policy]
 DOCUMENTS_MAX: Final = 10_000
 DEPTH_MAX: Final = 64
 NODES_MAX: Final = 2_000_000
+NUMBER_MAX: Final = 40
 _KINDS: Final[dict[tuple[str, str], Reader]] = {
     ("networking.k8s.io", "NetworkPolicy"): kubernetes.network_policy,
     ("policy.networking.k8s.io", "AdminNetworkPolicy"): kubernetes.admin,
@@ -57,6 +58,21 @@ class _Loader(_Base):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
+def _number(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """No number is that long; YAML's sixties (1:30:00) take the square of their length to work out."""
+
+    def made(loader: Any, node: Any) -> Any:
+        if len(loader.construct_scalar(node)) > NUMBER_MAX:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a number of more than {NUMBER_MAX} characters")
+        return make(loader, node)
+
+    return made
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number(_Base.construct_yaml_int))
+_Loader.add_constructor("tag:yaml.org,2002:float", _number(_Base.construct_yaml_float))
+
+
 def parse(text: str, default_namespace: str) -> list[pb.Policy]:
     """Policies that YAML or JSON documents declare, in order. InvalidArgument names document, object and path."""
     found: list[pb.Policy] = []
@@ -85,9 +101,10 @@ def _documents(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 if number > DOCUMENTS_MAX:
                     raise InvalidArgument(f"more than {DOCUMENTS_MAX} documents", field="text", fix="apply them in parts")
                 yield f"document {number}", document
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, FibrilError):
-            raise
+    except FibrilError:
+        raise
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # Values that do not fit a tag of their own (!!bool maybe) make the library stumble in all these ways.
         raise InvalidArgument(f"not YAML: {' '.join(str(error).split())[:300]}", field="text") from None
 
 

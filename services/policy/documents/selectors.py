@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Final
 
 from fibril.policy.v1 import policy_pb2 as pb
+from services.common.errors import InvalidArgument
+from services.policy import convert
 from services.policy.documents.fields import Fields
-from services.policy.model import NAMESPACE
+from services.policy.model import NAMESPACE, RESERVED
 
 NAMESPACE_LABELS: Final = "io.cilium.k8s.namespace.labels."
 _OPERATORS: Final = {
@@ -33,7 +35,8 @@ def selector(
     found = into if into is not None else pb.LabelSelector()
     labels = fields.child("matchLabels")
     for key, value in labels.pairs() if labels is not None else ():
-        _equals(found, key_of(key), value)
+        assert labels is not None
+        _equals(found, _usable(labels, key, key_of(key)), value)
     for each in fields.children("matchExpressions"):
         operator = each.take("operator", str, "")
         if operator not in _OPERATORS:
@@ -44,10 +47,17 @@ def selector(
         values = each.texts("values")
         if (operator in ("In", "NotIn")) != bool(values):
             raise each.refuse("values", f"do not fit operator {operator}")
-        found.match_expressions.add(key=key_of(key), operator=_OPERATORS[operator], values=values)
+        found.match_expressions.add(key=_usable(each, "key", key_of(key)), operator=_OPERATORS[operator], values=values)
         each.done()
     fields.done()
     return found
+
+
+def _usable(fields: Fields, name: str, key: str) -> str:
+    try:
+        return convert.label_key(key, name)
+    except InvalidArgument as error:
+        raise fields.refuse(name[:60], f"is not usable: {error.message}", error.fix) from None
 
 
 def _equals(found: pb.LabelSelector, key: str, value: str) -> None:
@@ -63,13 +73,13 @@ def namespace_key(key: str) -> str:
 
 
 def within(found: pb.LabelSelector, namespace: str) -> pb.LabelSelector:
-    """Only of a namespace, unless the selector speaks of namespaces itself."""
+    """Only of a namespace, unless the selector speaks of namespaces itself, or of those who have none."""
     if not names_namespace(found):
         found.match_labels[NAMESPACE] = namespace
     return found
 
 
 def names_namespace(found: pb.LabelSelector) -> bool:
-    """Whether it says anything about namespaces."""
+    """Whether it says anything about namespaces, or names a reserved identity."""
     keys = [*found.match_labels, *(each.key for each in found.match_expressions)]
-    return any(key == NAMESPACE or key.startswith(NAMESPACE_LABELS) for key in keys)
+    return any(key == NAMESPACE or key.startswith((NAMESPACE_LABELS, RESERVED)) for key in keys)

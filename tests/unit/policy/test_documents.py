@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fibril.policy.v1 import policy_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.policy import convert, documents
 from services.policy.model import Direction, Policy
@@ -68,7 +69,11 @@ def test_default_deny_and_allow_all() -> None:
     both = network_policy("{podSelector: {}, policyTypes: [Ingress, Egress]}")
     assert not ingress(both, web, other) and not egress(both, web, other)
     assert ingress(network_policy("{podSelector: {}, ingress: [{}]}"), web, WORLD)
-    assert not egress(network_policy("{podSelector: {}, egress: []}"), web, WORLD)
+    assert not egress(network_policy("{podSelector: {}, egress: [{to: [{podSelector: {}}]}]}"), web, WORLD)
+    # Without policyTypes it is rules of egress that count, not the list.
+    for nothing in ("[]", "null"):
+        silent = network_policy(f"{{podSelector: {{}}, egress: {nothing}}}")
+        assert egress(silent, web, WORLD) and not ingress(silent, web, other)
 
 
 def test_peers_and_ports_of_a_network_policy() -> None:
@@ -99,6 +104,35 @@ def test_peers_and_ports_of_a_network_policy() -> None:
 def test_an_empty_namespace_selector_is_every_pod_and_nobody_else() -> None:
     policies = network_policy("{podSelector: {}, ingress: [{from: [{namespaceSelector: {}}]}]}")
     assert ingress(policies, pod("shop"), pod("anywhere")) and not ingress(policies, pod("shop"), WORLD)
+
+
+def test_selectors_that_exclude_select_pods_only_and_of_their_own_namespace() -> None:
+    """NotIn holds where the label is missing: with pods that have none, not with those who are no pods."""
+    init, web = Who({"reserved:init": ""}, 5, ipaddress.ip_address("10.1.0.3")), pod("shop")
+    not_prod = "matchExpressions: [{key: team, operator: NotIn, values: [prod]}]"
+    by_namespace = network_policy(f"{{podSelector: {{}}, ingress: [{{from: [{{namespaceSelector: {{{not_prod}}}}}]}}]}}")
+    assert ingress(by_namespace, web, pod("x")) and ingress(by_namespace, web, pod("x", team="ops"))
+    assert not ingress(by_namespace, web, pod("x", team="prod")) and not ingress(by_namespace, web, init)
+    by_pod = network_policy(
+        f"{{podSelector: {{}}, ingress: [{{from: [{{namespaceSelector: {{}}, podSelector: {{{not_prod}}}}}]}}]}}"
+    )
+    assert ingress(by_pod, web, pod("x")) and not ingress(by_pod, web, init)
+    own = network_policy(
+        "{podSelector: {}, ingress: [{from: [{podSelector: {matchExpressions:"
+        " [{key: io.kubernetes.pod.namespace, operator: Exists}]}}]}]}"
+    )
+    assert ingress(own, web, pod("shop")) and not ingress(own, web, pod("x"))
+
+
+def test_a_prefix_whose_exceptions_cover_all_of_it_is_nobody() -> None:
+    holes = "{cidr: 0.0.0.0/0, except: [0.0.0.0/1, 128.0.0.0/1]}"
+    policies = network_policy(f"{{podSelector: {{}}, ingress: [{{from: [{{ipBlock: {holes}}}]}}]}}")
+    assert not ingress(policies, pod("shop"), WORLD) and not ingress(policies, pod("shop"), pod("shop"))
+
+
+def test_two_sources_of_one_label_are_two_conditions() -> None:
+    found = convert.selector(pb.LabelSelector(match_labels={"k8s:app": "a", "any:app": "b"}), "at")
+    assert not found.matches({"app": "a"}) and not found.matches({"app": "b"})
 
 
 # -- Cilium
@@ -157,8 +191,25 @@ def test_cilium_sets_entities_services_nodes_and_icmp() -> None:
 def test_cilium_lists_that_are_empty_select_nobody() -> None:
     web = pod("shop")
     assert not ingress(cilium("{endpointSelector: {}, ingress: [{fromEndpoints: []}]}"), web, pod("shop"))
-    assert ingress(cilium("{endpointSelector: {}, ingress: [{}]}"), web, WORLD)
-    assert not ingress(cilium("{endpointSelector: {}, ingress: []}"), web, pod("shop"))
+    assert ingress(cilium("{endpointSelector: {}, ingress: [{toPorts: [{ports: [{port: '80'}]}]}]}"), web, WORLD)
+
+
+def test_an_entry_of_cilium_without_anything_only_switches_default_deny_on() -> None:
+    """As Cilium's own examples deny by default: `egress: [{}]`."""
+    web = pod("shop")
+    for nothing in ("{}", "{toPorts: []}", "{fromEndpoints: null}"):
+        closed = cilium(f"{{endpointSelector: {{}}, ingress: [{nothing}]}}")
+        assert not ingress(closed, web, pod("shop")) and not ingress(closed, web, WORLD) and egress(closed, web, WORLD)
+    denies = cilium("{endpointSelector: {}, ingress: [{fromEntities: [all]}], ingressDeny: [{}]}")
+    assert ingress(denies, web, WORLD)
+    other = cilium("{endpointSelector: {}, ingress: [], egress: [{}]}")
+    assert ingress(other, web, WORLD) and not egress(other, web, WORLD)
+
+
+def test_cilium_reaches_those_without_a_namespace_by_their_reserved_label() -> None:
+    policies = cilium("{endpointSelector: {}, ingress: [{fromEndpoints: [{matchLabels: {'reserved:init': ''}}]}]}")
+    init = Who({"reserved:init": ""}, 5, ipaddress.ip_address("10.1.0.3"))
+    assert ingress(policies, pod("shop"), init) and not ingress(policies, pod("shop"), pod("shop"))
 
 
 # -- policies of administrators
@@ -220,19 +271,66 @@ spec:
         ("{endpointSelector: {}, ingress: [{toPorts: [{rules: {http: [{}]}}]}]}", "spec.ingress[0].toPorts[0].rules"),
         ("{endpointSelector: {}, ingress: [{authentication: {mode: required}}]}", "spec.ingress[0].authentication"),
         ("{endpointSelector: {}, ingress: [{fromEndpoint: [{}]}]}", "spec.ingress[0].fromEndpoint"),
-        ("{endpointSelector: {}, ingress: [{fromCIDR: [10.0.0.1/8]}]}", "spec.rules[0].peers[0].cidr"),
+        ("{endpointSelector: {}, ingress: [{fromCIDR: [10.0.0.1/8]}]}", "spec.ingress[0].fromCIDR[0]"),
         ("{endpointSelector: {}, ingress: [{fromEntities: [moon]}]}", "spec.ingress[0].fromEntities"),
         ("{endpointSelector: {}, ingress: [{toPorts: [{ports: [{port: '70000'}]}]}]}", "spec.ingress[0].toPorts[0].ports[0]"),
         ("{endpointSelector: {matchLabels: {a: 1}}}", "spec.endpointSelector.matchLabels.a"),
         ("{endpointSelector: {}, nodeSelector: {}}", "spec"),
         ("{endpointSelector: [], ingress: []}", "spec.endpointSelector"),
         ("{nodeSelector: {}, ingress: [{}]}", "spec.nodeSelector"),
+        ("{endpointSelector: {}, ingress: []}", "spec"),
+        ("{endpointSelector: {}}", "spec"),
+        ("{endpointSelector: {}, ingress: [{icmps: [{}]}]}", "spec.ingress[0].icmps[0].fields"),
+        ("{endpointSelector: {}, ingress: [{icmps: [{fields: [{type: ²}]}]}]}", "spec.ingress[0].icmps[0].fields[0].type"),
+        ("{endpointSelector: {}, ingress: [{toPorts: [{ports: []}]}]}", "spec.ingress[0].toPorts[0].ports"),
+        ("{endpointSelector: {}, ingress: [{toPorts: [{ports: [{port: a_b}]}]}]}", "spec.ingress[0].toPorts[0].ports[0].port"),
+        (
+            "{endpointSelector: {}, egress: [{toCIDRSet: [{cidr: 10.0.0.0/8, except: [10.0.0.0/9, 11.0.0.0/9]}]}]}",
+            "spec.egress[0].toCIDRSet[0].except[1]",
+        ),
+        ("{endpointSelector: {matchLabels: {'k8s:': x}}}", "spec.endpointSelector.matchLabels.k8s:"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_its_path(spec: str, path: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
         cilium(spec)
     assert refused.value.field.startswith(path) and "CiliumNetworkPolicy p" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("port", "path"),
+    [
+        ("{port: 0}", "port"),
+        ("{port: '²'}", "port"),
+        ("{port: '٨٠'}", "port"),
+        (f"{{port: '{'9' * 5000}'}}", "port"),
+        ("{port: 80, endPort: '²'}", "endPort"),
+        ("{port: -1}", "port"),
+        ("{port: 1.5}", "port"),
+    ],
+)
+def test_ports_are_numbers_of_ports(port: str, path: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        network_policy(f"{{podSelector: {{}}, ingress: [{{ports: [{port}]}}]}}")
+    assert refused.value.field == f"spec.ingress[0].ports[0].{path}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "path"),
+    [
+        ("{action: Allow, to: [{networks: []}]}", "to[0].networks"),
+        ("{action: Allow, to: [{namespaces: {}}], ports: [{portNumber: {}}]}", "ports[0].portNumber.port"),
+        ("{action: Allow, to: [{namespaces: {}}], ports: [{portNumber: {port: 0}}]}", "ports[0].portNumber.port"),
+        ("{action: Deny, to: []}", "to"),
+    ],
+)
+def test_what_an_administrators_rule_leaves_empty_is_not_everything(rule: str, path: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        read(
+            "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: AdminNetworkPolicy\nmetadata: {name: a}\n"
+            f"spec: {{priority: 1, subject: {{namespaces: {{}}}}, egress: [{rule}]}}"
+        )
+    assert refused.value.field == f"spec.egress[0].{path}"
 
 
 @pytest.mark.parametrize(
@@ -253,6 +351,12 @@ def test_what_is_not_understood_is_refused_by_its_path(spec: str, path: str) -> 
         "\0",
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: []\nspec: {podSelector: {}}",
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: 'a b'}\nspec: {podSelector: {}}",
+        "a: 0x" + "f" * 5000,
+        "a: 1" + ":1" * 100_000,
+        "a: 1" + ":1" * 300 + ".5",
+        "a: !!bool maybe",
+        "a: !!timestamp never",
+        "a: !!int ''",
     ],
 )
 def test_what_is_no_policy_is_refused_quickly(text: str) -> None:
