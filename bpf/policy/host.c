@@ -20,6 +20,7 @@
 #include "lib/slot.h"
 #include "policy/decide.c"
 
+#define PACKET_MULTICAST 2 /* skb->pkt_type: to the host, to all, to many; above: to nobody here */
 #define HOST_TCP_LISTEN 10 /* bpf_sock.state */
 #define HOST_SOCK_RAW 3    /* bpf_sock.type */
 
@@ -99,13 +100,16 @@ int fib_policy_host_in(struct __sk_buff *skb)
 	struct pkt_ctx *pkt;
 	__u32 reason;
 
-	if (likely(!ct_host()) || skb->pkt_type != PACKET_HOST || skb->vlan_present)
+	if (likely(!ct_host()) || skb->pkt_type > PACKET_MULTICAST || skb->vlan_present)
 		return TC_ACT_UNSPEC;
 	pkt = slot_packet();
 	if (!pkt || !config)
 		return TC_ACT_SHOT;
 	if (!host_begin(skb, pkt, DIR_FROM_UPLINK, &reason))
 		return reason ? verdict_drop(skb, pkt, reason) : TC_ACT_UNSPEC;
+	/* Frames to all or many are about all or many, unless the address is the host's: the stack looks at nothing else. */
+	if (skb->pkt_type != PACKET_HOST && !host_is_own(&pkt->dst, pkt->family))
+		return TC_ACT_UNSPEC;
 	if (endpoint_by_address(&pkt->dst, pkt->family))
 		return TC_ACT_UNSPEC;
 	/* Whoever claims an address that does not come this way is nobody in particular. */
@@ -158,6 +162,9 @@ int fib_policy_host_out(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	pkt->src_identity = IDENTITY_HOST;
 	pkt->dst_identity = ipcache_identity(&pkt->dst);
+	/* To all of its own network: what is the host's alone does not leave it. */
+	if (pkt->dst_identity == IDENTITY_HOST)
+		return TC_ACT_UNSPEC;
 	entry = ct_hit(config, pkt, &forward);
 	if (likely(entry && ct_host_allows(entry, POL_EGRESS, forward)))
 		return TC_ACT_UNSPEC;

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from ipaddress import ip_interface
 from typing import Final
 
 from services.common import errors
@@ -28,6 +29,10 @@ class HostAddresses:
         self._events: ev.Events | None = None
         self.addresses: frozenset[IPAddress] = frozenset()
         """Those others can send to: neither loopback nor link-local."""
+        self.taken: frozenset[IPAddress] = frozenset()
+        """All that reaches it when a pod sends to it: these, IPv4's link-local ones and those of narrower scope, and what each
+        of its networks calls all hosts (IPv4's broadcast) or any router (IPv6's anycast), which routers take for their own.
+        """
 
     async def start(self) -> None:
         """Look once."""
@@ -76,6 +81,17 @@ class HostAddresses:
             and not entry.address.is_loopback
             and not entry.address.is_link_local
         )
-        if addresses != self.addresses:
-            self.addresses = addresses
+        taken = frozenset(address for entry in found for address in _taken(entry))
+        if (addresses, taken) != (self.addresses, self.taken):
+            self.addresses, self.taken = addresses, taken
             self._changed()
+
+
+def _taken(entry: nl.Address) -> Iterator[IPAddress]:
+    # Pods get no further with these: they are refused before anybody is asked.
+    if entry.address.is_loopback or (entry.address.version == 6 and entry.address.is_link_local):
+        return
+    yield entry.address
+    if entry.prefix < entry.address.max_prefixlen - 1:
+        network = ip_interface((entry.address, entry.prefix)).network
+        yield network.broadcast_address if network.version == 4 else network.network_address

@@ -180,6 +180,35 @@ def test_other_addresses_of_the_host_are_the_hosts_too(rig: Rig) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("mac", ["ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:01"])
+def test_frames_to_all_or_many_reach_the_host_by_its_address(rig: Rig, family: int, mac: str) -> None:
+    """The stack takes datagrams by their address, whatever the frame says; what is for all is nobody's in particular."""
+    rig.policy(0, refuse(), None)
+
+    def frame(packet: Any) -> kit.Seen:
+        return rig.run(Ether(src="02:00:00:00:00:fe", dst=mac) / packet, install.HOST_IN, rig.space.uplink)
+
+    datagram = UDP(sport=4000, dport=9)
+    assert frame(kit.header(WORLD[family], OWN[family]) / datagram).reason is Reason.POLICY_DENIED
+    group = "224.0.0.251" if family == 4 else "ff02::fb"
+    assert frame(kit.header(WORLD[family], group) / datagram).passed
+    assert frame(ARP()).passed
+    assert rig.run(
+        Ether(src="02:00:00:00:00:fe", dst="02:00:00:00:00:99") / kit.header(WORLD[family], OWN[family]) / datagram,
+        install.HOST_IN,
+        rig.space.uplink,
+    ).passed
+
+
+def test_what_the_host_sends_to_all_of_its_network_is_left_alone(rig: Rig, cluster: Cluster) -> None:
+    """Its broadcast address is known as its own, for pods that send there."""
+    cluster.know("192.168.7.255/32", Reserved.HOST, HERE)
+    rig.policy(0, refuse(), refuse())
+    assert leaves(rig, ping(4, OWN[4], "192.168.7.255")).passed
+    assert not leaves(rig, ping(4, OWN[4], "192.168.7.254")).passed
+
+
+@BOTH
 def test_what_passes_whatever_policy_says(rig: Rig, family: int) -> None:
     rig.policy(0, refuse(), refuse(), flags=abi.EpFlag.LOCKDOWN)
     about = kit.header(OWN[family], WORLD[family]) / UDP(sport=1, dport=2)

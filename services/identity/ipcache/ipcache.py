@@ -261,7 +261,7 @@ class Ipcache:
     def _entries_of(self, name: str, node: Node | None) -> list[Entry]:
         own = name == self._node
         identity = Reserved.HOST if own else Reserved.REMOTE_NODE
-        addresses: set[IPAddress] = set(self._host.addresses) if own else set()
+        addresses: set[IPAddress] = set(self._host.taken) if own else set()
         revision = 0
         entries = []
         if node is not None:

@@ -49,6 +49,15 @@ async def test_addresses_that_others_can_send_to_are_followed(space: Path) -> No
             await until(lambda: host.addresses == wanted, "both new ones")
             ip("address", "del", "198.18.5.1/24", "dev", "eth0")
             await until(lambda: ip_address("198.18.5.1") not in host.addresses, "the one that went")
+            ip("address", "del", "198.18.5.9/32", "dev", "lo")
+            # What the stack keeps besides: whoever sends to it reaches this host.
+            ip("address", "add", "198.18.6.1/24", "dev", "eth0")
+            ip("address", "add", "169.254.20.10/32", "dev", "lo")
+            ip("address", "add", "198.18.7.1/32", "dev", "lo", "scope", "host")
+            ip("address", "add", "198.18.8.2/31", "dev", "eth0")
+            texts = ("2001:db8:5::1", "2001:db8:5::", "198.18.6.1", "198.18.6.255", "169.254.20.10", "198.18.7.1", "198.18.8.2")
+            await until(lambda: host.taken == {ip_address(text) for text in texts}, "all that it takes")
+            assert host.addresses == {ip_address(text) for text in ("2001:db8:5::1", "198.18.6.1", "198.18.8.2")}
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             host.close()
