@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* ICMP errors: what is about a packet of a connection that policy allows passes, for it is part of that connection. All else is asked
- * about by its type, as any message.
+ * about by its type, as any message. So are errors about connections that the present policy has not been asked about yet: the packet
+ * that an honest one is about has passed here just before.
  *
  * Connections are known by their backends. Where LB has written the service's address into what an error quotes, it has left the
  * backend's in the context (PKT_QUOTED).
@@ -90,9 +91,11 @@ static __always_inline bool related_fits(struct __sk_buff *skb, const struct pkt
 static __always_inline bool related(struct __sk_buff *skb, const struct pol_config *config, struct pkt_ctx *pkt, struct pol_work *work)
 {
 	__u32 at = pkt->l4_off + RELATED_HEADER;
+	__u32 id = work->end == POL_EGRESS ? pkt->src_id : pkt->dst_id, policy;
 	struct related_quote quote = {};
 	struct ct_entry *entry;
 	bool low, forward;
+	struct pol_ep *ep;
 
 	if (pkt->family == 4 ? !related_read_v4(skb, at, &quote) : !related_read_v6(skb, at, &quote))
 		return false;
@@ -112,7 +115,9 @@ static __always_inline bool related(struct __sk_buff *skb, const struct pol_conf
 		return false;
 	/* The error goes the other way. */
 	forward = !ct_is_forward(entry, low);
-	return entry->flags & CT_ALLOWED << (ct_policy(work->end, forward) & 1);
+	policy = ct_policy(work->end, forward) & 1;
+	ep = pol_eps.lookup(&id);
+	return ep && entry->revision[policy] == ep->revision && entry->flags & CT_ALLOWED << policy;
 }
 
 int fib_policy_related(struct __sk_buff *skb)

@@ -826,6 +826,25 @@ def test_errors_about_connections_pass(
 
 
 @BOTH
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "echo"])
+def test_errors_do_not_carry_on_what_is_revoked(rig: Rig, family: int, protocol: str) -> None:
+    """They have room for as much as anybody has to say; a policy that still allows the connection lets them pass again."""
+    there, here = cases(rig, family, protocol)
+    a, b = kit.own(rig.a, family), kit.own(rig.b, family)
+    sent, said = kit.header(a, b) / there, kit.header(b, a) / here
+    for packet, sender in ((sent, rig.a), (said, rig.b), (sent, rig.a)):
+        assert rig.send(sender, packet).passed
+    rig.policy(rig.b, NONE, NONE)
+    assert not rig.send(rig.b, error(sent, b, "port")).passed
+    assert not rig.send(rig.a, sent).passed and not rig.send(rig.b, said).passed
+    assert not rig.send(rig.b, error(sent, b, "port")).passed
+    assert not rig.arrive(rig.b, error(said, WORLD[family], "hops")).passed
+    cases(rig, family, protocol)
+    assert rig.send(rig.a, sent).passed
+    assert rig.send(rig.b, error(sent, b, "port")).passed
+
+
+@BOTH
 def test_errors_are_asked_about_by_their_type(rig: Rig, family: int) -> None:
     proto, kind = kit.ICMP[family], 3 if family == 4 else 1
     rig.policy(rig.a, only((proto, kind, kind)), NONE)
