@@ -24,6 +24,7 @@
 #endif
 #define SA_OPENING_MAX 16384
 #define SA_SPACES_MAX 65536
+#define SA_SPLICERS_MAX 4096
 
 /* sa_config.flags */
 #define SA_CFG_ON 0x1     /* anything may be shortened */
@@ -112,7 +113,7 @@ enum sa_end_reason {
 	SA_NOT_ENDED = 0,
 	SA_CLOSED = 1,   /* the connection is */
 	SA_BULK = 2,     /* one end sends much without a word of the other */
-	SA_READS = 3,    /* recv() with flags, or splice(), that the short way does not know */
+	SA_READS = 3,    /* recv() with flags that the short way does not know, or a process that splices */
 	SA_SENDS = 4,    /* send() with such flags: urgent data, zero copy */
 	SA_OPTION = 5,   /* SO_RCVLOWAT, a protocol on top (TLS) */
 	SA_BEHIND = 6,   /* a reader that leaves more unread than one end may send without a word of the other */
@@ -193,6 +194,8 @@ FIB_MAP("hash", __u64, __u32, sa_groups, 4096, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", struct fib_addr, __u32, sa_hosts, 4096, BPF_F_NO_PREALLOC);
 /* Pairs (client's cookie) that are switched off. */
 FIB_MAP("hash", __u64, __u32, sa_off, 65536, BPF_F_NO_PREALLOC);
+/* Processes (thread group id) that read otherwise than by recv() and read(): nothing is handed to them. */
+FIB_MAP("lru_hash", __u32, __u32, sa_splicers, SA_SPLICERS_MAX, 0);
 FIB_MAP("percpu_array", __u32, __u64, sa_stats, SA_STATS, 0);
 /* struct sa_event records. */
 FIB_RINGBUF(sa_events, 1 << 20);

@@ -2,8 +2,11 @@
 /* How the processes at paired sockets read and write.
  *
  * Reading is seen by a tracepoint behind each recv() of every socket of the machine, attached only while there are pairs (SA_CFG_CALLS). Calls
- * that behave otherwise on the short way end the pair; and none is shortened before its reader has been seen to read plainly: who splices
- * is never seen.
+ * that behave otherwise on the short way end the pair; and none is shortened before its reader has been seen to read plainly.
+ *
+ * Who splices takes what came by TCP, and not what was handed over before it: it would read in the wrong order, and the end too early. It is
+ * seen where room is made after each read of what came by TCP, and then nothing is handed to the whole process any more: many a proxy reads the
+ * beginning plainly and splices the rest.
  *
  * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*,
  * SIZE_REGS and the calls' numbers are the machine's (services/sockaccel/install.py).
@@ -16,11 +19,19 @@
 #define SA_MSG_ZEROCOPY 0x4000000
 #define SA_MUCH 512 /* bytes */
 #define SA_REG(name) ((AT_REGS_##name - AT_REGS_FIRST) / 8)
+#define SA_REGS ((AT_REGS_LAST - AT_REGS_FIRST) / 8 + 1)
 
 /* Whether a socket is in no map of sockets, and so in no pair: a load, where looking for its storage would be a call. */
 static __always_inline bool sa_is_plain(__u64 sk)
 {
 	return !*(volatile __u64 *)(sk + AT_SK_USER_DATA);
+}
+
+static __always_inline bool sa_is_splicer(void)
+{
+	__u32 process = bpf_get_current_pid_tgid() >> 32;
+
+	return sa_splicers.lookup(&process);
 }
 
 /* (sk, length, flags). A peek is fine. */
@@ -41,12 +52,53 @@ int fib_sa_recv(__u64 *ctx)
 		return 0;
 	if (unlikely(pair->ended))
 		sa_note_settled(pair, mine->side);
-	if (special) {
+	if (special || (!mine->reads && sa_is_splicer())) {
 		sa_finish(pair, SA_READS);
 	} else {
 		mine->reads = 1;
 		pair->ends[mine->side & 1].reads = 1;
 	}
+	return 0;
+}
+
+/* Its fields are read without a call. */
+static void *(*sa_current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+
+/* Registers of the system call that the process is in, from AT_REGS_FIRST on. False: it is in none. */
+static __always_inline bool sa_registers(__u64 *regs)
+{
+	__u64 top = *(volatile __u64 *)((__u64)sa_current_task() + AT_TASK_STACK) + SA_STACK - SIZE_REGS;
+
+	return !bpf_probe_read_kernel(regs, SA_REGS * sizeof(*regs), (void *)(top + AT_REGS_FIRST)) &&
+	       (regs[SA_REG(MODE)] & SA_MODE_MASK) == SA_MODE_USER;
+}
+
+/* (sk): something that came by TCP has been read, or looked for. */
+int fib_sa_splice(__u64 *ctx)
+{
+	__u32 process = bpf_get_current_pid_tgid() >> 32, one = 1;
+	__u64 regs[SA_REGS];
+	struct sa_mine *mine;
+	struct sa_pair *pair;
+
+	if (likely(sa_is_plain(ctx[0])))
+		return 0;
+	if (sa_registers(regs)) {
+		switch ((__u32)regs[SA_REG(CALL)]) {
+		case SA_NR_READ:
+		case SA_NR_READV:
+		case SA_NR_RECVFROM:
+		case SA_NR_RECVMSG:
+		case SA_NR_RECVMMSG:
+			return 0;
+		}
+	}
+	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
+	pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
+	if (!pair)
+		return 0;
+	sa_finish(pair, SA_READS);
+	sa_splicers.update(&process, &one);
 	return 0;
 }
 
@@ -56,17 +108,11 @@ enum sa_call {
 	SA_CALL_UNKNOWN, /* no call known here: of another kind, of another machine's programs, io_uring, the kernel's own */
 };
 
-/* Its fields are read without a call. */
-static void *(*sa_current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
-
 static __always_inline enum sa_call sa_sending(void)
 {
-	__u64 regs[(AT_REGS_LAST - AT_REGS_FIRST) / 8 + 1], flags;
-	__u64 top = *(volatile __u64 *)((__u64)sa_current_task() + AT_TASK_STACK) + SA_STACK - SIZE_REGS;
+	__u64 regs[SA_REGS], flags;
 
-	if (bpf_probe_read_kernel(regs, sizeof(regs), (void *)(top + AT_REGS_FIRST)))
-		return SA_CALL_UNKNOWN;
-	if ((regs[SA_REG(MODE)] & SA_MODE_MASK) != SA_MODE_USER)
+	if (!sa_registers(regs))
 		return SA_CALL_UNKNOWN;
 	switch ((__u32)regs[SA_REG(CALL)]) {
 	case SA_NR_WRITE:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "sockaccel"
 OPS: Final = "fib_sa_ops"
 MSG: Final = "fib_sa_msg"
-CALLS: Final = {"fib_sa_recv": "sock_recv_length"}
+CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_splice": "tcp_rcv_space_adjust"}
 """Programs at tracepoints."""
 FIELDS: Final = {
     "AT_TCP_WRITE_SEQ": "tcp_sock.write_seq",
@@ -62,7 +62,8 @@ MACHINES: Final = {
         },
         {
             "SA_STACK": 16384, "SA_MODE_MASK": 0xFFFF, "SA_MODE_USER": 0x33, "SA_NR_WRITE": 1, "SA_NR_WRITEV": 20,
-            "SA_NR_SENDTO": 44, "SA_NR_SENDMSG": 46, "SA_NR_SENDMMSG": 307,
+            "SA_NR_SENDTO": 44, "SA_NR_SENDMSG": 46, "SA_NR_SENDMMSG": 307, "SA_NR_READ": 0, "SA_NR_READV": 19,
+            "SA_NR_RECVFROM": 45, "SA_NR_RECVMSG": 47, "SA_NR_RECVMMSG": 299,
         },
     ),
     "aarch64": Machine(
@@ -73,6 +74,7 @@ MACHINES: Final = {
         {
             "AT_REGS_THIRD": 16, "AT_REGS_FOURTH": 24, "SA_STACK": 16384, "SA_MODE_MASK": 0x1F, "SA_MODE_USER": 0,
             "SA_NR_WRITE": 64, "SA_NR_WRITEV": 66, "SA_NR_SENDTO": 206, "SA_NR_SENDMSG": 211, "SA_NR_SENDMMSG": 269,
+            "SA_NR_READ": 63, "SA_NR_READV": 65, "SA_NR_RECVFROM": 207, "SA_NR_RECVMSG": 212, "SA_NR_RECVMMSG": 243,
         },
     ),
 }  # fmt: skip
