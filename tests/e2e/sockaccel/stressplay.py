@@ -1,7 +1,8 @@
-"""Conversations of two processes, each drawn from a number that both know: what is said, in which pieces, how it is read, how it ends.
+"""Conversations of two processes, each drawn from a number that both know: what is said, in which pieces, how it is read,
+how it ends.
 
-Run inside processes of the rig (its text is executed there). Every stream is a stretch of one random block that begins elsewhere for each
-connection and direction, so that a byte that is lost, doubled or out of place is seen where it is read.
+Run inside processes of the rig (its text is executed there). Every stream is a stretch of one random block that begins
+elsewhere for each connection and direction, so that a byte that is lost, doubled or out of place is seen where it is read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PATIENCE_S = 20.0
 HELLO = struct.Struct("!QI")
 _SOUND = hashlib.shake_128(b"sockaccel").digest(PERIOD)
 BLOCK = memoryview(_SOUND + _SOUND[: LARGEST + 4096])
+SPLICES = False
+"""Whether half of this process's ends splice now and then."""
 SPOKE = ("talk", "calls", "burst", "both", "bulk", "behind")
 ENDS = ("close", "half", "crossed", "reset", "abandoned")
 
@@ -115,7 +118,7 @@ class End:
         self.rand = random.Random(plan.seed * 2 + side)
         self.writer = random.Random(plan.seed * 2 + side + 1)
         self.lazy = self.rand.random() < 0.1
-        self.splices = self.rand.random() < 0.1
+        self.splices = self.rand.random() < 0.5 and SPLICES
         self.waits = self.rand.random() < 0.5 and not self.splices
         if self.rand.random() < 0.3:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -174,7 +177,7 @@ class End:
             place = next(i for i, byte in enumerate(got) if byte != BLOCK[at + i])
             found = _SOUND.find(bytes(got[place : place + 16]))
             moved = (found - (at + place)) % PERIOD if found >= 0 else None
-            raise Broken(f"wrong at {self.read + place}, {len(got) - place} bytes left of this read, from {moved} bytes further on")
+            raise Broken(f"wrong at {self.read + place}, for {len(got) - place} bytes: from {moved} bytes further on")
         self.read += len(got)
         self.check = zlib.crc32(got, self.check)
 
@@ -433,6 +436,18 @@ def _client(places: list[tuple[int, str, int]], seeds: random.Random) -> None:
             TALLY.connections += 1
             TALLY.kinds[plan.kind] += 1
             TALLY.kinds[plan.end] += 1
+
+
+def splice_once() -> None:
+    """As the first that this process ever does at a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as one:
+        other, _ = listener.accept()
+        there, here = os.pipe()
+        one.sendall(b".")
+        os.splice(other.fileno(), here, 1)
+        other.close()
+        os.close(there)
+        os.close(here)
 
 
 def begin(places: list[tuple[int, str, int]], count: int, seed: int) -> None:
