@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import callcases
+import callends
+import callreads
+import callwrites
 import pytest
 from accelrig import A4, B4, Rig, until
+from calltools import CASES
 
 from services.sockaccel import abi
 from tests.e2e.lb.sockrig import Process
@@ -32,7 +35,7 @@ DIFFERENCES: dict[str, Any] = {
     # Noticed with the next turn of who writes.
     "lowat_within_a_turn": [1, 1, "abcdef"],
     # Not known to maps of sockets.
-    "splice_out": ["EAGAIN", "abcdef"],
+    "splice_out": ["EAGAIN", "abcdef"],  # the first of a process only
     "peek_off": ["ab", "abcdef", "abcdef"],
     "inq": [],
     "timestamps": 0,
@@ -51,6 +54,11 @@ ENDS = {
     "slow_reader": abi.EndReason.BULK,
 }
 """Why a connection was no longer shortened by the end; of all others: it was closed."""
+KNOWS = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from calltools import *
+import {", ".join(each.__name__ for each in (callends, callreads, callwrites))}
+"""
 KINDS = {
     "v4": ("AF_INET", -1, "127.0.0.1", "127.0.0.1"),
     "v6": ("AF_INET6", -1, "::1", "::1"),
@@ -67,7 +75,7 @@ def begin(process: Process, kind: str) -> None:
 @pytest.fixture
 def caller(rig: Rig) -> Iterator[Process]:
     process = rig.process()
-    process.do(Path(callcases.__file__).read_text())
+    process.do(KNOWS)
     yield process
 
 
@@ -75,9 +83,11 @@ def newest(rig: Rig) -> abi.Pair:
     return max(rig.pairs(), key=lambda pair: pair.made)
 
 
-@pytest.mark.parametrize("name", callcases.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str) -> None:
-    for kind, (w, r) in [(kind, ("c", "d")) for kind in KINDS] + [("v4", ("d", "c"))]:
+    ways = [(kind, ("c", "d")) for kind in KINDS] + [("v4", ("d", "c"))]
+    # The first splice of a process is the last that is made where something was handed over.
+    for kind, (w, r) in ways[:1] if name == "splice_out" else ways:
         found = {}
         for on in (False, True):
             rig.write(on=on)
@@ -96,6 +106,23 @@ def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str)
         assert name not in DIFFERENCES or found[False] != wanted, "no difference any more"
         if name in ENDS:
             until(lambda: rig.ended(ENDS[name]) > before[ENDS[name]])  # noqa: B023
+
+
+def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Process) -> None:
+    caller.do("c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=1)")
+    assert caller.give("run('splice_out', c, d)") == [6, "EAGAIN"]
+    before = rig.stat(abi.Stat.SENDS)
+    begin(caller, "v4")
+    assert caller.give("run('splice_out', d, c)") == [6, "EAGAIN"]
+    assert rig.stat(abi.Stat.SENDS) == before
+
+
+@pytest.mark.parametrize("name", ["signal_while_reading", "room_to_write_while_reading", "read_ends_with_reset"])
+def test_who_waits_gives_up_before_anything_is_shortened(rig: Rig, caller: Process, name: str) -> None:
+    """It is enough that the socket is a candidate: in the map of sockets."""
+    caller.do("c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=1)")
+    assert not newest(rig).ends[0].sends
+    assert caller.give(f"run({name!r}, c, d)") == DIFFERENCES[name]
 
 
 def test_what_was_handed_over_is_peeked_before_what_comes_by_tcp(rig: Rig, caller: Process) -> None:
@@ -152,7 +179,7 @@ def test_pods_call_each_other(rig: Rig) -> None:
     """Ends in two processes and two namespaces, for calls that need both at once."""
     server, client = rig.process(1), rig.process(0)
     for each in (server, client):
-        each.do(Path(callcases.__file__).read_text())
+        each.do(KNOWS)
     port = server.do(f"l = socket.create_server(({B4!r}, 0))", "l.getsockname()[1]")
     client.do(f"s = socket.create_connection(({B4!r}, {port})); s.settimeout(5)")
     server.do("s, _ = l.accept(); s.settimeout(5)")
