@@ -42,6 +42,7 @@ COMMANDS = {
     "flow": "flow",
     "prefilter": "prefilter",
     "sockaccel": "sockaccel",
+    "tls": "tls",
     "connectivity": "connectivity",
     "monitor": "monitor",
     "trace": "trace",

@@ -21,6 +21,8 @@ class Pod:
     labels: Mapping[str, str]
     identity: int
     addresses: frozenset[IPAddress]
+    netns: str = ""
+    """Path of its network namespace."""
 
 
 @dataclass(frozen=True)

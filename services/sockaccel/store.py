@@ -1,4 +1,5 @@
-"""What is declared on this node, on its disk: classes, each with the bit it has in the kernel's masks, and the main switch."""
+"""What is declared on this node, on its disk: classes, each with the bit it has in the kernel's masks, the main switch, and
+whose TLS is looked into."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ from pathlib import Path
 from typing import Final
 
 from fibril.sockaccel.v1 import sockaccel_pb2 as pb
+from fibril.tls.v1 import tls_pb2
 from services.common import db
 from services.common.errors import NotFound, ResourceExhausted
 from services.sockaccel import convert
 from services.sockaccel.abi import CLASSES
 from services.sockaccel.model import LOCAL_PROXIES, Class
+from services.sockaccel.tls import model as tls
 
 MIGRATIONS: Final = (
     """
@@ -19,6 +22,7 @@ MIGRATIONS: Final = (
     CREATE TABLE switch (everything INTEGER NOT NULL);
     INSERT INTO switch VALUES (1);
     """,
+    "CREATE TABLE tls_targets (name TEXT PRIMARY KEY, declared BLOB NOT NULL);",
 )
 
 
@@ -37,6 +41,10 @@ class Store:
             self.classes[name] = bit, convert.declared(pb.Class.FromString(blob), name)
         if fresh:
             self.upsert(LOCAL_PROXIES)
+        self.targets: dict[str, tls.Target] = {
+            name: tls.declared(tls_pb2.Target.FromString(blob), name)
+            for name, blob in self._db.execute("SELECT name, declared FROM tls_targets")
+        }
 
     def close(self) -> None:
         self._db.close()
@@ -74,6 +82,29 @@ class Store:
     def name_of(self, bit: int) -> str:
         """Name of the class with that bit; empty if it is gone."""
         return next((name for name, (number, _) in self.classes.items() if number == bit), "")
+
+    def upsert_target(self, target: tls.Target) -> bool:
+        """Whether there was none of that name. ResourceExhausted: there are as many as there can be."""
+        created = target.name not in self.targets
+        if created and len(self.targets) >= tls.TARGETS_MAX:
+            raise ResourceExhausted(
+                f"there are {tls.TARGETS_MAX} targets already, the limit is {tls.TARGETS_MAX}",
+                field="target.name",
+                fix="delete one",
+            )
+        blob = tls.message(target).SerializeToString(deterministic=True)
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO tls_targets VALUES (?, ?)", (target.name, blob))
+        self.targets[target.name] = target
+        return created
+
+    def delete_target(self, name: str) -> None:
+        """NotFound."""
+        if name not in self.targets:
+            raise NotFound(f"there is no target {name!r}", field="name", fix="see: fibril tls target ls")
+        with self._db:
+            self._db.execute("DELETE FROM tls_targets WHERE name = ?", (name,))
+        del self.targets[name]
 
     def _free_bit(self) -> int:
         taken = {bit for bit, _ in self.classes.values()}

@@ -12,6 +12,7 @@ from typing import Final
 from fibril.endpoint.v1 import endpoint_pb2, endpoint_pb2_grpc
 from fibril.sockaccel.v1 import sockaccel_pb2 as pb
 from fibril.sockaccel.v1 import sockaccel_pb2_grpc
+from fibril.tls.v1 import tls_pb2_grpc
 from services.common import errors
 from services.common.hostaddrs import HostAddresses
 from services.common.instance import Instance
@@ -29,6 +30,8 @@ from services.sockaccel.plan import Host, Pod, plan
 from services.sockaccel.plane import Plane
 from services.sockaccel.store import Store
 from services.sockaccel.tables import Wanted
+from services.sockaccel.tls.api import TlsApi
+from services.sockaccel.tls.looker import Looker
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ class SockAccelService:
         self._began = time.monotonic()
         self._netlink = Netlink()
         self._plane = Plane(instance, cfg.sockaccel, self._wanted, self._pair_ended)
+        self._looker = Looker(instance, self._store.targets.values, self._pods.values)
         self._addresses = HostAddresses(self._netlink, self._plane.need)
         self._endpoints: Follower[int] = Follower(
             "endpoints",
@@ -78,16 +82,20 @@ class SockAccelService:
         ctx.tasks.spawn("sockaccel.tables", self._plane.run())
         ctx.tasks.spawn("sockaccel.reports", self._plane.listen())
         ctx.tasks.spawn("sockaccel.tidy", self._tidy())
+        ctx.tasks.spawn("sockaccel.tls", self._looker.run())
+        ctx.tasks.spawn("sockaccel.tls.messages", self._looker.listen())
         metrics().sum("fibril.sockaccel.sends", self._sends, description="send() calls of pairs by the way they took")
         metrics().sum("fibril.sockaccel.bytes", self._bytes, unit="By", description="bytes of pairs by the way they took")
         metrics().sum("fibril.sockaccel.pairs", self._counts, description="pairs made, shortened, ended by reason")
         ctx.rpc.add(
             sockaccel_pb2_grpc.add_SockAccelServiceServicer_to_server, SockAccelApi(self._store, self._plane, self)
         )
+        ctx.rpc.add(tls_pb2_grpc.add_TlsServiceServicer_to_server, TlsApi(self._store, self._looker))
 
     async def stop(self) -> None:
         """The programs stay, and go on."""
         self._addresses.close()
+        await self._looker.stop()
         await self._plane.stop()
         await self._netlink.close()
         self._store.close()
@@ -114,7 +122,13 @@ class SockAccelService:
             return
         addresses = frozenset(ip_address(text) for text in (found.ipv4, found.ipv6) if text)
         pod = Pod(
-            found.id, found.pod or found.container_id, found.netns_cookie, dict(found.labels), found.identity, addresses
+            found.id,
+            found.pod or found.container_id,
+            found.netns_cookie,
+            dict(found.labels),
+            found.identity,
+            addresses,
+            found.netns,
         )
         known = self._pods.get(found.id)
         self._pods[found.id] = pod
@@ -194,7 +208,7 @@ class SockAccelService:
         classes = ComponentStatus(
             "classes", "degraded" if problem else "ok", problem or f"{len(self._store.classes)} declared{on}"
         )
-        return [*self._plane.status(), classes, self._endpoints.status()]
+        return [*self._plane.status(), classes, self._endpoints.status(), *self._looker.status()]
 
     def _stat(self, which: int) -> int:
         try:

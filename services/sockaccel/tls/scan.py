@@ -1,0 +1,120 @@
+"""Which files of chosen pods' processes have TLS in them.
+
+A file is known by device and inode: many processes, of many pods, share a library. What was found in one is remembered
+until it is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from services.sockaccel.tls import elf
+
+ENTRY: Final = {
+    "SSL_write": "fib_tls_write",
+    "SSL_write_ex": "fib_tls_write",
+    "SSL_read": "fib_tls_read",
+    "SSL_read_ex": "fib_tls_read_ex",
+    "gnutls_record_send": "fib_tls_write",
+    "gnutls_record_recv": "fib_tls_read",
+    "crypto/tls.(*Conn).Write": "fib_tls_go_write",
+}
+"""Function -> program at its beginning."""
+RETURN: Final = "fib_tls_done"
+"""Program where functions that read return."""
+LIBRARIES: Final = {"SSL_write": "openssl", "gnutls_record_send": "gnutls", "crypto/tls.(*Conn).Write": "go"}
+_LIBRARY: Final = re.compile(r"lib(ssl|gnutls)[.\d-].*|lib(ssl|gnutls)\.so.*")
+_GO: Final = b"\xff Go buildinf:"
+_BUILT_IN: Final = (b"BoringSSL", b"OpenSSL 1.", b"OpenSSL 3.")
+GO_READS: Final = "what it reads is not seen: a probe where a Go function returns would break its stack"
+_SIZE_MAX: Final = 512 << 20
+
+Key = tuple[int, int]
+
+
+@dataclass
+class File:
+    """A library or program, and who uses it."""
+
+    reach: Path
+    """Where this process finds it."""
+    path: str
+    """Where its processes do."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Function -> offset in the file."""
+    problem: str = ""
+    pods: set[str] = field(default_factory=set)
+    processes: set[int] = field(default_factory=set)
+
+    @property
+    def library(self) -> str:
+        return next((name for function, name in LIBRARIES.items() if function in self.places), "")
+
+
+class Scanner:
+    """For one thread. `look` reads /proc."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int, int], tuple[dict[str, int], str]] = {}
+
+    def look(self, spaces: Mapping[int, str]) -> dict[Key, File]:
+        """Files with TLS that processes in these network namespaces (inode -> pod) have mapped.
+
+        A program without any that could be told is left out, one that hides it is not.
+        """
+        found: dict[Key, File] = {}
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            # Processes come and go.
+            with contextlib.suppress(OSError):
+                pod = spaces.get(os.stat(f"{entry.path}/ns/net").st_ino)
+                if pod is not None:
+                    self._process(int(entry.name), pod, found)
+        self._known = {known: value for known, value in self._known.items() if known[:2] in found or not value[0]}
+        return {key: file for key, file in found.items() if file.places or file.problem}
+
+    def _process(self, pid: int, pod: str, found: dict[Key, File]) -> None:
+        program = os.readlink(f"/proc/{pid}/exe")
+        # A thread group without a name of its own is the kernel's, or is ending.
+        paths = {program}
+        with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                parts = line.rstrip("\n").split(None, 5)
+                if len(parts) == 6 and "x" in parts[1] and _LIBRARY.fullmatch(os.path.basename(parts[5])):
+                    paths.add(parts[5])
+        for path in paths:
+            with contextlib.suppress(OSError):
+                reach = Path(f"/proc/{pid}/exe") if path == program else Path(f"/proc/{pid}/root{path}")
+                state = reach.stat()
+                key = state.st_dev, state.st_ino
+                if key not in found:
+                    places, problem = self._inside(reach, (*key, state.st_mtime_ns), state.st_size)
+                    found[key] = File(reach, path, places, problem)
+                found[key].pods.add(pod)
+                found[key].processes.add(pid)
+
+    def _inside(self, reach: Path, known: tuple[int, int, int], size: int) -> tuple[dict[str, int], str]:
+        if known not in self._known:
+            self._known[known] = _inside(reach, size)
+        return self._known[known]
+
+
+def _inside(reach: Path, size: int) -> tuple[dict[str, int], str]:
+    """Functions in a file, and what is amiss with it."""
+    if size > _SIZE_MAX:
+        return {}, f"larger than {_SIZE_MAX >> 20} MiB"
+    places = elf.functions(reach, ENTRY)
+    if places:
+        return places, GO_READS if "crypto/tls.(*Conn).Write" in places else ""
+    if elf.contains(reach, _GO) and elf.contains(reach, b"crypto/tls"):
+        return {}, "a Go program without symbols: build it without -ldflags=-s"
+    if any(elf.contains(reach, text) for text in _BUILT_IN):
+        return {}, "has TLS built in, without symbols"
+    return {}, ""
