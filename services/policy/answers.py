@@ -131,22 +131,30 @@ class Answers:
         tables = self._tables()
         if tables is None:
             raise errors.FailedPrecondition("this node has no tables of policies", fix="see: fibril status")
-        ends = [self._number(address) for address in (source, destination)]
-        if not any(ends):
-            raise errors.NotFound(
-                "neither source nor destination is a pod of this node", field="source", fix="ask the node of one of them"
-            )
         identities = [replay.identity_of(self._instance, address) for address in (source, destination)]
+        ends = [self._number(*each) for each in zip((source, destination), identities, strict=True)]
+        if ends == [None, None]:
+            raise errors.NotFound(
+                "neither source nor destination is this node's or a pod's of it",
+                field="source",
+                fix="ask the node of one of them",
+            )
         answer = pb.WhyResponse(allowed=True)
-        if ends[0] and ends[0] == ends[1]:
+        if ends[0] == ends[1]:
             return answer
         for at, direction in enumerate((Direction.EGRESS, Direction.INGRESS)):
-            if not ends[at]:
+            end = ends[at]
+            if end is None:
                 continue
             peer, address = identities[1 - at], (destination, source)[at]
-            found = replay.ask(tables, ends[at], direction, peer, address, protocol, request.destination_port)
+            found = replay.ask(tables, end, direction, peer, address, protocol, request.destination_port)
             shown = answer.egress if direction is Direction.EGRESS else answer.ingress
-            self._kernel(shown, found, direction, ends[at], peer)
+            self._kernel(shown, found, direction, end, peer)
+            audited = (found.policy and found.flags & abi.EpFlag.AUDIT) or tables.config.flags & abi.ConfigFlag.AUDIT
+            if not shown.decision.allowed and audited and not found.flags & abi.EpFlag.LOCKDOWN:
+                shown.decision.reason += "; it is only audited, the packet passes"
+                shown.drop_reason = reasons_pb2.DROP_REASON_UNSPECIFIED
+                continue
             answer.allowed &= shown.decision.allowed
         connection = self._connections.find(
             source, destination, protocol, request.source_port, request.destination_port
@@ -155,11 +163,12 @@ class Answers:
             answer.connection.CopyFrom(connection_message(connection))
         return answer
 
-    def _number(self, address: IPAddress) -> int:
+    def _number(self, address: IPAddress, identity: int) -> int | None:
+        """The endpoint of this node, a pod or the host, that has an address."""
         for number, endpoint in self._enforcer.endpoints.items():
             if number != HOST and address in endpoint.addresses:
                 return number
-        return 0
+        return HOST if identity == Reserved.HOST else None
 
     def _kernel(
         self, shown: pb.KernelDecision, found: replay.Answer, direction: Direction, endpoint: int, peer: int
@@ -171,6 +180,10 @@ class Answers:
         if found.flags & abi.EpFlag.LOCKDOWN:
             decision.reason = "denied: the endpoint is in lockdown"
             shown.drop_reason = reasons_pb2.DROP_REASON_POLICY_LOCKDOWN
+            return
+        if not found.policy and endpoint == HOST:
+            decision.allowed, decision.enforced = True, False
+            decision.reason = "allowed: the host has no policy"
             return
         if not found.policy:
             decision.reason = "denied: the kernel has no policy of this endpoint yet"
@@ -187,6 +200,8 @@ class Answers:
             decision.reason = f'{verb} by {policy}, rule "{name}"'
         elif found.rule == abi.RULE_HOST:
             decision.reason = "allowed: this node's host may reach its own pods"
+        elif found.rule >= abi.RULE_FIRST:
+            decision.reason = f"{verb} by rule {found.rule} of a policy that this process has not read yet"
         elif found.allowed:
             decision.reason = f"allowed: {'no rule denies it' if found.enforced else 'no policy selects the endpoint'}"
         else:

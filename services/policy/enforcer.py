@@ -435,11 +435,12 @@ class Enforcer:
         if self.writer is None or content.published is None or not self.ready:
             return
         endpoint = self.endpoints[number]
+        # The host has no policy unless one selects it, or it has switches that something must look at.
+        needed = bool(content.key[0] or endpoint.flags)
         if number == HOST:
             for callback in self._host_callbacks:
-                callback(bool(content.key[0]))
-        if number == HOST and not content.key[0]:
-            # The host has no policy unless one selects it.
+                callback(needed)
+        if number == HOST and not needed:
             self.writer.clear_endpoint(HOST)
             self._hold(HOST, None, after)
             return

@@ -155,7 +155,13 @@ def _policies(ctl: Ctl, namespace: str = "") -> list[Any]:
 
 
 def _read(files: Sequence[Path]) -> str:
-    texts = [sys.stdin.read() if str(file) == "-" else file.read_text() for file in files]
+    texts = []
+    for file in files:
+        raw = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        try:
+            texts.append(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise click.ClickException(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from None
     return "\n---\n".join(texts)
 
 
@@ -249,7 +255,7 @@ def _party(text: str, hint: str) -> Any:
     from fibril.policy.v1 import policy_pb2 as pb
 
     what, _, number = text.partition(":")
-    if what in ("endpoint", "identity") and number.isdigit():
+    if what in ("endpoint", "identity") and number.isdecimal():
         return pb.Party(endpoint=int(number)) if what == "endpoint" else pb.Party(identity=int(number))
     if text in ENTITIES:
         return pb.Party(entity=pb.Entity.Value("ENTITY_" + text.upper().replace("-", "_")))
@@ -411,7 +417,7 @@ def set_(
         for text in ports:
             name, _, where = text.partition("=")
             number, _, protocol = where.partition("/")
-            if not number.isdigit() or (protocol or "tcp") not in PROTOCOLS:
+            if not number.isdecimal() or (protocol or "tcp") not in PROTOCOLS:
                 raise click.BadParameter(f"{text!r}: write http=8080 or dns=53/udp", param_hint="--port")
             named.ports[name].port = int(number)
             named.ports[name].protocol = pb.PortProtocol.ValueType(PROTOCOLS[protocol or "tcp"])

@@ -1,0 +1,129 @@
+"""`why`, `trace` and packets agree where the host is an end, and where switches overrule what policies say."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.modes.modelab import ModeLab, lab, wait_for
+
+PORT = 7070
+_SERVER = f"""
+import socket
+with socket.create_server(("::", {PORT}), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+    while True:
+        server.accept()[0].close()
+"""
+_CLIENT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 0.7).close()
+    print("reached")
+except OSError as error:
+    print(type(error).__name__)
+"""
+HOST_DENIES = """
+apiVersion: cilium.io/v2
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: host}
+spec: {nodeSelector: {}, ingress: [{fromEntities: [remote-node]}]}
+"""
+POD_DENIES = """
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: back}
+spec: {podSelector: {matchLabels: {app: back}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[ModeLab]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    with lab("--nodes", "1", "--pods", "2") as made:
+        run(made, "endpoint", "label", "p2", "app=back")
+        wait_for(lambda: any(each["labels"].get("app") for each in made.json("c1n1", "identity", "ls")), "an identity")
+        pod = ("fibril", "pod", "exec", "p2", "--", sys.executable, "-c", _SERVER)
+        with made.started("c1n1", sys.executable, "-c", _SERVER), made.started("c1n1", *pod):
+            for address in (*host(made).values(), made.pod("c1n1", "p2")["ipv4"]):
+                wait_for(lambda address=address: reaches(made, address), "servers to listen")
+            yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(node: ModeLab) -> Iterator[None]:
+    yield
+    for number in (0, node.pod("c1n1", "p2")["id"]):
+        run(node, "policy", "set", str(number), "--no-audit", "--no-lockdown")
+    for key in ("ccnp/host", "np/default/back"):
+        node.command("-i", node.instance("c1n1").name, "policy", "rm", key, code=None)
+    run(node, "policy", "wait")
+
+
+def run(made: ModeLab, *words: str) -> None:
+    made.command("-i", made.instance("c1n1").name, *words)
+
+
+def apply(made: ModeLab, text: str, directory: Path) -> None:
+    (directory / "policy.yaml").write_text(text)
+    run(made, "policy", "apply", "-f", str(directory / "policy.yaml"), "--wait")
+
+
+def host(made: ModeLab) -> dict[int, str]:
+    four, six = made.node("c1n1").addresses
+    return {4: four, 6: six}
+
+
+def reaches(made: ModeLab, address: str) -> bool:
+    return "reached" in made.pod_exec("c1n1", "p1", sys.executable, "-c", _CLIENT, address, str(PORT))
+
+
+def why(made: ModeLab, address: str) -> Any:
+    own = made.pod("c1n1", "p1")["ipv6" if ":" in address else "ipv4"]
+    own, there = (f"[{each}]" if ":" in each else each for each in (own, address))
+    return made.json("c1n1", "policy", "why", f"{own}:1", f"{there}:{PORT}")
+
+
+def trace(made: ModeLab, address: str) -> bool:
+    words = ("policy", "trace", "--from", "p1", "--to", address, "--port", str(PORT))
+    return bool(made.json("c1n1", *words).get("allowed", False))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_hosts_policy_is_asked_as_well(node: ModeLab, family: int, tmp_path: Path) -> None:
+    address = host(node)[family]
+    assert why(node, address)["allowed"] and trace(node, address) and reaches(node, address)
+    apply(node, HOST_DENIES, tmp_path)
+    assert not reaches(node, address) and not trace(node, address)
+    answer = why(node, address)
+    assert not answer.get("allowed", False)
+    assert answer["ingress"]["drop_reason"] == "DROP_REASON_POLICY_DEFAULT"
+
+
+def test_what_is_only_audited_passes(node: ModeLab, tmp_path: Path) -> None:
+    address = node.pod("c1n1", "p2")["ipv4"]
+    apply(node, POD_DENIES, tmp_path)
+    assert not why(node, address).get("allowed", False) and not reaches(node, address)
+    run(node, "policy", "set", str(node.pod("c1n1", "p2")["id"]), "--audit")
+    answer = why(node, address)
+    assert answer["allowed"] and reaches(node, address)
+    assert "audited" in answer["ingress"]["decision"]["reason"] and not answer["ingress"]["decision"].get("allowed", False)
+
+
+def test_lockdown_of_a_host_without_a_policy(node: ModeLab) -> None:
+    address = host(node)[4]
+    run(node, "policy", "set", "0", "--lockdown")
+    assert not reaches(node, address) and not why(node, address).get("allowed", False)
+    run(node, "policy", "set", "0", "--no-lockdown")
+    assert reaches(node, address) and why(node, address)["allowed"]
+
+
+def test_a_file_that_is_no_text_is_refused_by_its_name(node: ModeLab, tmp_path: Path) -> None:
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
+    done = node.command("-i", node.instance("c1n1").name, "policy", "apply", "-f", str(tmp_path / "picture.yaml"), code=1)
+    assert "picture.yaml" in done.stderr and "UTF-8" in done.stderr
