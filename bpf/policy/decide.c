@@ -217,6 +217,16 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 	return decision;
 }
 
+/* Whether the packet begins a connection although there is one of its ports: of one that is over, or, where it goes to whoever opened
+ * that, because answers do not begin anything; but both ends of one that is not established yet may. Who opened it may have gone
+ * without a word, and somebody else have its address. */
+static __always_inline bool decide_is_another(const struct pkt_ctx *pkt, const struct ct_entry *entry, bool forward, bool fresh)
+{
+	if (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return entry->flags & CT_CLOSED || (!forward && !fresh);
+	return !forward && ct_is_icmp(pkt->proto) && ct_icmp_kind(pkt->proto, pkt->icmp_type) == CT_ICMP_REQUEST;
+}
+
 static __always_inline enum decision decide(struct __sk_buff *skb, const struct pol_config *config, const struct pkt_ctx *pkt,
 					    struct pol_work *work, const struct pol_ep *ep, __u32 now)
 {
@@ -230,9 +240,7 @@ static __always_inline enum decision decide(struct __sk_buff *skb, const struct 
 	}
 	if (!entry || !ct_alive(config, entry, pkt->proto, now))
 		return decide_begin(config, pkt, work, ep, low, now);
-	/* The same ports once more. */
-	if (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN &&
-	    entry->flags & (CT_CLIENT_FIN | CT_SERVER_FIN | CT_RESET))
+	if (decide_is_another(pkt, entry, ct_is_forward(entry, low), fresh))
 		return decide_begin(config, pkt, work, ep, low, now);
 	return decide_go_on(config, pkt, work, ep, entry, low, fresh, now);
 }

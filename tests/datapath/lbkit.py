@@ -141,6 +141,9 @@ def outside(family: int, **fields: Any) -> IP | IPv6:
 def answer(sent: bytes, layer: Any, **fields: Any) -> Any:
     """What the backend says to a packet it got, from IP on."""
     got = Ether(sent)
+    if layer is TCP:
+        # Scapy's own would begin something.
+        fields = {"flags": "SA", **fields}
     return type(got[1])(src=got[1].dst, dst=got[1].src) / layer(
         sport=got[layer].dport, dport=got[layer].sport, **fields
     )

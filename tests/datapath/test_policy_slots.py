@@ -358,6 +358,40 @@ def test_the_same_ports_once_more_are_another_connection(rig: Rig, end: str) -> 
     assert not rig.packet(rig.a, rig.b, back("S"), back=True).passed
 
 
+@BOTH
+def test_who_answered_may_not_open_the_other_way(rig: Rig, family: int) -> None:
+    """By the ports of a connection that is there, for its client may have gone without a word."""
+    rig.policy(rig.a, NONE, only((6, 80, 80)))
+    rig.policy(rig.b, only((6, 80, 80)), NONE)
+    connect(rig, family)
+    assert not rig.packet(rig.a, rig.b, back("S"), family, back=True).passed
+    rig.policy(rig.b, ALL, ALL)
+    assert not rig.packet(rig.a, rig.b, back("S"), family, back=True).passed
+    # What was there goes on.
+    assert rig.packet(rig.a, rig.b, tcp("PA") / b"data", family).passed
+    assert rig.packet(rig.a, rig.b, back("PA") / b"data", family, back=True).passed
+
+
+@BOTH
+def test_both_ends_may_open_one_connection_at_once(rig: Rig, family: int) -> None:
+    rig.policy(rig.a, NONE, only((6, 80, 80)))
+    rig.policy(rig.b, only((6, 80, 80)), NONE)
+    for layer, other in ((tcp("S"), False), (back("S"), True), (back("S"), True), (tcp("SA"), False), (back("SA"), True)):
+        assert rig.packet(rig.a, rig.b, layer, family, back=other).passed
+    assert rig.entry()[1]
+
+
+@BOTH
+def test_who_answers_an_echo_may_not_ask_by_it(rig: Rig, family: int) -> None:
+    """The number that stands for the asked end may be the asking one's own."""
+    request, proto = (8 if family == 4 else 128), kit.ICMP[family]
+    rig.policy(rig.a, NONE, only((proto, request, request)))
+    rig.policy(rig.b, only((proto, request, request)), NONE)
+    assert rig.packet(rig.a, rig.b, echo(family, number=0xFFFF), family).passed
+    assert not rig.packet(rig.a, rig.b, echo(family, number=0xFFFF), family, back=True).passed
+    assert rig.packet(rig.a, rig.b, echo(family, True, number=0xFFFF), family, back=True).passed
+
+
 def test_who_answers_begins_nothing(rig: Rig) -> None:
     rig.open_all()
     assert rig.packet(rig.a, rig.b, back("SA"), back=True).passed
