@@ -19,7 +19,7 @@ from services.common.rpc.follow import Follower
 from services.common.service import ComponentStatus
 from services.identity.numbers import Reserved
 from services.policy import abi
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.enforcer import HOST, Endpoint, Enforcer
 from services.policy.kernel.tables import Tables
 from services.policy.resolve.world import HOSTNAME, NamedPort, NodeFacts
 
@@ -107,6 +107,9 @@ class Sources:
         for number, flags in enumerate(words[2::4]):
             if flags:
                 self.flags.setdefault(number, (words[number * 4 + 3], flags))
+        # Nobody tells of the host, as ipam does of pods.
+        host = self._enforcer.endpoints[HOST]
+        host.flags = self._flags(HOST, host.owner)
 
     def set_flags(self, number: int, flags: abi.EpFlag) -> None:
         """Switches of an endpoint, until it goes."""

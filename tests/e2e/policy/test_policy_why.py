@@ -123,6 +123,21 @@ def test_lockdown_of_a_host_without_a_policy(node: ModeLab) -> None:
     assert reaches(node, address) and why(node, address)["allowed"]
 
 
+@pytest.mark.parametrize("who", ["host", "pod"])
+def test_lockdown_outlives_the_process(node: ModeLab, who: str) -> None:
+    pod = node.pod("c1n1", "p2")
+    number, address = (0, host(node)[4]) if who == "host" else (pod["id"], pod["ipv4"])
+    run(node, "policy", "set", str(number), "--lockdown")
+    assert not reaches(node, address)
+    before = node.processes("c1n1", "policy")
+    node.kill("c1n1", "policy")
+    wait_for(lambda: node.processes("c1n1", "policy") not in ([], before), "another process")
+    run(node, "policy", "wait")
+    assert not reaches(node, address)
+    shown = {each.get("endpoint", 0): each for each in node.json("c1n1", "policy", "endpoints")}
+    assert shown[number]["lockdown"]
+
+
 def test_a_file_that_is_no_text_is_refused_by_its_name(node: ModeLab, tmp_path: Path) -> None:
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG")
     done = node.command("-i", node.instance("c1n1").name, "policy", "apply", "-f", str(tmp_path / "picture.yaml"), code=1)
