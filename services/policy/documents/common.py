@@ -35,7 +35,8 @@ class Draft:
         name = metadata.take("name", str, "")
         if not name:
             raise metadata.refuse("name", "is missing")
-        namespace = metadata.take("namespace", str, default_namespace)
+        # An empty one is none, not the whole cluster.
+        namespace = metadata.take("namespace", str, "") or default_namespace
         if namespace and not default_namespace:
             raise metadata.refuse("namespace", "is given, and this kind has none", "leave it out")
         annotations = metadata.child("annotations")

@@ -76,6 +76,14 @@ def test_default_deny_and_allow_all() -> None:
         assert egress(silent, web, WORLD) and not ingress(silent, web, other)
 
 
+@pytest.mark.parametrize("empty", ["''", "null"])
+def test_an_empty_namespace_is_the_default_one(empty: str) -> None:
+    (found,) = network_policy("{podSelector: {}, ingress: [{from: [{podSelector: {}}]}]}", empty)
+    assert found.key.namespace == "default"
+    assert ingress([found], pod("default"), pod("default")) and not ingress([found], pod("default"), pod("x"))
+    assert ingress([found], pod("x"), pod("y"))
+
+
 def test_peers_and_ports_of_a_network_policy() -> None:
     policies = network_policy("""
       podSelector: {matchLabels: {app: db}}
