@@ -169,8 +169,8 @@ def class_set(
         enabled=not off,
         scopes=[pb.Scope.Value(f"SCOPE_{each.upper().replace('-', '_')}") for each in scopes],
         ports=[_range(each) for each in ports],
-        client_labels=dict(_label(each, "--client-label") for each in clients),
-        server_labels=dict(_label(each, "--server-label") for each in servers),
+        client_labels=_labels(clients, "--client-label"),
+        server_labels=_labels(servers, "--server-label"),
         cgroups=cgroups,
         proxies_only=proxies_only,
     )
@@ -184,14 +184,21 @@ def _range(text: str) -> Any:
     match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
     if match is None:
         raise click.BadParameter(f"{text!r}: write PORT or PORT-PORT", param_hint="--port")
+    # To the service 0 is a range of one port.
+    if match[2] and int(match[2]) < int(match[1]):
+        raise click.BadParameter(f"{text!r} does not end behind its beginning", param_hint="--port")
     return pb.PortRange(first=int(match[1]), last=int(match[2] or 0))
 
 
-def _label(text: str, option: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise click.BadParameter(f"{text!r}: write KEY=VALUE", param_hint=option)
-    return key, value
+def _labels(texts: Sequence[str], option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise click.BadParameter(f"{text!r}: write KEY=VALUE", param_hint=option)
+        if found.setdefault(key, value) != value:
+            raise click.BadParameter(f"{key!r} cannot be both {found[key]!r} and {value!r}", param_hint=option)
+    return found
 
 
 @classes_group.command("rm")
@@ -297,6 +304,8 @@ def top(ctl: Ctl, /, interval: float, count: int, lines: int, **given: Any) -> N
     """Show live which connections skip the stack, the busiest first. JSON: one object a look."""
     import json
 
+    if interval != interval:
+        raise click.BadParameter("that is no number", param_hint="--interval")
     wanted = _filter(**given)
     before: dict[int, Record] = {}
     then = time.monotonic()
