@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 _KIND: Final = "cgroup_sock_ops"
 
 
-def attach_all(instance: Instance, group: str, calls: bool = True) -> None:
+def attach_all(instance: Instance, group: str, calls: bool = True, before: frozenset[int] = frozenset()) -> None:
     """Have the pinned programs at work on a control group ("": the root) and all below it; idempotent.
 
-    What hands over comes first, what makes pairs last. calls: those behind recv() and send() too.
+    What hands over comes first, what makes pairs last. calls: those behind recv() and send() too. before: marks of programs
+    that may hang there still, though nothing of them is pinned any more.
     NotFound: not loaded; FailedPrecondition: the kernel refuses.
     """
     with progs.opened(install.program_path(instance, install.MSG)) as fd:
@@ -32,10 +33,10 @@ def attach_all(instance: Instance, group: str, calls: bool = True) -> None:
         for name in install.CALLS:
             _attach_call(instance, name)
     path = cgroup.create(group)
-    mark = _mark(instance)
+    known = marks(instance) | before
     with progs.opened(install.program_path(instance, install.OPS)) as fd:
-        attach.attach_cgroup(path, _KIND, fd, mark)
-    _detach_groups(mark, keep=path)
+        attach.attach_cgroup(path, _KIND, fd, known)
+    _detach_groups(known, keep=path)
 
 
 def missing(instance: Instance, group: str, calls: bool = True) -> list[str]:
@@ -55,15 +56,17 @@ def detach_all(instance: Instance) -> list[Path]:
 
     No pair is made from here on; those there are go on until their maps go.
     """
-    groups = _detach_groups(_mark(instance))
     detach_calls(instance)
-    return groups
+    known = marks(instance)
+    return _detach_groups(known) if known else []
 
 
 def detach_calls(instance: Instance) -> None:
     """Take those behind recv() and send() off, which every socket of the machine pays for."""
     for name in install.CALLS:
-        _link_path(instance, name).unlink(missing_ok=True)
+        # "~": of a process that was killed while it attached.
+        for end in ("", "~"):
+            _link_path(instance, name + end).unlink(missing_ok=True)
 
 
 def attached_msg(instance: Instance) -> int:
@@ -147,18 +150,27 @@ def _socks(instance: Instance) -> Iterator[int]:
         os.close(fd)
 
 
-def _mark(instance: Instance) -> int:
-    """What all programs of an instance use, of whatever version they are, and nobody else's: a map."""
-    with _socks(instance) as fd:
-        return bpf.map_info(fd).id
+def marks(instance: Instance) -> frozenset[int]:
+    """What programs of an instance use, of whatever version they are, and nobody else's: the maps that are pinned. One is enough, so
+    losing pins, or another version's layout, does not make a stranger of a program.
+    """
+    found = set()
+    for path in install.MAPS.values():
+        with contextlib.suppress(FileNotFoundError):
+            fd = bpf.get(str(instance.pin_dir / path))
+            try:
+                found.add(bpf.map_info(fd).id)
+            finally:
+                os.close(fd)
+    return frozenset(found)
 
 
-def _detach_groups(mark: int, keep: Path | None = None) -> list[Path]:
+def _detach_groups(known: frozenset[int], keep: Path | None = None) -> list[Path]:
     gone = []
     for directory, _, _ in os.walk(cgroup.mount_point()):
         path = Path(directory)
         # Groups come and go.
         with contextlib.suppress(errors.NotFound):
-            if path != keep and attach.detach_cgroup(path, _KIND, install.OPS, mark):
+            if path != keep and attach.detach_cgroup(path, _KIND, install.OPS, known):
                 gone.append(path)
     return gone

@@ -61,6 +61,7 @@ class Plane:
         self._tables: Tables | None = None
         self._problem = "not attached yet"
         self._ring_problem = ""
+        self._marks: frozenset[int] = frozenset()
         self.changes = 0
         """Entries written since the start."""
 
@@ -151,8 +152,11 @@ class Plane:
         if not there and not await self._datapath.install():
             raise self._datapath.problem or errors.Unavailable("the programs are not there")
         if await self._run(hooks.missing, self._instance, self._section.cgroup, self._calls):
-            await self._run(hooks.attach_all, self._instance, self._section.cgroup, self._calls)
+            await self._run(hooks.attach_all, self._instance, self._section.cgroup, self._calls, self._marks)
+            self._marks = frozenset()
             log.info("programs attached", extra={"cgroup": self._section.cgroup or "root"})
+        # Should all pins be lost, these tell which programs are to be replaced.
+        self._marks = self._marks or await self._run(hooks.marks, self._instance)
 
     async def _use(self) -> None:
         if self._tables is not None:

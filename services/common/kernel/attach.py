@@ -15,7 +15,7 @@ import errno
 import functools
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +161,9 @@ def detach_xdp(ifindex: int) -> bool:
     return True
 
 
-def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int, uses_map: int = 0) -> None:
+def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int, uses_map: int | Collection[int] = 0) -> None:
     """Attach to a cgroup (names of bpf.ATTACH_TYPES), beside others' programs, in place of our older one: the one of
-    the same name, that uses this map if one is named.
+    the same name, that uses this map, or one of these, if any is named.
     """
     kind = bpf.ATTACH_TYPES[attach_type]
     mine = bpf.prog_info(prog_fd)
@@ -182,8 +182,8 @@ def attach_cgroup(path: Path | str, attach_type: str, prog_fd: int, uses_map: in
             raise _error(error, f"attach {mine.name} to {attach_type} of cgroup {path}") from None
 
 
-def detach_cgroup(path: Path | str, attach_type: str, name: str, uses_map: int = 0) -> bool:
-    """Take the program called `name` (that uses this map) off a cgroup; whether it was there."""
+def detach_cgroup(path: Path | str, attach_type: str, name: str, uses_map: int | Collection[int] = 0) -> bool:
+    """Take the program called `name` (that uses this map, or one of these) off a cgroup; whether it was there."""
     kind = bpf.ATTACH_TYPES[attach_type]
     with _cgroup(path) as cgroup:
         for entry in attached_cgroup(path, attach_type):
@@ -234,8 +234,9 @@ def _cgroup(path: Path | str) -> Iterator[int]:
         os.close(fd)
 
 
-def _is(entry: Attached, name: str, uses_map: int) -> bool:
-    return entry.name == name and (not uses_map or uses_map in entry.maps)
+def _is(entry: Attached, name: str, uses_map: int | Collection[int]) -> bool:
+    wanted = (uses_map,) if isinstance(uses_map, int) else uses_map
+    return entry.name == name and (not uses_map or any(each in entry.maps for each in wanted))
 
 
 def _named(ident: int) -> Attached:

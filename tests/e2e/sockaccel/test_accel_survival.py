@@ -1,0 +1,118 @@
+"""What outlives its owner is found again: programs whose pins are gone, pairs whose end nobody saw."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from accelrig import Rig
+from test_shorten import pair_up
+
+from services.common.instance import Instance
+from services.common.kernel import attach, cgroup
+from services.sockaccel import abi, hooks, install, plane, teardown
+from services.sockaccel.config import SockAccelSection
+from services.sockaccel.tables import Wanted
+from tests.e2e.lb.sockrig import forget, make_instance
+
+
+@pytest.fixture
+def fresh() -> Iterator[tuple[Instance, str]]:
+    """Programs of its own, at work on a control group of its own."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    made, name = make_instance(), f"fibril-test-survival-{os.getpid()}-{secrets.token_hex(3)}"
+    path = cgroup.path_of(name)
+    try:
+        asyncio.run(install.load(made))
+        hooks.attach_all(made, name)
+        yield made, name
+    finally:
+        for entry in attach.attached_cgroup(path, "cgroup_sock_ops") if path.exists() else ():
+            attach.detach_cgroup(path, "cgroup_sock_ops", entry.name)
+        forget(made)
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def at_work(name: str) -> list[int]:
+    """Ids of the programs on the group."""
+    return [entry.prog_id for entry in attach.attached_cgroup(cgroup.path_of(name), "cgroup_sock_ops")]
+
+
+@pytest.mark.parametrize("lost", ["sa_socks", "sa_pairs", "sa_off", "every map of sockaccel"])
+def test_programs_take_the_place_of_those_that_lost_their_pins(
+    fresh: tuple[Instance, str], spaces: tuple[Path, Path], lost: str
+) -> None:
+    instance, name = fresh
+    for each, path in abi.MAPS.items():
+        if lost in (each, "every map of sockaccel"):
+            (instance.pin_dir / path).unlink()
+    assert not install.complete(instance)
+    asyncio.run(install.load(instance))
+    hooks.attach_all(instance, name)
+    assert len(at_work(name)) == 1
+    rig = Rig(instance, cgroup.path_of(name), spaces)
+    try:
+        process = rig.process()
+        pair_up(process)
+        process.do("talk(20)")
+        assert rig.pairs()[0].ends[0].sends > 10 and not rig.stat(abi.Stat.TAKEN)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("lost", ["", "sa_socks", "sa_off", "every program"])
+def test_teardown_finds_programs_whatever_pins_are_left(fresh: tuple[Instance, str], lost: str) -> None:
+    instance, name = fresh
+    if lost == "every program":
+        for each in (install.OPS, install.MSG, *install.CALLS):
+            install.program_path(instance, each).unlink()
+    elif lost:
+        (instance.pin_dir / abi.MAPS[lost]).unlink()
+    told = asyncio.run(teardown.remove(instance))
+    assert at_work(name) == [] and any(name in each for each in told)
+    assert not [path for path in (instance.pin_dir / "link").rglob("*") if path.is_file()]
+    assert asyncio.run(teardown.remove(instance)) == []
+
+
+async def test_a_service_that_loses_all_its_pins_begins_anew(
+    fresh: tuple[Instance, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance, name = fresh
+    monkeypatch.setattr(plane, "RESYNC_S", 0.2)
+    (before,) = at_work(name)
+    made = plane.Plane(instance, SockAccelSection(cgroup=name), Wanted, lambda pair, offset: None)
+    await made.start()
+    task = asyncio.create_task(made.run())
+    try:
+        await asyncio.to_thread(shutil.rmtree, instance.pin_dir)
+
+        def back() -> bool:
+            return install.complete(instance) and not hooks.missing(instance, name) and made.status()[0].state == "ok"
+
+        for _ in range(200):
+            if back():
+                break
+            await asyncio.sleep(0.05)
+        assert back()
+        (after,) = at_work(name)
+        assert after != before
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await made.stop()
+
+
+def test_a_link_of_a_service_that_was_killed_meanwhile_goes_too(fresh: tuple[Instance, str]) -> None:
+    instance, _ = fresh
+    (link,) = (path for path in (instance.pin_dir / "link").rglob("*") if path.is_file())
+    link.rename(link.with_name(link.name + "~"))
+    hooks.detach_calls(instance)
+    assert not list(link.parent.iterdir())
