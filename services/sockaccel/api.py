@@ -26,26 +26,35 @@ class Registry(Protocol):
 
     async def shown(self) -> list[pb.Pair]: ...
     async def switch_pair(self, cookie: int, on: bool) -> None: ...
-    async def forget_class(self, bit: int) -> None: ...
+    async def pairs_of(self, bit: int) -> set[int]: ...
+    def forget(self, cookies: set[int]) -> None: ...
 
 
 class SockAccelApi(sockaccel_pb2_grpc.SockAccelServiceServicer):
-    """One servicer for all servers of the process."""
+    """One servicer for all servers of the process. Without the kernel's tables nothing is changed."""
 
     def __init__(self, store: Store, plane: Plane, registry: Registry) -> None:
         self._store, self._plane, self._registry = store, plane, registry
 
     async def UpsertClass(self, request: pb.UpsertClassRequest, context: object) -> pb.UpsertClassResponse:
         wanted = convert.declared(request.declared, "declared")
+        _ = self._plane.tables
         created = self._store.upsert(wanted)
         await self._plane.settled()
         return pb.UpsertClassResponse(declared=(await self._classes())[wanted.name], created=created)
 
     async def DeleteClass(self, request: pb.DeleteClassRequest, context: object) -> pb.DeleteClassResponse:
+        _ = self._plane.tables
         bit = self._store.require(request.name)[0]
-        await self._registry.forget_class(bit)
+        concerned = await self._registry.pairs_of(bit)
         self._store.delete(request.name)
+        self._registry.forget(concerned)
         await self._plane.settled()
+        # Those that were made meanwhile, unless the bit is another's already.
+        more = await self._registry.pairs_of(bit) - concerned
+        if more and not self._store.name_of(bit):
+            self._registry.forget(more)
+            await self._plane.settled()
         return pb.DeleteClassResponse()
 
     async def ListClasses(self, request: pb.ListClassesRequest, context: object) -> pb.ListClassesResponse:
@@ -64,6 +73,7 @@ class SockAccelApi(sockaccel_pb2_grpc.SockAccelServiceServicer):
         return found
 
     async def Switch(self, request: pb.SwitchRequest, context: object) -> pb.SwitchResponse:
+        _ = self._plane.tables
         match request.WhichOneof("what"):
             case "all":
                 if not request.all:

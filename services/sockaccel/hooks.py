@@ -151,8 +151,8 @@ def _socks(instance: Instance) -> Iterator[int]:
 
 
 def marks(instance: Instance) -> frozenset[int]:
-    """What programs of an instance use, of whatever version they are, and nobody else's: the maps that are pinned. One is enough, so
-    losing pins, or another version's layout, does not make a stranger of a program.
+    """What programs of an instance use, of whatever version they are, and nobody else's: the maps that are pinned. One is
+    enough, so losing pins, or another version's layout, does not make a stranger of a program.
     """
     found = set()
     for path in install.MAPS.values():

@@ -17,10 +17,14 @@ from services.sockaccel.model import LOCAL_PROXIES, Class
 from services.sockaccel.tls import model as tls
 
 MIGRATIONS: Final = (
-    """
+    # A new node's first class is in the same transaction: who is killed in between makes no node without it.
+    f"""
     CREATE TABLE classes (bit INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, declared BLOB NOT NULL);
     CREATE TABLE switch (everything INTEGER NOT NULL);
     INSERT INTO switch VALUES (1);
+    INSERT INTO classes VALUES (
+        0, '{LOCAL_PROXIES.name}', X'{convert.class_message(LOCAL_PROXIES).SerializeToString(deterministic=True).hex()}'
+    );
     """,
     "CREATE TABLE tls_targets (name TEXT PRIMARY KEY, declared BLOB NOT NULL);",
 )
@@ -31,7 +35,6 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         """FailedPrecondition when the file cannot be used."""
-        fresh = not path.exists()
         self._db: sqlite3.Connection = db.open_db(
             path, MIGRATIONS, "restore it, or move it away and declare the classes anew"
         )
@@ -39,8 +42,6 @@ class Store:
         self.classes: dict[str, tuple[int, Class]] = {}
         for bit, name, blob in self._db.execute("SELECT bit, name, declared FROM classes"):
             self.classes[name] = bit, convert.declared(pb.Class.FromString(blob), name)
-        if fresh:
-            self.upsert(LOCAL_PROXIES)
         self.targets: dict[str, tls.Target] = {
             name: tls.declared(tls_pb2.Target.FromString(blob), name)
             for name, blob in self._db.execute("SELECT name, declared FROM tls_targets")

@@ -176,10 +176,14 @@ class SockAccelService:
         else:
             self._off.add(cookie)
 
-    async def forget_class(self, bit: int) -> None:
-        """Its pairs are never shortened again, whatever class has its bit next."""
+    async def pairs_of(self, bit: int) -> set[int]:
+        """Pairs of the class with that bit. Unavailable while the tables are not there."""
         found = await asyncio.to_thread(self._plane.tables.all_pairs)
-        self._off |= {int(pair.ends[0].cookie) for pair in found if pair.class_ == bit}
+        return {int(pair.ends[0].cookie) for pair in found if pair.class_ == bit}
+
+    def forget(self, cookies: set[int]) -> None:
+        """Pairs that are never shortened again, whatever class has their bit next."""
+        self._off |= cookies
 
     async def _switched_off(self) -> set[int]:
         try:

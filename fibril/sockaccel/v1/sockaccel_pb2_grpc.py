@@ -35,7 +35,8 @@ class SockAccelServiceStub:
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     def __init__(self, channel):
@@ -91,7 +92,8 @@ class SockAccelServiceServicer:
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     def UpsertClass(self, request, context):
@@ -199,7 +201,8 @@ class SockAccelService:
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     @staticmethod

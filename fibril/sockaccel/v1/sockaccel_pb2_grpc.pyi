@@ -36,7 +36,8 @@ class SockAccelServiceStub:
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     @_typing.overload
@@ -69,7 +70,8 @@ class SockAccelServiceAsyncStub(SockAccelServiceStub):
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -98,7 +100,8 @@ class SockAccelServiceServicer(metaclass=_abc_1.ABCMeta):
     through. Everything is of the node alone and kept on its disk; what the kernel has been told goes on while the service is away.
 
     Errors: INVALID_ARGUMENT names the field; NOT_FOUND; FAILED_PRECONDITION; RESOURCE_EXHAUSTED when there is no room (count and limit
-    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing.
+    given); UNAVAILABLE while the kernel's tables cannot be had. A call that fails has changed nothing, unless it says that it is kept:
+    then the kernel is told as soon as it can be.
     """
 
     @_abc_1.abstractmethod

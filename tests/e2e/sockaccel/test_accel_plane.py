@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from accelrig import Rig
 from test_shorten import pair_up
 
-from services.sockaccel import abi, hooks, install, plane
+from fibril.sockaccel.v1 import sockaccel_pb2 as pb
+from services.common import errors
+from services.sockaccel import abi, hooks, install, pairs, plane
+from services.sockaccel.api import SockAccelApi
 from services.sockaccel.config import SockAccelSection
 from services.sockaccel.plane import Plane
+from services.sockaccel.store import Store
 
 
 @contextlib.asynccontextmanager
@@ -84,3 +89,59 @@ async def test_nothing_is_shortened_unwatched(rig: Rig) -> None:
     before = rig.pairs()[0].ends[0].sends
     process.do("talk(30)")
     assert rig.pairs()[0].ends[0].sends == before
+
+
+class Known:
+    """What the service knows besides, of a rig."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.amiss: dict[str, str] = {}
+        self.watches: set[pairs.Watch] = set()
+        self.off: set[int] = set()
+
+    async def shown(self) -> list[pb.Pair]:
+        return [pairs.message(pair, "", str, 0) for pair in self._rig.pairs()]
+
+    async def switch_pair(self, cookie: int, on: bool) -> None:
+        raise NotImplementedError
+
+    async def pairs_of(self, bit: int) -> set[int]:
+        return {pair.ends[0].cookie for pair in self._rig.pairs() if pair.class_ == bit}
+
+    def forget(self, cookies: set[int]) -> None:
+        self.off |= cookies
+
+
+async def test_without_tables_nothing_is_declared(rig: Rig, tmp_path: Path) -> None:
+    store = Store(tmp_path / "s.db")
+    not_started = Plane(rig.instance, SockAccelSection(), lambda: None, lambda pair, offset: None)
+    api = SockAccelApi(store, not_started, Known(rig))
+    declared = pb.Class(name="new", scopes=[pb.SCOPE_PODS])
+    for call in (
+        api.UpsertClass(pb.UpsertClassRequest(declared=declared), None),
+        api.DeleteClass(pb.DeleteClassRequest(name="local-proxies"), None),
+        api.Switch(pb.SwitchRequest(all=True), None),
+        api.Switch(pb.SwitchRequest(class_name="local-proxies"), None),
+    ):
+        with pytest.raises(errors.Unavailable):
+            await call
+    assert store.on and list(store.classes) == ["local-proxies"] and store.classes["local-proxies"][1].enabled
+    store.close()
+    await not_started.stop()
+
+
+async def test_a_class_that_cannot_be_deleted_keeps_its_pairs(rig: Rig, tmp_path: Path) -> None:
+    """A disk that cannot be written."""
+    process, store, known = rig.process(), Store(tmp_path / "s.db"), Known(rig)
+    pair_up(process)
+    async with running(rig) as made:
+        api = SockAccelApi(store, made, known)
+        store._db.execute("PRAGMA query_only = 1")
+        with pytest.raises(errors.FailedPrecondition):
+            await api.DeleteClass(pb.DeleteClassRequest(name="local-proxies"), None)
+        assert list(store.classes) == ["local-proxies"] and not known.off
+        store._db.execute("PRAGMA query_only = 0")
+        await api.DeleteClass(pb.DeleteClassRequest(name="local-proxies"), None)
+        assert not store.classes and known.off == {rig.pairs()[0].ends[0].cookie}
+    store.close()

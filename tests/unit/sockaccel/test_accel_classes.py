@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fibril.sockaccel.v1 import sockaccel_pb2 as pb
+from services.common import db
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted
 from services.sockaccel import convert
 from services.sockaccel.abi import CLASSES
 from services.sockaccel.config import SockAccelSection
 from services.sockaccel.model import LOCAL_PROXIES, Class, Scope
 from services.sockaccel.plan import Host, Pod, plan
-from services.sockaccel.store import Store
+from services.sockaccel.store import MIGRATIONS, Store
 
 HOST = Host(7, frozenset({ip_address("192.0.2.1")}))
 PODS = [
@@ -86,6 +87,18 @@ def test_a_new_node_has_local_proxies_and_what_was_deleted_stays_so(path: Path) 
     store.close()
     store = Store(path)
     assert not store.on and store.classes == {}
+    store.close()
+
+
+@pytest.mark.parametrize("reached", ["a name", "tables"])
+def test_who_was_killed_making_the_store_finds_local_proxies(path: Path, reached: str) -> None:
+    path.parent.mkdir()
+    if reached == "a name":
+        path.touch()
+    else:
+        db.open_db(path, MIGRATIONS, "").close()
+    store = Store(path)
+    assert store.on and store.classes == {"local-proxies": (0, LOCAL_PROXIES)}
     store.close()
 
 
