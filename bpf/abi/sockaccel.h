@@ -94,7 +94,7 @@ struct sa_end {
 	__u64 sends;
 	__u64 policy;         /* pol_ep.policy and revision it was proven under */
 	__u32 policy_flags;
-	__u32 reads;          /* 1: its process has been seen to read plainly */
+	__u32 reads;          /* process (thread group id) that has been seen to read plainly; 0: none */
 	__u32 unread;         /* bytes handed to it since its queue was last seen empty: as much may wait there, no more */
 	__u32 settled;        /* 1: the pair has ended, and all that this end has handed over is in the other's queue, or read */
 	__u64 task;           /* that hands over; an address in the kernel */
@@ -131,7 +131,7 @@ struct sa_pair {
 	__u32 run;             /* bytes it has sent since the other spoke */
 	__u32 proofs;          /* changes of speaker on TCP since it was judged */
 	__u32 flags;           /* SA_PAIR_* */
-	__u32 reserved;
+	__u32 splicers;        /* element of sa_splicing when it was judged */
 };
 _Static_assert(sizeof(struct sa_pair) == 304, "ABI");
 
@@ -143,7 +143,7 @@ _Static_assert(sizeof(struct sa_pair) == 304, "ABI");
 struct sa_mine {
 	__u64 pair; /* key of sa_pairs */
 	__u32 side;  /* 0: the client's */
-	__u32 reads; /* as in its end */
+	__u32 reads; /* not 0: as in its end */
 };
 
 enum sa_event_kind {
@@ -196,6 +196,8 @@ FIB_MAP("hash", struct fib_addr, __u32, sa_hosts, 4096, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", __u64, __u32, sa_off, 65536, BPF_F_NO_PREALLOC);
 /* Processes (thread group id) that read otherwise than by recv() and read(): nothing is handed to them. */
 FIB_MAP("lru_hash", __u32, __u32, sa_splicers, SA_SPLICERS_MAX, 0);
+/* One element: how many have been found so far. Every pair is judged anew when it changes. */
+FIB_MAP("array", __u32, __u32, sa_splicing, 1, 0);
 FIB_MAP("percpu_array", __u32, __u64, sa_stats, SA_STATS, 0);
 /* struct sa_event records. */
 FIB_RINGBUF(sa_events, 1 << 20);

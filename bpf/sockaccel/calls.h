@@ -27,17 +27,11 @@ static __always_inline bool sa_is_plain(__u64 sk)
 	return !*(volatile __u64 *)(sk + AT_SK_USER_DATA);
 }
 
-static __always_inline bool sa_is_splicer(void)
-{
-	__u32 process = bpf_get_current_pid_tgid() >> 32;
-
-	return sa_splicers.lookup(&process);
-}
-
 /* (sk, length, flags). A peek is fine. */
 int fib_sa_recv(__u64 *ctx)
 {
 	__u32 special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
+	__u32 process = bpf_get_current_pid_tgid() >> 32;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 
@@ -52,11 +46,11 @@ int fib_sa_recv(__u64 *ctx)
 		return 0;
 	if (unlikely(pair->ended))
 		sa_note_settled(pair, mine->side);
-	if (special || (!mine->reads && sa_is_splicer())) {
+	if (special || sa_splicers.lookup(&process)) {
 		sa_finish(pair, SA_READS);
 	} else {
-		mine->reads = 1;
-		pair->ends[mine->side & 1].reads = 1;
+		mine->reads = process;
+		pair->ends[mine->side & 1].reads = process;
 	}
 	return 0;
 }
@@ -76,7 +70,7 @@ static __always_inline bool sa_registers(__u64 *regs)
 /* (sk): something that came by TCP has been read, or looked for. */
 int fib_sa_splice(__u64 *ctx)
 {
-	__u32 process = bpf_get_current_pid_tgid() >> 32, one = 1;
+	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
 	__u64 regs[SA_REGS];
 	struct sa_mine *mine;
 	struct sa_pair *pair;
@@ -98,7 +92,12 @@ int fib_sa_splice(__u64 *ctx)
 	if (!pair)
 		return 0;
 	sa_finish(pair, SA_READS);
-	sa_splicers.update(&process, &one);
+	if (!sa_splicers.lookup(&process)) {
+		sa_splicers.update(&process, &one);
+		known = sa_splicing.lookup(&zero);
+		if (known)
+			__sync_fetch_and_add(known, 1);
+	}
 	return 0;
 }
 

@@ -2,10 +2,17 @@
 /* What becomes of one send(). */
 #pragma once
 
-/* Whether nothing has changed since the pair was judged: the service's configuration, and both ends' policies. What has is noted. */
+/* Whether nothing has changed since the pair was judged: the service's configuration, both ends' policies, and which processes splice. What has
+ * is noted. */
 static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct sa_config *config)
 {
 	bool same = pair->epoch == config->epoch;
+	__u32 zero = 0, *splicers = sa_splicing.lookup(&zero);
+
+	if (splicers && unlikely(pair->splicers != *splicers)) {
+		pair->splicers = *splicers;
+		same = false;
+	}
 
 #pragma unroll
 	for (int side = 0; side < 2; side++) {
@@ -69,7 +76,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	struct sa_end *me = &pair->ends[side], *other = &pair->ends[!side];
 	bool turn = pair->speaker != side;
 	struct sa_config *config;
-	__u32 zero = 0, judged;
+	__u32 zero = 0, judged, process;
 	enum sa_call call;
 
 	if (unlikely(pair->ended || !other->cookie))
@@ -132,6 +139,11 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);
+		return false;
+	}
+	process = other->reads;
+	if (sa_splicers.lookup(&process)) {
+		sa_finish(pair, SA_READS);
 		return false;
 	}
 	if (!sa_shorten(pair, side, judged))

@@ -13,7 +13,7 @@ MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
         "sa_socks", "sa_pairs", "sa_mine", "sa_opening", "sa_config", "sa_spaces", "sa_ports", "sa_uids", "sa_groups",
-        "sa_hosts", "sa_off", "sa_splicers", "sa_stats", "sa_events",
+        "sa_hosts", "sa_off", "sa_splicers", "sa_splicing", "sa_stats", "sa_events",
     )
 }  # fmt: skip
 """Map -> pin path below an instance's pin directory."""
@@ -137,7 +137,7 @@ class Pair(ct.Structure):
     _fields_ = (
         ("ends", End * 2), ("made", ct.c_uint64), ("beat", ct.c_uint64), ("class_", ct.c_uint32), ("epoch", ct.c_uint32),
         ("ended", ct.c_uint32), ("speaker", ct.c_uint32), ("run", ct.c_uint32), ("proofs", ct.c_uint32),
-        ("flags", ct.c_uint32), ("reserved", ct.c_uint32),
+        ("flags", ct.c_uint32), ("splicers", ct.c_uint32),
     )  # fmt: skip
 
 

@@ -109,8 +109,15 @@ def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str)
 
 
 def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Process) -> None:
+    begin(caller, "v4")
+    caller.do("a, b = c, d")
     caller.do("c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=1)")
     assert caller.give("run('splice_out', c, d)") == [6, "EAGAIN"]
+    # Nor at a connection that was shortened before.
+    handed = rig.stat(abi.Stat.SENDS)
+    caller.do("for _ in range(20): a.sendall(b'abc'); exactly(b, 3); b.sendall(b'def'); exactly(a, 3)")
+    assert rig.stat(abi.Stat.SENDS) == handed
+    assert caller.give("run('splice_out', a, b)") == [6, "EAGAIN"]
     before = rig.stat(abi.Stat.SENDS)
     begin(caller, "v4")
     assert caller.give("run('splice_out', d, c)") == [6, "EAGAIN"]
