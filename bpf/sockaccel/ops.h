@@ -289,7 +289,7 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 	if (!tcp)
 		return;
 	/* Its other end is closed and gone, but what that handed over may still wait here: only a socket that connects anew is rid of it. */
-	if (!pair && (mine->reads || sa_queue((__u64)tcp)) && ctx->state != SA_TCP_SYN_SENT)
+	if (!pair && sa_queue((__u64)tcp) && ctx->state != SA_TCP_SYN_SENT)
 		return;
 	if (pair && (!pair->ended || !sa_is_empty(pair, 0) || !sa_is_empty(pair, 1)))
 		return;
@@ -300,7 +300,7 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 		sa_tell(SA_EVENT_ENDED, pair);
 		sa_pairs.delete(&mine->pair);
 		sa_socks.delete(&other);
-	} else {
+	} else if (!mine->side && !mine->reads) {
 		sa_count(SA_STAT_ALONE, 1);
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~SA_WATCHED);

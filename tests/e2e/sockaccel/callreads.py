@@ -282,6 +282,17 @@ def room_to_write_while_reading(w: socket.socket, r: socket.socket) -> Any:
 
 
 @case
+def two_wait_for_one_word(w: socket.socket, r: socket.socket) -> Any:
+    """Whoever comes too late waits for the next."""
+    with beside(lambda: r.recv(9)) as one, beside(lambda: r.recv(9)) as other:
+        w.sendall(b"abc")
+        time.sleep(PAUSE_S)
+        early = sorted(one + other)
+        w.sendall(b"def")
+    return [early, sorted(one + other)]
+
+
+@case
 def two_that_fork_read_in_turn(w: socket.socket, r: socket.socket) -> Any:
     there, here = os.pipe()
     child = os.fork()

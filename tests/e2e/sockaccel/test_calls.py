@@ -24,6 +24,7 @@ DIFFERENCES: dict[str, Any] = {
     # A recv() that waits, and is woken by anything but data, gives up with EAGAIN; what it waits for is there for the next.
     "signal_while_reading": [["EAGAIN"], ["EAGAIN"], "abc"],
     "room_to_write_while_reading": [["EAGAIN"], ["EAGAIN"], [None]],
+    "two_wait_for_one_word": [["EAGAIN", "abc"], ["EAGAIN", "abc"]],
     "read_ends_with_shutdown_beside": ["EAGAIN"],
     "read_ends_with_reset": [["EAGAIN"], "ECONNRESET"],
     # Nobody tells the writer that what he wrote has not been read.
