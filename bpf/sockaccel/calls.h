@@ -67,32 +67,55 @@ static __always_inline bool sa_registers(__u64 *regs)
 	       (regs[SA_REG(MODE)] & SA_MODE_MASK) == SA_MODE_USER;
 }
 
-/* (sk): something that came by TCP has been read, or looked for. */
-int fib_sa_splice(__u64 *ctx)
+enum sa_call {
+	SA_CALL_PLAIN,
+	SA_CALL_SPECIAL, /* with flags that the short way does not know */
+	SA_CALL_UNKNOWN, /* no call known here: of another kind, of another machine's programs, io_uring, the kernel's own */
+};
+
+static __always_inline enum sa_call sa_receiving(void)
+{
+	__u64 regs[SA_REGS], flags;
+
+	if (!sa_registers(regs))
+		return SA_CALL_UNKNOWN;
+	switch ((__u32)regs[SA_REG(CALL)]) {
+	case SA_NR_READ:
+	case SA_NR_READV:
+		return SA_CALL_PLAIN;
+	case SA_NR_RECVFROM:
+	case SA_NR_RECVMMSG:
+		flags = regs[SA_REG(FOURTH)];
+		break;
+	case SA_NR_RECVMSG:
+		flags = regs[SA_REG(THIRD)];
+		break;
+	default:
+		return SA_CALL_UNKNOWN;
+	}
+	return flags & SA_MSG_WAITALL ? SA_CALL_SPECIAL : SA_CALL_PLAIN;
+}
+
+/* (sk): something that came by TCP has been read, or looked for, by a call that may go on: one that waits for all would not see what
+ * is handed over meanwhile. */
+int fib_sa_reading(__u64 *ctx)
 {
 	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
-	__u64 regs[SA_REGS];
+	enum sa_call call;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
-	if (sa_registers(regs)) {
-		switch ((__u32)regs[SA_REG(CALL)]) {
-		case SA_NR_READ:
-		case SA_NR_READV:
-		case SA_NR_RECVFROM:
-		case SA_NR_RECVMSG:
-		case SA_NR_RECVMMSG:
-			return 0;
-		}
-	}
+	call = sa_receiving();
+	if (likely(call == SA_CALL_PLAIN))
+		return 0;
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
 	pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
 	if (!pair)
 		return 0;
 	sa_finish(pair, SA_READS);
-	if (!sa_splicers.lookup(&process)) {
+	if (call == SA_CALL_UNKNOWN && !sa_splicers.lookup(&process)) {
 		sa_splicers.update(&process, &one);
 		known = sa_splicing.lookup(&zero);
 		if (known)
@@ -100,12 +123,6 @@ int fib_sa_splice(__u64 *ctx)
 	}
 	return 0;
 }
-
-enum sa_call {
-	SA_CALL_PLAIN,
-	SA_CALL_SPECIAL, /* with flags that the short way does not know */
-	SA_CALL_UNKNOWN, /* no call known here: of another kind, of another machine's programs, io_uring, the kernel's own */
-};
 
 static __always_inline enum sa_call sa_sending(void)
 {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "sockaccel"
 OPS: Final = "fib_sa_ops"
 MSG: Final = "fib_sa_msg"
-CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_splice": "tcp_rcv_space_adjust"}
+CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_reading": "tcp_rcv_space_adjust"}
 """Programs at tracepoints."""
 FIELDS: Final = {
     "AT_TCP_WRITE_SEQ": "tcp_sock.write_seq",

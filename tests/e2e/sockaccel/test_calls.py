@@ -109,6 +109,21 @@ def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str)
             until(lambda: rig.ended(ENDS[name]) > before[ENDS[name]])  # noqa: B023
 
 
+@pytest.mark.parametrize("call", ["r.recv(6, socket.MSG_WAITALL)", "r.recvmsg(6, 0, socket.MSG_WAITALL)[0]"])
+@pytest.mark.parametrize("turns", range(6))
+def test_who_waits_for_all_is_not_left_waiting(rig: Rig, caller: Process, call: str, turns: int) -> None:
+    """One half comes by TCP and is taken; then the other end would begin to hand over, which that call does not see."""
+    caller.do(f"w, r = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns={turns})")
+    found = caller.do(f"""
+with beside(lambda: {call}) as found:
+    w.sendall(b"abc"); time.sleep(PAUSE_S)
+    r.sendall(b"."); exactly(w, 1)
+    w.sendall(b"def")
+""", "found")
+    # What is shortened already gives less, as DIFFERENCES has it; nobody hangs.
+    assert found == (["abcdef"] if turns < 2 else ["abc"])
+
+
 def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Process) -> None:
     begin(caller, "v4")
     caller.do("a, b = c, d")
