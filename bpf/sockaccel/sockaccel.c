@@ -3,15 +3,15 @@
  *
  * fib_sa_ops   sock_ops: pairs are made where connections begin, and end
  * fib_sa_msg   sk_msg: each send() of a socket of a pair, with the socket's lock held
- * recv, send, splice (fentry)  calls that the short way does not know end it, before they are carried out
+ * fib_sa_recv, fib_sa_reading  tracepoints behind and within recv(): reads that the short way does not know end it
  *
  * Everything begins on TCP and passes all hooks there. A pair is handed over once its two ends have taken turns several times, at a moment
  * when the reader has read all that came over TCP; so nothing can be overtaken. To go back to TCP is safe at any time: what
  * was handed over is read first. Each change of a policy that concerns an end, and of the service's own configuration, sends the
  * pair back to TCP, where it proves itself again by getting through.
  *
- * A pair that turns to bulk is taken out of sa_socks, if nothing was ever handed over: then it costs nothing any more. Otherwise it stays,
- * because taking a socket out throws away what it has not read.
+ * A pair that turns to bulk is taken out of sa_socks, as soon as nothing that was handed over can be unread: taking a socket out throws
+ * that away. Then it costs nothing any more.
  */
 #include <uapi/linux/in.h>
 

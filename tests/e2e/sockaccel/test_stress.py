@@ -213,11 +213,11 @@ def test_who_splices_is_left_to_tcp(rig: Rig) -> None:
     before = counters(rig)
     crowd = Crowd(rig, 20, splices=True)
     faults = Faults(rig, crowd.seed)
-    began = time.monotonic()
+    began, length = time.monotonic(), min(SECONDS / 2, 20)
     with contextlib.closing(faults.policies):
-        while (so_far := time.monotonic() - began) < min(SECONDS / 2, 20):
+        while (so_far := time.monotonic() - began) < length:
             time.sleep(0.05)
-            if so_far > SECONDS / 4:
+            if so_far > length / 2:
                 faults.step()
         found = crowd.finish()
     stats = report(rig, before, found, faults=faults.done)
