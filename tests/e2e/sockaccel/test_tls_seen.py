@@ -1,0 +1,255 @@
+"""HTTPS of real programs in pods of a lab: what is seen of it, and of whom nothing is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.e2e.modes.modelab import ModeLab, lab, wait_for
+
+NODE = "c1n1"
+SERVER = """
+import ssl, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(404 if "missing" in self.path else 200)
+        for name, value in (("x-kind", "shown"), ("set-cookie", "hidden"), ("content-length", "5")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"hello")
+    def log_message(self, *_):
+        pass
+
+server = ThreadingHTTPServer(("0.0.0.0", 8443), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[1])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+CLIENT = """
+import http.client, json, ssl, sys
+context = ssl._create_unverified_context()
+kept = http.client.HTTPSConnection(sys.argv[1], 8443, context=context, timeout=10)
+print(json.dumps("ready"), flush=True)
+for line in sys.stdin:
+    kept.request("GET", json.loads(line), headers={"cookie": "hidden", "x-kind": "asked"})
+    answer = kept.getresponse()
+    answer.read()
+    print(json.dumps(answer.status), flush=True)
+"""
+
+
+GO = """
+package main
+
+import (
+	"crypto/tls"
+	"os"
+	"time"
+)
+
+func main() {
+	for {
+		session, err := tls.Dial("tcp", os.Args[1], &tls.Config{InsecureSkipVerify: true})
+		if err == nil {
+			session.Write([]byte("GET /from-go HTTP/1.1\\r\\nhost: x\\r\\nconnection: close\\r\\n\\r\\n"))
+			session.Read(make([]byte, 4096))
+			session.Close()
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+"""
+
+
+def certificate(path: Path) -> Path:
+    """Its own issuer's, with its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pod")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
+        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(secret + made.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+class Client:
+    """Asks from its pod, with OpenSSL."""
+
+    def __init__(self, running: subprocess.Popen[str]) -> None:
+        self._running = running
+        assert self._read() == "ready"
+
+    def get(self, path: str) -> int:
+        assert self._running.stdin is not None
+        self._running.stdin.write(json.dumps(path) + "\n")
+        self._running.stdin.flush()
+        return int(self._read())
+
+    def _read(self) -> Any:
+        assert self._running.stdout is not None
+        return json.loads(self._running.stdout.readline())
+
+
+class Pods:
+    """p1 asks p2, which serves HTTPS; p3 is nobody's target."""
+
+    def __init__(self, made: ModeLab, stack: contextlib.ExitStack, pem: Path) -> None:
+        self.lab, self.stack = made, stack
+        self.address: str = made.pod(NODE, "p2")["ipv4"]
+        self.run("p2", sys.executable, "-c", SERVER, str(pem))
+        wait_for(lambda: made.pod_exec(NODE, "p2", "ss", "-Hltn", "sport = :8443").strip(), "the server")
+
+    def run(self, pod: str, *words: str, **options: Any) -> subprocess.Popen[str]:
+        return self.stack.enter_context(self.lab.started(NODE, "fibril", "pod", "exec", pod, "--", *words, **options))
+
+    def client(self, pod: str) -> Client:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return Client(self.run(pod, sys.executable, "-u", "-c", CLIENT, self.address, **pipes))
+
+    def fibril(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        return self.lab.command("-i", f"{self.lab.name}-{NODE}", *words, code=code)
+
+    def probes(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.lab.json(NODE, "tls", "probes")
+        return found
+
+    def probed(self, library: str) -> bool:
+        return any(each["library"] == library and each["functions"] for each in self.probes())
+
+    def messages(self, path: str = "") -> list[dict[str, Any]]:
+        """Those kept; of requests only those with this path in theirs."""
+        time.sleep(0.3)
+        text = self.fibril("-o", "json", "tls", "watch", "--no-follow", "--last", "1000").stdout
+        found = [json.loads(line) for line in text.splitlines() if line]
+        return [each for each in found if path in each["path"]]
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    pem = certificate(tmp_path_factory.mktemp("tls") / "pod.pem")
+    with lab("--nodes", "1", "--pods", "3", "--services", "ipam,sockaccel") as made, contextlib.ExitStack() as stack:
+        yield Pods(made, stack, pem)
+
+
+@pytest.fixture
+def target(pods: Pods) -> Iterator[Pods]:
+    pods.fibril("tls", "target", "set", "t", "--pod", "p1", "--label", "app=p2", "--header", "x-kind")
+    try:
+        yield pods
+    finally:
+        pods.fibril("tls", "target", "rm", "t")
+
+
+def test_nothing_is_looked_into_unless_asked_for(pods: Pods) -> None:
+    assert pods.probes() == [] and pods.lab.json(NODE, "tls", "target", "ls") == []
+    assert pods.client("p1").get("/unasked") == 200
+    assert pods.messages() == []
+
+
+def test_lines_of_chosen_pods_are_seen_named_and_cut(target: Pods) -> None:
+    client, other = target.client("p1"), target.client("p3")
+    wait_for(lambda: target.probed("openssl") and len(target.probes()[0]["processes"]) >= 2, "probes in both processes")
+    assert client.get("/first?secret=word") == 200
+    assert other.get("/of-nobody") == 200
+    assert client.get("/missing") == 404
+    found = target.messages("/first")
+    assert {(each["pod"], each["received"], each["method"]) for each in found} == {("p1", False, "GET"), ("p2", True, "GET")}
+    assert all(each["path"] == "/first?…" and each["headers"] == {"x-kind": "asked"} for each in found)
+    statuses = [(each["pod"], each["received"]) for each in target.messages() if each["status"] == 404]
+    assert sorted(statuses) == [("p1", True), ("p2", False)]
+    # Whose pod is no target's is seen only where it is: at the server.
+    assert {each["pod"] for each in target.messages("/of-nobody")} == {"p2"}
+    assert "hidden" not in json.dumps(target.messages()) and "word" not in json.dumps(target.messages())
+
+
+def test_gnutls_is_seen_as_well(target: Pods) -> None:
+    if shutil.which("wget") is None:
+        pytest.skip("there is no wget")
+    load = "import ctypes, time; ctypes.CDLL('libgnutls.so.30'); time.sleep(60)"
+    target.run("p1", sys.executable, "-c", load)
+    wait_for(lambda: target.probed("gnutls"), "a probe in GnuTLS")
+    words = ("wget", "-qO-", "--no-check-certificate", f"https://{target.address}:8443/gnu")
+    assert target.lab.pod_exec(NODE, "p1", *words) == "hello"
+    mine = [each for each in target.messages("/gnu") if each["pod"] == "p1"]
+    assert len(mine) == 1 and not mine[0]["received"] and mine[0]["comm"] == "wget"
+
+
+def test_what_go_writes_is_seen(target: Pods, tmp_path: Path) -> None:
+    if shutil.which("go") is None or "CI" in os.environ:
+        pytest.skip("compiling Go's TLS takes half a minute, and a Go toolchain")
+    (tmp_path / "client.go").write_text(GO)
+    env = {**os.environ, "CGO_ENABLED": "0", "GO111MODULE": "off", "GOCACHE": str(tmp_path / "cache")}
+    program = tmp_path / "client"
+    subprocess.run(["go", "build", "-o", program, tmp_path / "client.go"], check=True, env=env)
+    target.run("p1", str(program), f"{target.address}:8443")
+    wait_for(lambda: target.probed("go"), "a probe in the program")
+    mine = wait_for(lambda: [each for each in target.messages("/from-go") if each["pod"] == "p1"], "a request")
+    assert all(not each["received"] and each["comm"] == "client" for each in mine)
+    assert "what it reads is not seen" in next(each["problem"] for each in target.probes() if each["library"] == "go")
+
+
+def test_a_program_that_hides_its_tls_is_named(target: Pods) -> None:
+    etcd = shutil.which("etcd")
+    assert etcd
+    target.run("p1", etcd, "--data-dir", str(target.lab.root / "etcd-of-pod"), stderr=subprocess.DEVNULL)
+    seen = wait_for(lambda: [each for each in target.probes() if each["path"] == os.path.realpath(etcd)], "etcd")
+    assert "Go program without symbols" in seen[0]["problem"] and not seen[0]["functions"]
+
+
+def test_probes_go_with_the_last_target_and_come_back_with_the_service(pods: Pods) -> None:
+    client = pods.client("p1")
+    pods.fibril("tls", "target", "set", "t", "--pod", "p1")
+    try:
+        wait_for(lambda: pods.probed("openssl"), "a probe")
+        pods.lab.kill(NODE, "sockaccel")
+        wait_for(lambda: pods.fibril("tls", "probes", code=None).returncode == 0 and pods.probed("openssl"), "it again")
+        assert client.get("/after-the-kill") == 200
+        assert len(pods.messages("/after-the-kill")) == 1
+    finally:
+        pods.fibril("tls", "target", "rm", "t")
+    assert pods.probes() == []
+    assert client.get("/after-the-target") == 200
+    assert pods.messages("/after-the-target") == []
+
+
+def test_what_is_wrong_is_named(pods: Pods) -> None:
+    for words, said in (
+        (["target", "set", "a b", "--pod", "p1"], "no name of a target"),
+        (["target", "set", "a"], "a target names pods"),
+        (["target", "set", "a", "--pod", "p1", "--header", "Cookie"], "holds credentials"),
+        (["target", "set", "a", "--label", "x"], "KEY=VALUE"),
+        (["target", "rm", "nobody"], "no target"),
+    ):
+        done = pods.fibril("tls", *words, code=None)
+        assert done.returncode != 0 and said in done.stderr, (words, done.stderr)
+    assert pods.lab.json(NODE, "tls", "target", "ls") == []
