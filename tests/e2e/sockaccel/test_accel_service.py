@@ -333,7 +333,7 @@ def test_what_is_wrong_is_named_and_changes_nothing(landscape: ModeLab) -> None:
     for words, said in (
         (["class", "set", "a b", "--scope", "pod"], "no name of a class"),
         (["class", "set", "a", "--scope", "pod", "--port", "0"], "no port"),
-        (["class", "set", "a", "--scope", "pod", "--port", "9-8"], "does not end a range"),
+        (["class", "set", "a", "--scope", "pod", "--port", "9-8"], "does not end behind its beginning"),
         (["class", "set", "a", "--scope", "pod", "--port", "1-5000"], "the limit is 4096"),
         (["class", "set", "a", "--scope", "pod", "--cgroup", "../x"], "no path of a control group"),
         (["class", "rm", "nobody"], "no class"),
