@@ -7,50 +7,25 @@
     fib_lb_uplink       tc ingress, before the identity service's program: frontends, and answers to this node
     fib_lb_uplink_out   tc egress: answers of this host's own processes
 
-As filters of a clsact qdisc with a priority of the instance's own, or by tcx where an `ingress` qdisc is in the way. They stay
-when the process goes; what an event says is gone is put back.
+They stay when the process goes; what an event says is gone is put back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterable, Sequence
 
 from services.common import errors
 from services.common.instance import Instance
-from services.common.kernel import attach, bpf, progs, tc_classic
-from services.common.kernel import events as ev
-from services.common.kernel.netlink import Link, Netlink, Rtnl
-from services.common.kernel.tc_classic import Direction
+from services.common.kernel import progs
+from services.common.kernel.netlink import Netlink, Rtnl
+from services.common.kernel.tc_shared import Filter
+from services.common.pipeline import devices as pipeline
 from services.common.pipeline.abi import MAPS, SLOTS_MAP
 from services.common.pipeline.datapath import Datapath, Parts
-from services.common.pipeline.uplinks import uplinks
+from services.common.pipeline.devices import Device, DeviceHooks
 from services.common.service import ComponentStatus
 from services.lb import install
-
-log = logging.getLogger(__name__)
-
-RESYNC_S: Final = 10.0
-_SETTLE_S: Final = 0.05
-_GROUPS: Final = (ev.GROUP_LINK, ev.GROUP_TC, ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE)
-_HOOKS: Final[dict[Direction, str]] = {"ingress": install.UPLINK, "egress": install.UPLINK_OUT}
-_ETHERNET: Final = len("00:00:00:00:00:00")
-# The kernel keeps so much of a program's name.
-_NAME_MAX: Final = 15
-
-
-@dataclass(frozen=True)
-class Device:
-    """One that clients come by; `problem`: why the programs are not there."""
-
-    name: str
-    ifindex: int
-    problem: str = ""
 
 
 def parts() -> Parts:
@@ -73,210 +48,77 @@ def priority_of(instance: Instance) -> int:
     return 0x2000 | int(instance.tag, 16) & 0x1FFF
 
 
+def places(instance: Instance) -> tuple[Filter, ...]:
+    """Where the programs hang."""
+    priority = priority_of(instance)
+    return (
+        Filter("ingress", install.UPLINK, priority),
+        Filter("egress", install.UPLINK_OUT, priority),
+    )
+
+
 class Packets:
     """Used from one event loop, in the node's network namespace."""
 
     def __init__(self, instance: Instance, netlink: Netlink, devices: Sequence[str]) -> None:
         """devices: that clients outside come by; none: those of the default routes."""
-        self._instance = instance
-        self._netlink = netlink
-        self._names = tuple(devices)
-        self._datapath = Datapath(instance, parts(), self._use, self._lost)
-        self._fds: dict[Direction, int] = {}
-        self._ids: dict[Direction, int] = {}
-        self._found: list[Device] = []
-        self._needed: bool | None = None
-        self._problem = ""
-        self._events: ev.Events | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._dirty = asyncio.Event()
+        self._hooks = DeviceHooks(
+            instance,
+            netlink,
+            devices,
+            places(instance),
+            lambda name: install.program_path(instance, name),
+            "clients outside are not served",
+            self._before,
+        )
+        self._datapath = Datapath(instance, parts(), self._hooks.use, self._lost)
 
     def need(self, wanted: bool) -> None:
         """Whether anything is reached from outside, from now on. Until this is said, all stays as it is."""
-        if self._needed is not wanted:
-            self._needed = wanted
-            self._dirty.set()
+        self._hooks.need(wanted)
 
     async def start(self) -> None:
         """Load, look once, and follow what changes."""
-        self._events = ev.Events(_GROUPS)
         await self._datapath.install()
-        await self._work()
-        self._tasks = [
-            asyncio.create_task(self._follow(self._events), name="packets.events"),
-            asyncio.create_task(self._run(), name="packets.devices"),
-        ]
+        await self._hooks.start()
 
     async def stop(self) -> None:
         """Everything in the kernel stays."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-        await self._netlink.run(self._close)
+        await self._hooks.stop()
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
-        return tuple(self._tasks)
+        return self._hooks.tasks()
 
     def attached(self) -> list[Device]:
         """Devices the programs hang on."""
-        return [device for device in self._found if not device.problem]
+        return self._hooks.attached()
 
     def status(self) -> list[ComponentStatus]:
-        loaded = self._datapath.status()[0]
+        loaded, hooks = self._datapath.status()[0], self._hooks
         if loaded.state != "ok":
             return [ComponentStatus("packets", loaded.state, loaded.message)]
-        if self._problem:
-            return [ComponentStatus("packets", "degraded", self._problem)]
-        if not self._needed:
+        if hooks.problem:
+            return [ComponentStatus("packets", "degraded", hooks.problem)]
+        if not hooks.needed:
             return [ComponentStatus("packets", "ok", "pods; nothing is reached from outside")]
-        wrong = [device for device in self._found if device.problem]
-        if wrong:
-            text = "; ".join(f"{device.name}: {device.problem}" for device in wrong)
-            return [ComponentStatus("packets", "degraded", f"{text}; clients there are not served")]
-        if not self._found:
+        if wrong := hooks.problems():
+            return [ComponentStatus("packets", "degraded", f"{wrong}; clients there are not served")]
+        if not hooks.found:
             text = (
                 "there is no default route, so clients outside are not served; name the devices in lb.devices"
             )
             return [ComponentStatus("packets", "degraded", text)]
-        return [
-            ComponentStatus("packets", "ok", "pods and " + ", ".join(device.name for device in self._found))
-        ]
+        return [ComponentStatus("packets", "ok", "pods and " + ", ".join(device.name for device in hooks.found))]
 
-    async def _follow(self, events: ev.Events) -> None:
-        prefix = f"fb{self._instance.tag}"
-        async for event in events:
-            if event.link is not None:
-                concerned = not event.link.name.startswith(prefix)
-            elif event.route is not None:
-                concerned = event.route.destination.prefixlen == 0
-            else:
-                ours = {device.ifindex for device in self._found}
-                concerned = (
-                    event.kind == "lost"
-                    or (event.kind == "filter-gone" and event.ifindex in ours)
-                    or (
-                        event.kind == "qdisc-gone" and event.qdisc is not None and event.qdisc.ifindex in ours
-                    )
-                )
-            if concerned:
-                self._dirty.set()
-
-    async def _run(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESYNC_S):
-                    await self._dirty.wait()
-                # Changes come in bunches.
-                await asyncio.sleep(_SETTLE_S)
-            self._dirty.clear()
-            if self._datapath.problem is not None:
-                await self._datapath.install()
-            await self._work()
-
-    async def _work(self) -> None:
-        if self._datapath.problem is not None or self._needed is None:
-            return
-        try:
-            if self._needed:
-                self._found = await self._netlink.call(self._apply)
-            else:
-                await self._netlink.call(remove, self._instance)
-                self._found = []
-            problem = ""
-        except (errors.FibrilError, OSError) as error:
-            problem = str(error)
-        if problem and problem != self._problem:
-            log.warning("clients outside are not served", extra={"cause": problem})
-        self._problem = problem
-
-    def _apply(self, node: Rtnl) -> list[Device]:
-        links = node.links()
-        routes = [] if self._names else node.routes(proto=0)
-        wanted = uplinks(self._names, f"fb{self._instance.tag}", links, routes)
-        found = [self._keep(link) for link in wanted]
-        keep = {link.ifindex for link in wanted}
-        for name in _detach(links, self._instance, keep):
-            log.info("programs taken off", extra={"interface": name})
-        missing = [name for name in self._names if name not in {link.name for link in wanted}]
-        return found + [Device(name, 0, "does not exist") for name in missing]
-
-    def _keep(self, link: Link) -> Device:
-        try:
-            if len(link.mac) != _ETHERNET:
-                raise errors.FailedPrecondition("is no Ethernet device")
-            if self._attach(link.ifindex):
-                log.info("programs attached", extra={"interface": link.name})
-        except errors.FibrilError as error:
-            return Device(link.name, link.ifindex, str(error))
-        return Device(link.name, link.ifindex)
-
-    def _attach(self, ifindex: int) -> bool:
-        """Whether anything had to be put there."""
-        priority = priority_of(self._instance)
-        lacks = {
-            direction: fd
-            for direction, fd in self._fds.items()
-            if tc_classic.attached(ifindex, direction, priority) != [self._ids[direction]]
-        }
-        if not lacks:
-            return False
-        taken = tc_classic.taken_by(ifindex)
-        if not taken:
-            tc_classic.attach(ifindex, lacks, priority)
-            return True
-        # Looked at first: to try and fail would be news, by which this is tried again.
-        lacks = {
-            direction: fd
-            for direction, fd in lacks.items()
-            if self._ids[direction] not in {entry.prog_id for entry in attach.attached(ifindex, direction)}
-        }
-        if lacks and not attach.has_tcx():
-            raise errors.FailedPrecondition(
-                f"has a qdisc of kind {taken} where clsact would go",
-                fix="replace it by clsact, which takes the same filters",
-            )
-        if lacks:
-            attach.attach_tc_hooks(ifindex, lacks, via="tcx")
-        return bool(lacks)
-
-    async def _use(self) -> None:
-        await self._netlink.run(self._open)
-
-    def _open(self) -> None:
-        self._close()
-        for direction, name in _HOOKS.items():
-            self._fds[direction] = fd = progs.open_prog(install.program_path(self._instance, name))
-            self._ids[direction] = bpf.prog_info(fd).id
-
-    def _close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds, self._ids = {}, {}
+    async def _before(self) -> None:
+        if self._datapath.problem is not None:
+            await self._datapath.install()
 
     def _lost(self, reason: errors.FibrilError) -> None:
         """What is loaded and attached goes on; `status` names the reason."""
 
 
-def _detach(links: Iterable[Link], instance: Instance, keep: Iterable[int] = ()) -> Iterator[str]:
-    priority = priority_of(instance)
-    for link in links:
-        if link.ifindex in keep or link.name.startswith(f"fb{instance.tag}"):
-            continue
-        with contextlib.suppress(errors.NotFound):
-            gone = [tc_classic.detach(link.ifindex, direction, priority) for direction in _HOOKS]
-            if any(gone):
-                tc_classic.remove_unused(link.ifindex)
-            else:
-                gone = [attach.detach_tc(link.ifindex, d, name[:_NAME_MAX]) for d, name in _HOOKS.items()]
-            if any(gone):
-                yield link.name
-
-
 def remove(node: Rtnl, instance: Instance) -> list[str]:
     """Take the programs off what is not the instance's own, with no service alive; names of the interfaces."""
-    return list(_detach(node.links(), instance))
+    return pipeline.remove(node, instance, places(instance))

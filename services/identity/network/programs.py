@@ -20,17 +20,16 @@ from typing import Final
 
 from services.common import errors
 from services.common.instance import Instance
-from services.common.kernel import attach, bpf, progs, tc_classic
+from services.common.kernel import bpf, progs, tc_shared
 from services.common.kernel.netlink import Rtnl
 from services.common.kernel.tc_classic import Direction
+from services.common.kernel.tc_shared import Filter
 from services.common.pipeline import abi
 from services.common.pipeline.datapath import Parts
 from services.identity.network import install
 
 log = logging.getLogger(__name__)
 
-# The kernel keeps so much of a program's name.
-_NAME_MAX: Final = 15
 _HOOKS: Final[dict[str, Direction]] = {
     install.FROM_OVERLAY: "ingress", install.FROM_UPLINK: "ingress", install.FROM_HOST: "egress",
 }  # fmt: skip
@@ -55,12 +54,18 @@ def priority_of(instance: Instance) -> int:
     return 0x4000 | int(instance.tag, 16) & 0x3FFF
 
 
+def places(instance: Instance) -> dict[str, Filter]:
+    """Where the programs hang, by name."""
+    priority = priority_of(instance)
+    return {name: Filter(direction, name, priority) for name, direction in _HOOKS.items()}
+
+
 class Programs:
     """`open` before use, and again after programs were loaded anew."""
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
-        self._priority = priority_of(instance)
+        self._places = places(instance)
         self._fds: dict[str, int] = {}
         self._ids: dict[str, int] = {}
 
@@ -90,26 +95,12 @@ class Programs:
     def attach(self, ifindex: int, name: str) -> bool:
         """Have a program on its hook of an interface; whether it had to be put there.
 
-        Unavailable before `open`; NotFound if the interface is gone; FailedPrecondition if an `ingress` qdisc
-        is where clsact would go and the kernel has no tcx, which can do without.
+        Unavailable before `open`; otherwise as `tc_shared.ensure`.
         """
         if name not in self._fds:
             raise errors.Unavailable("the network's BPF programs are not there yet")
-        direction = _HOOKS[name]
-        if tc_classic.attached(ifindex, direction, self._priority) == [self._ids[name]]:
+        if not tc_shared.ensure(ifindex, self._places[name], self._fds[name], self._ids[name]):
             return False
-        # Looked at first: to try and fail would be news, by which this is tried again.
-        if taken := tc_classic.taken_by(ifindex):
-            if any(entry.prog_id == self._ids[name] for entry in attach.attached(ifindex, direction)):
-                return False
-            if not attach.has_tcx():
-                raise errors.FailedPrecondition(
-                    f"interface {ifindex} has a qdisc of kind {taken} where clsact would go",
-                    fix="replace it by clsact, which takes the same filters",
-                )
-            attach.attach_tc(ifindex, direction, self._fds[name], via="tcx")
-        else:
-            tc_classic.attach(ifindex, {direction: self._fds[name]}, self._priority)
         log.info("program attached", extra={"program": name, "ifindex": ifindex})
         return True
 
@@ -119,15 +110,12 @@ class Programs:
 
 
 def _detach(node: Rtnl, instance: Instance, keep: int = 0) -> Iterator[str]:
-    priority, direction = priority_of(instance), _HOOKS[install.FROM_UPLINK]
+    place = places(instance)[install.FROM_UPLINK]
     for link in node.links():
         if link.ifindex == keep or link.name.startswith(f"fb{instance.tag}"):
             continue
         with contextlib.suppress(errors.NotFound):
-            if tc_classic.detach(link.ifindex, direction, priority):
-                tc_classic.remove_unused(link.ifindex)
-                yield link.name
-            elif attach.detach_tc(link.ifindex, direction, install.FROM_UPLINK[:_NAME_MAX]):
+            if tc_shared.detach(link.ifindex, place):
                 yield link.name
 
 
