@@ -11,7 +11,6 @@ link that flaps): the loss is believed when it has lasted LOSS_S, since all node
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import events as ev
 from services.common.kernel import netlink as nl
+from services.common.kernel.following import Following
 from services.common.kernel.netlink import Address, IPAddress, IPNetwork, Link, Netlink, Route, Rtnl
 from services.common.network import NetworkConfig
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 LOSS_S: Final = 3.0
 RESYNC_S: Final = 60.0
-_SETTLE_S: Final = 0.05
 _GROUPS: Final = (
     ev.GROUP_LINK, ev.GROUP_IPV4_ADDRESS, ev.GROUP_IPV6_ADDRESS, ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE,
 )  # fmt: skip
@@ -63,10 +62,8 @@ class Underlay:
         self._cfg = cfg
         self._own_prefix = f"fb{instance.tag}"
         self._netlink = netlink
-        self._events: ev.Events | None = None
-        self._tasks: list[asyncio.Task[None]] = []
         self._callbacks: list[Callable[[], None]] = []
-        self._dirty = asyncio.Event()
+        self._following = Following("underlay", _GROUPS, self._concerns, self._look, resync_s=self._pause)
         self._lost_at: float | None = None
         self.facts = Facts(problem="not looked at yet")
 
@@ -107,31 +104,14 @@ class Underlay:
 
     async def start(self) -> None:
         """Look once, and follow what changes. To be called in the node's network namespace."""
-        # Before looking, so that no change falls between.
-        self._events = ev.Events(_GROUPS)
-        await self._look()
-        self._tasks = [
-            asyncio.create_task(self._follow(self._events), name="underlay.events"),
-            asyncio.create_task(self._refresh(), name="underlay.refresh"),
-        ]
+        await self._following.start()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        await self._following.stop()
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
-        return tuple(self._tasks)
-
-    async def _follow(self, events: ev.Events) -> None:
-        async for event in events:
-            if self._concerns(event):
-                self._dirty.set()
+        return self._following.tasks()
 
     def _concerns(self, event: ev.Event) -> bool:
         """Pods come and go: their links, addresses and routes are not looked at."""
@@ -143,18 +123,10 @@ class Underlay:
             return event.address.scope == nl.SCOPE_UNIVERSE
         return event.kind == "lost"
 
-    async def _refresh(self) -> None:
-        while True:
-            pause = RESYNC_S
-            if self._lost_at is not None:
-                pause = max(0.0, self._lost_at + LOSS_S - asyncio.get_running_loop().time())
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._dirty.wait()
-                # Changes come in bunches.
-                await asyncio.sleep(_SETTLE_S)
-            self._dirty.clear()
-            await self._look()
+    def _pause(self) -> float:
+        if self._lost_at is None:
+            return RESYNC_S
+        return max(0.0, self._lost_at + LOSS_S - asyncio.get_running_loop().time())
 
     async def _look(self) -> None:
         try:
@@ -163,7 +135,7 @@ class Underlay:
             log.warning("cannot read interfaces", extra={"cause": str(error)})
             return
         now = asyncio.get_running_loop().time()
-        if self._tasks and loses(self.facts, found):
+        if self._following.running and loses(self.facts, found):
             self._lost_at = now if self._lost_at is None else self._lost_at
             if now < self._lost_at + LOSS_S:
                 return

@@ -79,7 +79,6 @@ class Packets:
 
     async def start(self) -> None:
         """Load, look once, and follow what changes."""
-        await self._datapath.install()
         await self._hooks.start()
 
     async def stop(self) -> None:

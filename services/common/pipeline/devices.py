@@ -23,6 +23,7 @@ from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import bpf, progs, tc_shared
 from services.common.kernel import events as ev
+from services.common.kernel.following import Following
 from services.common.kernel.netlink import Link, Netlink, Rtnl
 from services.common.kernel.tc_shared import Filter
 from services.common.pipeline.uplinks import uplinks
@@ -30,7 +31,6 @@ from services.common.pipeline.uplinks import uplinks
 log = logging.getLogger(__name__)
 
 RESYNC_S: Final = 10.0
-_SETTLE_S: Final = 0.05
 _GROUPS: Final = (ev.GROUP_LINK, ev.GROUP_TC, ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE)
 _ETHERNET: Final = len("00:00:00:00:00:00")
 
@@ -63,7 +63,7 @@ class DeviceHooks:
     ) -> None:
         """devices: by name; none: those of the default routes. path_of: where a program of that name is pinned.
 
-        consequence: what it means if they cannot be attached, for the log. before: called before each look but the first.
+        consequence: what it means if they cannot be attached, for the log. before: called before each look.
         """
         self._instance = instance
         self._netlink = netlink
@@ -76,9 +76,7 @@ class DeviceHooks:
         self._found: list[Device] = []
         self._needed: bool | None = None
         self._problem = ""
-        self._events: ev.Events | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._dirty = asyncio.Event()
+        self._following = Following("devices", _GROUPS, self._concerns, self._work, resync_s=RESYNC_S)
 
     @property
     def needed(self) -> bool:
@@ -111,68 +109,40 @@ class DeviceHooks:
         """Whether the programs have anything to do, from now on."""
         if self._needed is not wanted:
             self._needed = wanted
-            self._dirty.set()
+            self._following.wake()
 
     async def use(self) -> None:
         """The programs are pinned, or pinned anew. NotFound if they are not."""
         await self._netlink.run(self._open)
-        self._dirty.set()
+        self._following.wake()
 
     async def start(self) -> None:
         """Look once, and follow what changes."""
-        self._events = ev.Events(_GROUPS)
-        await self._work()
-        self._tasks = [
-            asyncio.create_task(self._follow(self._events), name="devices.events"),
-            asyncio.create_task(self._run(), name="devices.look"),
-        ]
+        await self._following.start()
 
     async def stop(self) -> None:
         """Everything in the kernel stays."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        await self._following.stop()
         await self._netlink.run(self._close)
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
-        return tuple(self._tasks)
+        return self._following.tasks()
 
-    async def _follow(self, events: ev.Events) -> None:
-        prefix = f"fb{self._instance.tag}"
-        async for event in events:
-            if event.link is not None:
-                concerned = not event.link.name.startswith(prefix)
-            elif event.route is not None:
-                concerned = event.route.destination.prefixlen == 0
-            else:
-                ours = {device.ifindex for device in self._found}
-                concerned = (
-                    event.kind == "lost"
-                    or (event.kind == "filter-gone" and event.ifindex in ours)
-                    or (
-                        event.kind == "qdisc-gone" and event.qdisc is not None and event.qdisc.ifindex in ours
-                    )
-                )
-            if concerned:
-                self._dirty.set()
-
-    async def _run(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESYNC_S):
-                    await self._dirty.wait()
-                # Changes come in bunches.
-                await asyncio.sleep(_SETTLE_S)
-            self._dirty.clear()
-            await self._before()
-            await self._work()
+    def _concerns(self, event: ev.Event) -> bool:
+        if event.link is not None:
+            return not event.link.name.startswith(f"fb{self._instance.tag}")
+        if event.route is not None:
+            return event.route.destination.prefixlen == 0
+        ours = {device.ifindex for device in self._found}
+        return (
+            event.kind == "lost"
+            or (event.kind == "filter-gone" and event.ifindex in ours)
+            or (event.kind == "qdisc-gone" and event.qdisc is not None and event.qdisc.ifindex in ours)
+        )
 
     async def _work(self) -> None:
+        await self._before()
         if self._needed is None or (self._needed and not self._programs):
             return
         try:

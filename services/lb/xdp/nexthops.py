@@ -24,6 +24,7 @@ from services.common import errors
 from services.common.kernel import events as ev
 from services.common.kernel import netlink as nl
 from services.common.kernel import rtnl
+from services.common.kernel.following import Following
 from services.common.kernel.netlink import IPAddress, Netlink, Rtnl
 from services.common.kernel.rtnl import Message
 from services.lb.abi import ServiceFlag
@@ -88,38 +89,29 @@ class NextHops:
         self._ways: dict[IPAddress, Way | None] = {}
         self._set: dict[int, tuple[int, bytes, int] | None] = {}
         self._asked: set[tuple[int, IPAddress]] = set()
-        self._events: ev.Events | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._dirty = asyncio.Event()
+        self._following = Following(
+            "lb.nexthops", _GROUPS, self._concerns, self._look, resync_s=RESYNC_S, settle_s=_SETTLE_S
+        )
         self._routes_changed = False
+        self._refresh_at = 0.0
 
     def wake(self) -> None:
         """Look again soon."""
-        self._dirty.set()
+        self._following.wake()
 
     async def start(self) -> None:
         self._plane.on_planned(self._planned)
         for name in self._plane.plans:
             self._planned(name)
-        self._events = ev.Events(_GROUPS)
-        self._tasks = [
-            asyncio.create_task(self._follow(self._events), name="lb.nexthops.events"),
-            asyncio.create_task(self._run(), name="lb.nexthops"),
-        ]
+        await self._following.start()
 
     async def stop(self) -> None:
         """What is written stays."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        await self._following.stop()
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
-        return tuple(self._tasks)
+        return self._following.tasks()
 
     def _planned(self, name: str) -> None:
         """A service was put into the kernel, or is gone."""
@@ -133,40 +125,29 @@ class NextHops:
             self._targets[name] = found
             if not found:
                 del self._targets[name]
-            self._dirty.set()
+            self._following.wake()
 
-    async def _follow(self, events: ev.Events) -> None:
-        async for event in events:
-            if event.kind == "neighbour":
-                if event.ifindex not in self._devices():
-                    continue
-            else:
-                self._routes_changed = True
-            self._dirty.set()
+    def _concerns(self, event: ev.Event) -> bool:
+        if event.kind == "neighbour":
+            return event.ifindex in self._devices()
+        self._routes_changed = True
+        return True
 
-    async def _run(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESYNC_S):
-                    await self._dirty.wait()
-                # Changes come in bunches.
-                await asyncio.sleep(_SETTLE_S)
-            if not self._dirty.is_set():
-                self._routes_changed = True
-            self._dirty.clear()
-            try:
-                await self._agree()
-            except (errors.FibrilError, OSError) as error:
-                log.warning("next hops cannot be read", extra={"cause": str(error)})
+    async def _look(self) -> None:
+        try:
+            await self._agree()
+        except (errors.FibrilError, OSError) as error:
+            log.warning("next hops cannot be read", extra={"cause": str(error)})
 
     async def _agree(self) -> None:
         devices = set(self._devices())
         every = ((ident, address) for found in self._targets.values() for ident, address in found.items())
         targets = dict(islice(every, BACKENDS_MAX))
         addresses = set(targets.values()) if devices else set()
-        refresh = self._routes_changed
+        now = asyncio.get_running_loop().time()
+        refresh = self._routes_changed or now >= self._refresh_at
         if refresh:
-            self._routes_changed = False
+            self._routes_changed, self._refresh_at = False, now + RESYNC_S
             self._ways.clear()
             self._asked.clear()
         unknown = [address for address in addresses if address not in self._ways]

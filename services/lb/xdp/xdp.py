@@ -11,7 +11,6 @@ stays when the process goes, and is adopted by the next; it is taken off when al
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
@@ -19,6 +18,7 @@ from typing import Final
 from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import events as ev
+from services.common.kernel.following import Following
 from services.common.kernel.netlink import Netlink
 from services.common.kernel.xdp import Mode
 from services.common.pipeline.datapath import Datapath
@@ -29,7 +29,6 @@ from services.lb.xdp.hooks import Hook, Hooks
 log = logging.getLogger(__name__)
 
 RESYNC_S: Final = 10.0
-_SETTLE_S: Final = 0.05
 _GROUPS: Final = (ev.GROUP_LINK, ev.GROUP_IPV4_ROUTE, ev.GROUP_IPV6_ROUTE)
 
 
@@ -52,15 +51,13 @@ class Xdp:
         self._found: list[Hook] = []
         self._callbacks: list[Callable[[], None]] = []
         self._problem = ""
-        self._events: ev.Events | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._dirty = asyncio.Event()
+        self._following = Following("xdp", _GROUPS, self._concerns, self._work, resync_s=RESYNC_S)
 
     def need(self, source: str, wanted: bool) -> None:
         """Whether `source` has use for the program from now on."""
         if self._needs.get(source) is not wanted:
             self._needs[source] = wanted
-            self._dirty.set()
+            self._following.wake()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """To be called when `attached` is other than before."""
@@ -77,27 +74,16 @@ class Xdp:
 
     async def start(self) -> None:
         """Look once, and follow what changes."""
-        self._events = ev.Events(_GROUPS)
-        await self._work()
-        self._tasks = [
-            asyncio.create_task(self._follow(self._events), name="xdp.events"),
-            asyncio.create_task(self._run(), name="xdp.devices"),
-        ]
+        await self._following.start()
 
     async def stop(self) -> None:
         """The program stays."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        await self._following.stop()
         await self._netlink.run(self._hooks.close)
 
     def tasks(self) -> Iterable[asyncio.Task[None]]:
         """Tasks that run until `stop`; the end of one is a failure."""
-        return tuple(self._tasks)
+        return self._following.tasks()
 
     def attached(self) -> list[Hook]:
         """Devices the program hangs on."""
@@ -122,24 +108,10 @@ class Xdp:
             ]
         return [ComponentStatus("xdp", "ok", ", ".join(map(_text, self._found)))]
 
-    async def _follow(self, events: ev.Events) -> None:
-        prefix = f"fb{self._instance.tag}"
-        async for event in events:
-            if event.link is not None:
-                if not event.link.name.startswith(prefix):
-                    self._dirty.set()
-            elif event.kind == "lost" or (event.route is not None and event.route.destination.prefixlen == 0):
-                self._dirty.set()
-
-    async def _run(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RESYNC_S):
-                    await self._dirty.wait()
-                # Changes come in bunches.
-                await asyncio.sleep(_SETTLE_S)
-            self._dirty.clear()
-            await self._work()
+    def _concerns(self, event: ev.Event) -> bool:
+        if event.link is not None:
+            return not event.link.name.startswith(f"fb{self._instance.tag}")
+        return event.kind == "lost" or (event.route is not None and event.route.destination.prefixlen == 0)
 
     async def _work(self) -> None:
         try:
