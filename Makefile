@@ -11,8 +11,8 @@ PYTEST = $(BIN)/python -m pytest -q
 
 # What the node itself needs, and what its tests and benchmarks need besides.
 APT_NODE := etcd-server iproute2 libbpf1 linux-libc-dev nftables python3 python3-bpfcc python3-venv
-APT_TEST := busybox-static containerd containernetworking-plugins gcc iperf3 iptables iputils-ping \
-	libc6-dev podman runc tcpdump wrk
+APT_TEST := busybox-static containerd containernetworking-plugins curl ethtool gcc iperf3 iptables iputils-ping \
+	libc6-dev openssl podman runc tcpdump wrk
 
 .PHONY: help
 help: ## Show this help
