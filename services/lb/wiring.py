@@ -64,7 +64,7 @@ class LbService:
         self._local = LocalAddresses(instance, self._moved)
         self._hostaddrs = HostAddresses(self._netlink, self._addresses_changed)
         self._underlay = Underlay(cfg.network, instance, self._netlink)
-        self._health = Health(self._services)
+        self._health = Health(self._services, lambda name, key: self._plane.quarantined(name, key))
         self._plane = Plane(
             instance,
             self._services,

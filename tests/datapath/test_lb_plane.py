@@ -21,6 +21,7 @@ from services.common.instance import Instance
 from services.common.kernel import bpf, features, loader
 from services.common.kernel.lines import Lines
 from services.lb import abi, maglev
+from services.lb.health.monitor import Health
 from services.lb.kernel.writer import Plane, RemovedBackend
 from services.lb.locality import Locality
 from services.lb.model import (
@@ -273,6 +274,33 @@ async def test_a_restart_adopts_everything_and_writes_nothing(clean: Instance) -
     assert ("10.96.0.3", 80, TCP) not in kernel.fronts()
     assert [str(each.address) for each in gone] == ["10.0.2.1"]
     assert kernel.served("10.96.0.1", 80) == before[1]
+    kernel.close()
+    await plane.stop()
+
+
+async def test_a_restart_gives_the_unwell_nothing(clean: Instance) -> None:
+    declared = Declared()
+    declared.synced.set()
+    sick, well = backend("10.0.0.1"), backend("10.0.0.2")
+    plane, _ = await begin(clean, declared, {("web", sick.key): "no answer"})
+    spec = web(health_check=HealthCheck(TcpProbe()))
+    declared.put(spec, sick, well)
+    await plane.settled()
+    assert plane.quarantined("web", sick.key) and not plane.quarantined("web", well.key)
+    await plane.stop()
+    later = Declared()
+    health = Health(later, lambda name, key: plane.quarantined(name, key))
+    plane = Plane(clean, later, health.verdict, lambda: HERE, cluster="c1")
+    plane.set_addresses(HASHED)
+    await plane.start()
+    await plane.use_maps()
+    assert plane.quarantined("web", sick.key) and not plane.quarantined("web", backend("10.0.0.3").key)
+    later.synced.set()
+    later.put(spec, sick, well)
+    await plane.settled()
+    kernel = Reader(plane)
+    assert kernel.served("10.96.0.1", 80) == ["10.0.0.2:80"]
+    assert plane.program is not None and plane.program.writes == 0
     kernel.close()
     await plane.stop()
 

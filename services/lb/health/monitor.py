@@ -42,6 +42,9 @@ class Services(Protocol):
     def on_change(self, callback: Callable[[str, frozenset[BackendKey] | None], None]) -> None: ...
 
 
+_BEFORE: Final = "was not well before, and has not been asked often enough since"
+
+
 class _Target:
     """One address and port that is asked one thing."""
 
@@ -50,13 +53,19 @@ class _Target:
         self.users: set[User] = set()
         self.opinion = Hysteresis(check.unhealthy_after, check.healthy_after)
         self.why = ""
+        self.asked = False
 
 
 class Health:
     """Used from one event loop."""
 
-    def __init__(self, services: Services) -> None:
-        self._services = services
+    def __init__(
+        self, services: Services, was_unwell: Callable[[str, BackendKey], bool] = lambda name, key: False
+    ) -> None:
+        """was_unwell: whether the kernel gives a backend nothing new. An earlier process, or the check before this one, has found it
+        so, and it stays so until it has answered often enough: else each restart would send clients to the dead.
+        """
+        self._services, self._was_unwell = services, was_unwell
         self._targets: dict[tuple[HealthCheck, BackendKey], _Target] = {}
         self._of: dict[User, _Target] = {}
         self._asked_of: dict[str, set[BackendKey]] = {}
@@ -99,7 +108,10 @@ class Health:
     def verdict(self, service: str, key: BackendKey) -> str:
         """Why a backend is not well; "" if it is, or nobody asks it."""
         target = self._of.get((service, key))
-        return target.why if target is not None and not target.opinion.well else ""
+        if target is None:
+            spec = self._services.specs.get(service)
+            return _BEFORE if spec is not None and spec.health_check and self._was_unwell(service, key) else ""
+        return target.why if not target.opinion.well else ""
 
     def status(self) -> list[ComponentStatus]:
         if not self._targets:
@@ -155,6 +167,8 @@ class Health:
             target = self._targets[check, key] = _Target(check, key)
             # Spread over an interval, so that thousands declared at once are not asked at once; the first one soon.
             self._put(target, random.uniform(0.0, min(check.interval_s, 1.0)))
+        if not target.asked and self._was_unwell(*user):
+            target.opinion.well, target.why = False, _BEFORE
         target.users.add(user)
         self._of[user] = target
         self._asked_of.setdefault(user[0], set()).add(key)
@@ -200,6 +214,7 @@ class Health:
             rest = check.interval_s * random.uniform(0.95, 1.05) - (time.monotonic() - began)
             if target.users:
                 self._put(target, max(0.0, rest))
+        target.asked = True
         if why:
             target.why = why
         if not target.opinion.heard(not why):

@@ -164,6 +164,15 @@ class Program:
         """Services and backends that have a line."""
         return self._service_indexes.used, self._backend_indexes.used
 
+    def state_of(self, name: Name, key: BackendKey) -> abi.BackendState:
+        """A backend's state in the kernel, whoever wrote it; FREE if it is not there."""
+        held = self.held.get(name)
+        known = held.backends if held is not None else self._left_backends.get(self._left.get(line_name(name), 0), {})
+        ident = known.get(key, 0)
+        return abi.BackendState(
+            self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend).state if ident else abi.BackendState.FREE
+        )
+
     # ---- one service ----------------------------------------------------------------------------------------
     def apply(self, name: Name, plan: FamilyPlan, sources: tuple[IPNetwork, ...]) -> None:
         """Have the kernel do as planned. ResourceExhausted: part of it may be done, and is gone on with next time."""

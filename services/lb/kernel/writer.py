@@ -263,6 +263,12 @@ class Plane:
         each = self._plans.get(name, {}).get(key.address.version)
         return each.states.get(key) if each is not None else None
 
+    def quarantined(self, name: str, key: BackendKey) -> bool:
+        """Whether the kernel has a backend so, as an earlier process may have left it."""
+        if self.program is None:
+            return False
+        return self.program.state_of((name, key.address.version), key) is abi.BackendState.QUARANTINED
+
     def local_backends(self, name: str) -> int:
         """Active backends of a service on this node."""
         return sum(

@@ -167,6 +167,25 @@ async def test_verdicts_come_go_and_are_shared() -> None:
     await monitor.stop()
 
 
+async def test_who_was_not_well_is_so_until_it_has_answered_often_enough() -> None:
+    declared, told = Declared(), []
+    async with serving(b"") as port:
+        sick, fine = BackendKey(LO, port), BackendKey(LO, 9)
+        monitor = Health(declared, lambda name, key: key == sick)
+        monitor.on_change(lambda name, keys: told.append((name, keys)))
+        check = HealthCheck(TcpProbe(), interval_s=0.3, timeout_s=0.1, unhealthy_after=100, healthy_after=2)
+        declared.put("a", check, Backend(sick), Backend(fine))
+        # Before it is even known that somebody is to be asked, and for services that have nobody asked.
+        assert "before" in monitor.verdict("a", sick) and not monitor.verdict("a", fine)
+        await monitor.start()
+        assert "before" in monitor.verdict("a", sick) and not monitor.verdict("a", fine)
+        await until(lambda: not monitor.verdict("a", sick))
+        assert told == [("a", frozenset({sick}))] and not monitor.verdict("a", fine)
+        declared.put("a", None, Backend(sick))
+        assert not monitor.verdict("a", sick)
+        await monitor.stop()
+
+
 async def test_a_thousand_backends() -> None:
     declared = Declared()
     monitor = Health(declared)
