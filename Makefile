@@ -53,7 +53,7 @@ status: install-node ## Show the health of every part of the node
 
 # ---- test ----------------------------------------------------------------------------------------------------------
 E2E_SERVICES := tests/e2e/lb tests/e2e/policy tests/e2e/sockaccel
-.PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop soak-identity soak-lb soak-sockaccel lint format
+.PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop soak-identity soak-lb soak-sockaccel lint
 test: lint ## Install what is missing and run everything CI runs
 	@# Most of what they do is wait: two side by side take little more than half the time. Each is shown when it ends.
 	@$(MAKE) --no-print-directory -j2 -O -k test-e2e-nodes test-e2e-services test-datapath test-interop test-unit
@@ -85,7 +85,7 @@ soak-lb: install ## Backends that change a thousand times a second under traffic
 soak-sockaccel: install ## Connections that are handed over, each byte checked while everything changes, for SOAK_S seconds (300)
 	FIBRIL_SOAK_S=$(or $(SOAK_S),300) $(PYTEST) -s tests/e2e/sockaccel/test_stress.py
 
-lint: install ## Formatting, types, contracts, generated code
+lint: install ## Style, types, contracts, generated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
