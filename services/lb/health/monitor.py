@@ -62,8 +62,8 @@ class Health:
     def __init__(
         self, services: Services, was_unwell: Callable[[str, BackendKey], bool] = lambda name, key: False
     ) -> None:
-        """was_unwell: whether the kernel gives a backend nothing new. An earlier process, or the check before this one, has found it
-        so, and it stays so until it has answered often enough: else each restart would send clients to the dead.
+        """was_unwell: whether the kernel gives a backend nothing new, since an earlier process, or the check before this one,
+        found it so. It stays so until it has answered often enough: else each restart would send clients to the dead.
         """
         self._services, self._was_unwell = services, was_unwell
         self._targets: dict[tuple[HealthCheck, BackendKey], _Target] = {}

@@ -7,12 +7,12 @@ what is still alive; then it goes. So no connection is lost, and memory follows 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes as ct
 import hashlib
 import logging
 import random
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,8 +67,8 @@ class Flows:
         config.seed, config.beat_shift = seed_of(cluster), beat_shift()
         config.syn_s, config.close_s = limits.syn_s, limits.close_s
         config.tcp_s, config.any_s = limits.tcp_s, limits.any_s
-        if config.before_mask == 0 or config.flow_mask + 1 > self.lines.size:
-            config.flow_mask = self.lines.size - 1
+        # Also where an earlier process has died while the table grew: what lies there by the mask before is carried over.
+        config.flow_mask = self.lines.size - 1
         self.flows = 0
         """Estimate of those alive."""
         self.nats = 0
@@ -102,6 +102,8 @@ class Flows:
             and self.lines.size < self.lines.limit
         ):
             await self._grow_flows()
+        if self._tables.nats_outer.lookup(1) is not None:
+            await asyncio.to_thread(self._carry_nats)
         self.nats = await asyncio.to_thread(self._count_nats)
         if self.nats > FULL_NATS * self.nats_size and self.nats_size < self._limits.nats:
             await asyncio.to_thread(self._grow_nats)
@@ -188,25 +190,25 @@ class Flows:
         outer = self._tables.nats_outer
         before = outer.lookup(0)
         assert before is not None
+        # First where to look after a miss, then the new and empty one.
         with BpfMap(bpf.map_fd_by_id(before.value), abi.Tuple, abi.Nat, "lb_nats before") as old:
             outer.update(1, old.fd)
-            self._put_nats(0, size)
-            with inner_of(outer, 0, abi.Tuple, abi.Nat, "lb_nats") as new:
-                assert new is not None
-                for key, value in _chunks(old):
-                    # What programs have written since is newer.
-                    for each, what in zip(key, value, strict=True):
-                        try:
-                            new.update(each, what, bpf.NOEXIST)
-                        except errors.AlreadyExists:
-                            continue
+        self._put_nats(0, size)
+        self._carry_nats()
+
+    def _carry_nats(self) -> None:
+        """Copy what programs have not written anew, then let go of the table before."""
+        outer = self._tables.nats_outer
+        with (
+            inner_of(outer, 1, abi.Tuple, abi.Nat, "lb_nats before") as old,
+            inner_of(outer, 0, abi.Tuple, abi.Nat, "lb_nats") as new,
+        ):
+            if old is not None and new is not None and old.info.id != new.info.id:
+                for keys, values in old.items_packed():
+                    for at in range(len(keys) // ct.sizeof(abi.Tuple)):
+                        key = abi.Tuple.from_buffer_copy(keys, at * ct.sizeof(abi.Tuple))
+                        value = abi.Nat.from_buffer_copy(values, at * ct.sizeof(abi.Nat))
+                        # What is there is newer.
+                        with contextlib.suppress(errors.AlreadyExists):
+                            new.update(key, value, bpf.NOEXIST)
         outer.delete(1)
-
-
-def _chunks(table: BpfMap[abi.Tuple, abi.Nat]) -> Iterator[tuple[list[abi.Tuple], list[abi.Nat]]]:
-    keys: list[abi.Tuple] = []
-    values: list[abi.Nat] = []
-    for key, value in table.items():
-        keys.append(abi.Tuple.from_buffer_copy(bytes(key)))
-        values.append(value)
-    yield keys, values
