@@ -14,14 +14,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel import bpf, features, loader
 from services.common.kernel.lines import Lines
+from services.common.kernel.maps import BpfMap
+from services.common.pipeline.abi import FibAddr
 from services.lb import abi, maglev
 from services.lb.health.monitor import Health
+from services.lb.kernel.fronts import inner_of
 from services.lb.kernel.writer import Plane, RemovedBackend
 from services.lb.locality import Locality
 from services.lb.model import (
@@ -157,6 +162,12 @@ def clean(instance: Instance) -> Iterator[Instance]:
             except FileNotFoundError:
                 pass
         os.close(fd)
+    with (
+        BpfMap.open(instance.pin_dir / abi.MAPS["lb_ranges"], abi.RangeKey, abi.Front) as ranges,
+        BpfMap.open(instance.pin_dir / abi.MAPS["lb_sources"], abi.SourceKey, abi.Admitted) as sources,
+    ):
+        ranges.delete_batch(list(ranges.keys()))
+        sources.delete_batch(list(sources.keys()))
 
 
 async def begin(
@@ -513,6 +524,50 @@ async def test_connections_outlive_the_growth_of_their_tables(clean: Instance) -
     await plane.stop()
 
 
+async def test_growth_that_a_kill_has_cut_short_is_finished(clean: Instance) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    flows, tables = plane.flows, plane.tables
+    assert flows is not None and tables is not None
+    size, stamp = flows.lines.size, abi.FlowFlag.CONFIRMED | abi.FlowFlag.TCP
+    sigs = {line | 1 << 62 | line << 20: line + 1 for line in range(0, size, 7)}
+    for sig, ident in sigs.items():
+        struct.pack_into("=QIHH", flows.lines.mem, (sig & size - 1) * abi.LINE, sig, ident, 0, stamp)
+    outer, nats = tables.lines_outer, tables.nats_outer
+    tuples = [abi.Tuple(remote=FibAddr.of(ip_address("10.0.0.1")), lport=n, proto=TCP) for n in range(100)]
+    with inner_of(nats, 0, abi.Tuple, abi.Nat, "nats") as inner:
+        assert inner is not None
+        for key in tuples:
+            inner.update(key, abi.Nat(backend=7))
+        # As far as _grow_flows and _grow_nats come before they copy.
+        nats.update(1, inner.fd)
+    flows._put_nats(0, 4 * flows.nats_size)
+    before = outer.lookup(int(abi.Table.FLOWS))
+    assert before is not None
+    fd = bpf.map_fd_by_id(before.value)
+    outer.update(int(abi.Table.FLOWS_BEFORE), fd)
+    os.close(fd)
+    tables.config.before_mask = size - 1
+    flows.lines.replace(4 * size)
+    await plane.stop()
+    plane, _ = await begin(clean, declared)
+    flows, tables = plane.flows, plane.tables
+    assert flows is not None and tables is not None
+    async with asyncio.timeout(10):
+        while tables.config.before_mask or tables.nats_outer.lookup(1) is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    # Where programs look for them by the mask they have.
+    mask = tables.config.flow_mask
+    assert mask == 4 * size - 1
+    for sig, ident in sigs.items():
+        raw = flows.lines.mem[(sig & mask) * abi.LINE : (sig & mask) * abi.LINE + 12]
+        assert struct.unpack("=QI", raw) == (sig, ident)
+    with inner_of(tables.nats_outer, 0, abi.Tuple, abi.Nat, "nats") as inner:
+        assert inner is not None and all(inner.lookup(key) is not None for key in tuples)
+    await plane.stop()
+
+
 async def test_more_than_fits_is_refused_and_the_rest_goes_on(clean: Instance) -> None:
     declared = Declared()
     declared.synced.set()
@@ -530,6 +585,67 @@ async def test_more_than_fits_is_refused_and_the_rest_goes_on(clean: Instance) -
     plane.mark("old")
     await plane.settled()
     assert plane.service_state("old").programmed
+    await plane.stop()
+
+
+async def test_what_a_full_table_took_of_a_service_goes_with_it(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    tables = plane.tables
+    assert tables is not None
+    ports = front("10.96.0.1:1", last=65535)  # sixteen elements
+    prefixes = tuple(ip_network(f"10.{n}.0.0/16") for n in range(20))
+    room = 5
+    for known in (tables.ranges, tables.sources):
+
+        def some(keys: bytes, values: bytes, real: Any = known.table.update_packed, table: Any = known.table) -> Any:
+            size = table.info.key_size
+            done, failure = real(keys[: room * size], values[: room * table.info.value_size])
+            return done, failure or (errors.ResourceExhausted("full") if len(keys) > room * size else None)
+
+        with monkeypatch.context() as full:
+            full.setattr(known.table, "update_packed", some)
+            declared.put(web(front("10.96.0.1:80"), ports, sources=prefixes), backend("10.0.0.1"))
+            await plane.settled()
+            assert plane.service_state("web").problem == "full"
+            assert len(known.held) == room
+            # Another try that fails is as harmless.
+            plane.mark("web")
+            await plane.settled()
+        declared.put(web(front("10.96.0.2:80"), sources=prefixes[-1:]), backend("10.0.0.1"))
+        await plane.settled()
+        kernel = Reader(plane)
+        assert plane.service_state("web").programmed and kernel.fronts().keys() == {("10.96.0.2", 80, TCP)}
+        assert len(list(known.table.keys())) == len(known.held) == (1 if known is tables.sources else 0)
+        assert not kernel.hint("10.96.0.1") and kernel.hint("10.96.0.2") == abi.Hint.VIP
+        declared.drop("web")
+        await plane.settled()
+        assert not kernel.fronts() and not tables.sources.held and not kernel.hint("10.96.0.2")
+        kernel.close()
+    await plane.stop()
+
+
+async def test_sources_are_admitted_before_they_count(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    spec = web(front("192.0.2.1:80", FrontendType.EXTERNAL_IP))
+    declared.put(spec, backend("10.0.0.1"))
+    await plane.settled()
+    held, tables = plane.held("web", 4), plane.tables
+    assert held is not None and tables is not None
+    seen = []
+    real = tables.sources.put_many
+
+    def put(pairs: Any) -> None:
+        seen.append(tables.services.at(held.index, abi.Service).flags & abi.ServiceFlag.SOURCES)
+        real(pairs)
+
+    monkeypatch.setattr(tables.sources, "put_many", put)
+    declared.put(replace(spec, sources=(ip_network("10.0.0.0/8"),)), backend("10.0.0.1"))
+    await plane.settled()
+    assert seen == [0] and tables.services.at(held.index, abi.Service).flags & abi.ServiceFlag.SOURCES
     await plane.stop()
 
 

@@ -64,6 +64,8 @@ class Held:
     sources: frozenset[bytes] = frozenset()
     vips: tuple[tuple[IPAddress, abi.Hint], ...] = ()
     """Hints it has set."""
+    whole: bool = False
+    """Its frontends are as they were wanted last; else some of those here may not be in the kernel."""
     protos: frozenset[int] = frozenset()
 
 
@@ -184,12 +186,14 @@ class Program:
             flags = abi.BackendFlag.LOCAL if key in plan.local else abi.BackendFlag(0)
             self._backend(held, key, state, flags)
         self._stretches(held, plan)
+        admitted = frozenset(bytes(abi.SourceKey.of(held.index, prefix)) for prefix in sources)
+        self._admit(held, admitted)
         line = self.tables.services.at(held.index, abi.Service)
         wanted = (int(plan.flags), plan.affinity_s, line_name(name))
         if (line.flags, line.affinity_s, line.name) != wanted:
             line.flags, line.affinity_s, line.name = wanted
             self.writes += 1
-        self._sources(held, sources)
+        self._expel(held, admitted)
         self._fronts(held, plan)
         self._forget_backends(name, held, held.backends.keys() - plan.states.keys())
 
@@ -342,21 +346,24 @@ class Program:
                 ranges.update(
                     dict.fromkeys(range_keys(front.address, front.proto, front.port, front.port_last), value)
                 )
-        if (exact, ranges, tuple(vips)) == (held.fronts, held.ranges, held.vips):
+        if held.whole and (exact, ranges, tuple(vips)) == (held.fronts, held.ranges, held.vips):
             return
-        before, held.vips = held.vips, tuple(vips)
-        for address, bit in held.vips:
+        # What is about to be written is held already: a table may be full in the middle of it.
+        held.whole = False
+        gone, gone_ranges = held.fronts.keys() - exact.keys(), held.ranges.keys() - ranges.keys()
+        held.fronts, held.ranges = held.fronts | exact, held.ranges | ranges
+        before = set(held.vips)
+        held.vips = tuple(dict.fromkeys((*held.vips, *vips)))
+        for address, bit in vips.keys() - before:
             self.hints.add(address, bit)
         self.tables.fronts.put_many(exact)
         self.tables.ranges.put_many(ranges)
-        gone = {key: value for key, value in held.fronts.items() if key not in exact}
-        gone_ranges = {key: value for key, value in held.ranges.items() if key not in ranges}
         self._drop_fronts(held, gone, gone_ranges)
-        held.fronts, held.ranges = exact, ranges
-        for address, bit in before:
+        held.fronts, held.ranges, held.vips, held.whole = exact, ranges, tuple(vips), True
+        for address, bit in before - vips.keys():
             self.hints.remove(address, bit)
 
-    def _drop_fronts(self, held: Held, exact: Mapping[bytes, bytes], ranges: Mapping[bytes, bytes]) -> None:
+    def _drop_fronts(self, held: Held, exact: Iterable[bytes], ranges: Iterable[bytes]) -> None:
         """Unless they are another service's by now."""
         mine = struct.pack("=I", held.index)
         for known, keys in ((self.tables.fronts, exact), (self.tables.ranges, ranges)):
@@ -364,11 +371,14 @@ class Program:
                 if known.held.get(key, b"")[:4] == mine:
                     known.drop(key)
 
-    def _sources(self, held: Held, prefixes: tuple[IPNetwork, ...]) -> None:
-        wanted = frozenset(bytes(abi.SourceKey.of(held.index, prefix)) for prefix in prefixes)
-        if wanted == held.sources:
-            return
-        self.tables.sources.put_many(dict.fromkeys(wanted, b"\1"))
+    def _admit(self, held: Held, wanted: frozenset[bytes]) -> None:
+        """Before the service's line says that sources count: nobody who is admitted is refused for a moment."""
+        if wanted:
+            # Held first: a table may be full in the middle of it, and what is there must go with the service.
+            held.sources |= wanted
+            self.tables.sources.put_many(dict.fromkeys(wanted, b"\1"))
+
+    def _expel(self, held: Held, wanted: frozenset[bytes]) -> None:
         for key in held.sources - wanted:
             self.tables.sources.drop(key)
         held.sources = wanted
