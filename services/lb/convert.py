@@ -139,6 +139,8 @@ def keys(messages: Iterable[pb.BackendKey], at: str) -> tuple[BackendKey, ...]:
     for number, message in enumerate(messages):
         fields.at_most(number + 1, CALL_MAX, "backends or more", at)
         found[_key(message.address, message.port, f"{at}[{number}]")] = None
+    if not found:
+        raise errors.InvalidArgument("no backends are given", field=at, fix="give at least one")
     return tuple(found)
 
 

@@ -104,6 +104,12 @@ async def test_backends_come_and_go(api: LbApi, nodes: list[Node]) -> None:
         with pytest.raises(InvalidArgument) as refused:
             await api.AddBackends(request, None)
         assert refused.value.field == field
+    with pytest.raises(InvalidArgument) as refused:
+        await api.RemoveBackends(pb.RemoveBackendsRequest(service="nobody"), None)
+    assert refused.value.field == "backends"
+    with pytest.raises(InvalidArgument) as refused:
+        await api.SetBackendState(pb.SetBackendStateRequest(state=pb.BACKEND_STATE_ACTIVE), None)
+    assert refused.value.field == "backends"
 
 
 async def test_many_are_imported_and_read_in_pages(api: LbApi, nodes: list[Node]) -> None:
