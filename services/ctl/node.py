@@ -166,7 +166,10 @@ def _wait_healthy(
             if child["restarts"] >= HOPELESS_RESTARTS and child["state"] != "running":
                 _died(instance, child["name"])
         # Asking costs an import of gRPC: only when there is somebody to ask.
-        if state is not None and all(instance.socket(s).exists() for s in state["services"]):
+        absent = [s for s in state["services"] if not instance.socket(s).exists()] if state is not None else []
+        if absent:
+            progress.step(f"waiting for {', '.join(absent)}; the first start compiles the BPF programs")
+        elif state is not None:
             node = health.ask(instance, options.services)
             if node.ok:
                 return node

@@ -8,7 +8,8 @@ import click
 
 from services.ctl.context import Ctl, pass_ctl
 
-UP_TIMEOUT = 30.0
+# The first start of a version compiles its programs: seconds, on a machine with other things to do many more.
+UP_TIMEOUT = 120.0
 
 
 def _words(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[str, ...]:
