@@ -24,6 +24,22 @@ static __always_inline __u32 decap_open(struct __sk_buff *skb, struct pkt_ctx *p
 	return pkt->family && !(pkt->flags & PKT_VLAN) ? REASON_NONE : REASON_MALFORMED;
 }
 
+/* Whether a client may have the address that it has. What came by the uplink may have been put into its tunnel by XDP, which does
+ * not look at senders: nobody outside speaks for a pod that is reached by the overlay. */
+static __always_inline bool decap_believed(struct pkt_ctx *pkt)
+{
+	struct ipcache_entry *entry = ipcache_lookup(&pkt->src);
+	struct node_entry *node;
+
+	pkt->src_identity = entry ? entry->identity : IDENTITY_WORLD;
+	if (pkt->direction != DIR_FROM_UPLINK || !entry || !entry->node)
+		return true;
+	node = node_by_index(entry->node);
+	if (!node || node->mode != NODE_OVERLAY)
+		return true;
+	return pkt->family == 4 ? pkt->src.w[3] == node->v4 : fib_addr_same(&pkt->src, &node->v6);
+}
+
 /* Records whom the backend will answer. */
 static __always_inline enum nat_result decap_record(const struct lb_config *config, const struct pkt_ctx *pkt, struct lb_work *work,
 						    __u32 flags)
@@ -101,7 +117,8 @@ int fib_lb_decap(struct __sk_buff *skb)
 	reason = decap_open(skb, pkt, room);
 	if (reason)
 		return verdict_drop(skb, pkt, reason);
-	pkt->src_identity = ipcache_identity(&pkt->src);
+	if (unlikely(!decap_believed(pkt)))
+		return verdict_drop(skb, pkt, REASON_UPLINK_SPOOFED);
 	if (forward_is_error(pkt))
 		return decap_error(skb, pkt, work);
 	/* What is not the first fragment needs no ports. */

@@ -168,6 +168,27 @@ def test_nobody_but_nodes_is_believed(uplink: Uplink, family: int) -> None:
 
 
 @BOTH
+def test_nobody_speaks_in_a_tunnel_for_a_pod_of_the_overlay(uplink: Uplink, family: int) -> None:
+    """XDP at another node puts into tunnels what comes, whoever it says it is from."""
+    cluster, balancer = uplink.lab.cluster, BALANCER[ROUTED][family]
+    cluster.know(host(balancer), Reserved.REMOTE_NODE, ROUTED)
+    cluster.know(host(PEER[family]), IDENTITY, OVERLAY)
+    uplink.lab.serve(family, [(own(A, family), 8080)], flags=DSR)
+
+    def said(src: str) -> Any:
+        packet = outside(family, src=src, ttl=9) / TCP(sport=7, dport=80, flags="S")
+        frame = inner() / tunnel(family, balancer, own(A, family), 8080) / packet
+        frame.dst = "00:00:00:00:00:00"
+        return cluster.run(bytes(frame), FROM_UPLINK)
+
+    assert said(PEER[family]).event.reason == Reason.UPLINK_SPOOFED
+    assert said(CLIENT[family]).verdict == pipeline.Verdict.DELIVERED
+    # As it would have been taken without a tunnel.
+    cluster.know(host(PEER[family]), IDENTITY, ROUTED)
+    assert said(PEER[family]).verdict == pipeline.Verdict.DELIVERED
+
+
+@BOTH
 def test_a_process_of_this_host(uplink: Uplink, family: int) -> None:
     balancer = BALANCER[OVERLAY][family]
     uplink.lab.cluster.know(host(balancer), Reserved.REMOTE_NODE, OVERLAY)
