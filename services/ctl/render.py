@@ -10,9 +10,12 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from datetime import datetime
+from typing import Any, Final, TextIO
 
 Record = Mapping[str, Any]
+# How contracts end the name of a field that is a point in time.
+_WHEN: Final = "_unix_seconds"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def age(unix_seconds: object, now: float | None = None) -> str:
         if seconds >= 2 * size:
             return f"{int(seconds // size)}{unit}"
     return f"{int(seconds)}s"
+
+
+def clock(unix_seconds: float) -> str:
+    """A point in time here; "-" for 0."""
+    return f"{datetime.fromtimestamp(unix_seconds):%Y-%m-%d %H:%M:%S}" if unix_seconds > 0 else "-"
 
 
 def to_record(message: Any) -> dict[str, Any]:
@@ -142,8 +150,16 @@ def details(record: Record, output: str) -> str:
     """One record for reading: a `field: value` line each, or JSON, or YAML."""
     if output != "table":
         return render(record, output, [])
-    width = max((len(k) for k in record), default=0)
-    return "\n".join(f"{k.replace('_', ' ').ljust(width)}  {cell(v)}" for k, v in record.items())
+    lines = [_detail(name, value) for name, value in record.items()]
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in lines)
+
+
+def _detail(name: str, value: object) -> tuple[str, str]:
+    words = name.replace("_", " ")
+    if name.endswith(_WHEN) and isinstance(value, (int, float)):
+        return words.removesuffix(" unix seconds"), clock(value)
+    return words, cell(value)
 
 
 class Stream:

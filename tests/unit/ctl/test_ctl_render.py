@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 import yaml
 
@@ -84,3 +85,9 @@ def test_stream_of_json_is_one_object_a_line() -> None:
     stream.put({"a": 1})
     stream.put({"a": 2})
     assert [json.loads(line) for line in out.getvalue().splitlines()] == [{"a": 1}, {"a": 2}]
+
+
+def test_points_in_time_are_read_as_such() -> None:
+    moment = time.mktime((2026, 11, 30, 13, 5, 9, 0, 0, -1))
+    text = render.details({"id": 7, "created_unix_seconds": moment, "expires_unix_seconds": 0.0}, "table")
+    assert text == "id       7\ncreated  2026-11-30 13:05:09\nexpires  -"
