@@ -28,8 +28,14 @@ static __always_inline __u32 translate_check_at(const struct pkt_ctx *pkt)
 /* The network header; `diff` is what the new addresses add to a sum. */
 static __always_inline bool translate_addresses(struct __sk_buff *skb, const struct pkt_ctx *pkt, const struct ends *to, __u32 diff)
 {
-	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	void *data, *end;
 
+	/* A sum that hardware made has the addresses as well, unless the IPv4 header's checksum makes up for them; for a transport
+	 * header's checksum the kernel has taken off that one's change alone. */
+	if (pkt->family == 6)
+		bpf_csum_update(skb, diff);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
 	if (pkt->family == 4) {
 		struct iphdr *ip = data + ETH_HLEN;
 
@@ -54,13 +60,7 @@ static __always_inline bool translate_check(struct __sk_buff *skb, const struct 
 {
 	__u64 flags = BPF_F_PSEUDO_HDR | (pkt->proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0);
 
-	if (bpf_l4_csum_replace(skb, at, 0, diff, flags))
-		return false;
-	/* A sum that hardware made has the addresses as well, unless the IPv4 header's checksum makes up for them; the
-	 * kernel has taken off the checksum's change alone. */
-	if (pkt->family == 6)
-		bpf_csum_update(skb, diff);
-	return true;
+	return !bpf_l4_csum_replace(skb, at, 0, diff, flags);
 }
 
 /* False: the packet must be dropped. SCTP's checksum knows no addresses, and knows ports, which therefore stay. */
