@@ -279,6 +279,13 @@ static __always_inline void note(struct lb_sock_key *key, const struct lb_sock *
 	note_slowly(key, chosen);
 }
 
+/* Whether a socket goes on with its own entry. A connected one hears nobody else than its backend; but it may have been
+ * disconnected again (connect() to AF_UNSPEC, which nobody tells), so that one which is gone is nobody to stay with. */
+static __always_inline bool stays(const struct lb_sock *own, const struct lb_front *front)
+{
+	return own->flags & LB_SOCK_CONNECTED ? !!lb_backend(own->backend) : !!still_there(own, front);
+}
+
 /* The backend that an unconnected socket has for a frontend, if it has one. */
 static __always_inline bool known(struct lb_sock_key *key, const struct lb_front *front, struct destination *to)
 {
@@ -287,8 +294,7 @@ static __always_inline bool known(struct lb_sock_key *key, const struct lb_front
 	own = own_of(key);
 	if (!own)
 		return false;
-	/* A connected one hears nobody else. */
-	if (is_for(own, &to->addr, to->port) && (own->flags & LB_SOCK_CONNECTED || still_there(own, front))) {
+	if (is_for(own, &to->addr, to->port) && stays(own, front)) {
 		if (unlikely(own->flags & LB_SOCK_DIRECT))
 			own->flags &= ~LB_SOCK_DIRECT;
 		if (unlikely(own->nport))

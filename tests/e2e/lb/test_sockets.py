@@ -163,6 +163,21 @@ def test_a_connected_datagram_socket_stays_with_its_backend_however_it_speaks(ri
     rig.client.do("s.close()")
 
 
+def test_a_disconnected_socket_does_not_stay_with_a_backend_that_is_gone(rig: Rig) -> None:
+    hosts = ["10.90.0.10", "10.90.0.11"]
+    rig.serve(*((host, 5353) for host in hosts))
+    _, ids = rig.tables.service([("10.96.0.10", 53)], [(host, 5353) for host in hosts], UDP)
+    first, vip = rig.client.do("s = udp(); s.connect(('10.96.0.10', 53))", "ask(s)")
+    assert rig.client.do("gone = ctypes.CDLL(None).connect(s.fileno(), bytes(16), 16)", "gone") == 0
+    ask = "ask(s, ('10.96.0.10', 53))"
+    assert rig.client.give(ask) == [first, vip]
+    rig.tables.line(abi.Table.BACKENDS, ids[hosts.index(first.split()[0])], abi.Backend).id = 0
+    second = rig.client.give(ask)
+    assert second[0] != first and second[1] == vip and rig.client.give(ask) == second
+    rig.client.do("s.close()")
+    assert not rig.entries()
+
+
 @pytest.mark.parametrize("flags", [0, abi.ServiceFlag.MAGLEV])
 def test_connections_are_spread_over_all_backends(rig: Rig, flags: int) -> None:
     hosts = [f"10.90.0.{number}" for number in range(10, 14)]
