@@ -60,7 +60,7 @@ static __always_inline __u16 decide_port(const struct pkt_ctx *pkt, bool forward
 
 /* Asks the endpoint's policy whether it allows the connection that a packet belongs to or begins (forward); into work->cell. */
 static __always_inline bool decide_ask(const struct pol_config *config, const struct pkt_ctx *pkt, struct pol_work *work,
-				       const struct pol_ep *ep, bool forward)
+				       bool forward)
 {
 	__u32 peer = work->end == POL_EGRESS ? pkt->dst_identity : pkt->src_identity;
 	const struct fib_addr *addr = work->end == POL_EGRESS ? &pkt->dst : ct_source(pkt);
@@ -75,7 +75,7 @@ static __always_inline bool decide_ask(const struct pol_config *config, const st
 		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_HOST);
 		return true;
 	}
-	policy = lookup_policy(ep->policy);
+	policy = lookup_policy(work->policy);
 	work->cell = policy ? lookup_verdict(policy, direction, peer, addr, pkt->proto, decide_port(pkt, forward)) : 0;
 	return (POL_RANGE_VERDICT(work->cell) & POL_VERDICT) == POL_ALLOW;
 }
@@ -123,20 +123,20 @@ static __always_inline bool decide_is_answer(const struct pkt_ctx *pkt)
 
 /* A connection begins with this packet, if the policy at this end allows it. */
 static __always_inline enum decision decide_begin(const struct pol_config *config, const struct pkt_ctx *pkt, struct pol_work *work,
-						  const struct pol_ep *ep, bool low, __u32 now)
+						  bool low, __u32 now)
 {
 	struct ct_entry *fresh = &work->fresh;
 
-	if (!decide_ask(config, pkt, work, ep, true))
+	if (!decide_ask(config, pkt, work, true))
 		return DECIDE_DENY;
 	if (decide_is_answer(pkt))
 		return DECIDE_ALLOW;
 	__builtin_memset(fresh, 0, sizeof(*fresh));
 	if (work->end == POL_INGRESS) {
-		fresh->revision[POL_INGRESS] = ep->revision;
+		fresh->revision[POL_INGRESS] = work->revision;
 		fresh->rule[POL_INGRESS] = POL_RANGE_RULE(work->cell);
 	} else {
-		fresh->revision[POL_EGRESS] = ep->revision;
+		fresh->revision[POL_EGRESS] = work->revision;
 		fresh->rule[POL_EGRESS] = POL_RANGE_RULE(work->cell);
 	}
 	fresh->client = pkt->src_identity;
@@ -165,23 +165,22 @@ static __always_inline void decide_tell_end(const struct pol_config *config, con
 
 /* A packet of a connection whose entry is alive. `fresh`: it is not established yet. */
 static __always_inline enum decision decide_go_on(const struct pol_config *config, const struct pkt_ctx *pkt, struct pol_work *work,
-						  const struct pol_ep *ep, struct ct_entry *entry, bool low, bool fresh, __u32 now)
+						  struct ct_entry *entry, bool low, bool fresh, __u32 now)
 {
 	bool forward = ct_is_forward(entry, low), same = ct_same_identities(entry, pkt, forward);
 	__u32 direction = ct_policy(work->end, forward) & 1, state;
 	enum decision decision = DECIDE_ALLOW;
 
-	work->revision = ep->revision;
 	if (work->host && (work->through || entry->flags & CT_PASSES)) {
 		work->cell = POL_RANGE(0, 0, POL_ALLOW, POL_RULE_NONE);
-	} else if (entry->revision[direction] != ep->revision || !same) {
+	} else if (entry->revision[direction] != work->revision || !same) {
 		__u32 allowed = entry->flags & CT_ALLOWED << direction;
 
-		if (!decide_ask(config, pkt, work, ep, forward)) {
+		if (!decide_ask(config, pkt, work, forward)) {
 			/* What never came through does not keep anybody from beginning the same in the other direction. What did
 			 * come through is over now, and must not go on as if its answers had begun it. */
 			if (!allowed)
-				return forward ? DECIDE_DENY : decide_begin(config, pkt, work, ep, low, now);
+				return forward ? DECIDE_DENY : decide_begin(config, pkt, work, low, now);
 			if (!(POL_RANGE_VERDICT(work->cell) & POL_KEEP) || !(entry->flags & CT_ANSWERED))
 				return DECIDE_REVOKE;
 		} else if (!allowed) {
@@ -195,7 +194,7 @@ static __always_inline enum decision decide_go_on(const struct pol_config *confi
 			same = true;
 		}
 		if (same) {
-			entry->revision[direction] = ep->revision;
+			entry->revision[direction] = work->revision;
 			entry->rule[direction] = POL_RANGE_RULE(work->cell);
 			entry->flags |= CT_ALLOWED << direction;
 		}
@@ -228,21 +227,20 @@ static __always_inline bool decide_is_another(const struct pkt_ctx *pkt, const s
 }
 
 static __always_inline enum decision decide(struct __sk_buff *skb, const struct pol_config *config, const struct pkt_ctx *pkt,
-					    struct pol_work *work, const struct pol_ep *ep, __u32 now)
+					    struct pol_work *work, __u32 now)
 {
 	bool low = decide_key(skb, pkt, work), fresh = false;
 	struct ct_entry *entry = ct_established(&work->key);
 
-	work->revision = ep->revision;
 	if (!entry) {
 		entry = ct_new.lookup(&work->key);
 		fresh = true;
 	}
 	if (!entry || !ct_alive(config, entry, pkt->proto, now))
-		return decide_begin(config, pkt, work, ep, low, now);
+		return decide_begin(config, pkt, work, low, now);
 	if (decide_is_another(pkt, entry, ct_is_forward(entry, low), fresh))
-		return decide_begin(config, pkt, work, ep, low, now);
-	return decide_go_on(config, pkt, work, ep, entry, low, fresh, now);
+		return decide_begin(config, pkt, work, low, now);
+	return decide_go_on(config, pkt, work, entry, low, fresh, now);
 }
 
 /* The host is the packet's other end, and has a policy that has not been asked yet. */
@@ -331,6 +329,16 @@ static __always_inline int decide_deny(struct __sk_buff *skb, const struct pol_c
 	return verdict_drop(skb, pkt, reason);
 }
 
+/* The policy in force and its revision, by one look: between two, user space might put another one there, and what the old one
+ * allowed would be noted as allowed by the new one. */
+static __always_inline void decide_policy(struct pol_work *work, const struct pol_ep *ep)
+{
+	__u64 both = ep ? *(const volatile __u64 *)ep : 0;
+
+	work->policy = both;
+	work->revision = both >> 32;
+}
+
 int fib_policy_decide(struct __sk_buff *skb)
 {
 	struct pol_config *config = pol_configuration();
@@ -339,6 +347,7 @@ int fib_policy_decide(struct __sk_buff *skb)
 	enum decision decision;
 	struct pol_ep *ep;
 	__u32 id, owner, now;
+	bool mine;
 
 	if (!pkt || !work || !config)
 		return TC_ACT_SHOT;
@@ -355,11 +364,13 @@ int fib_policy_decide(struct __sk_buff *skb)
 	now = pol_beat(config);
 	pol_count(POL_STAT_CHECKED);
 	work->cell = 0;
-	work->revision = 0;
 	ep = pol_eps.lookup(&id);
-	if (work->host && (host_is_reserved(skb, config, pkt, work) || !ep || !ep->policy))
+	/* Before its policy, which is cleared before the owner changes. */
+	mine = ep && *(const volatile __u32 *)&ep->owner == owner;
+	decide_policy(work, ep);
+	if (work->host && (host_is_reserved(skb, config, pkt, work) || !work->policy))
 		return decide_pass(skb, pkt, work);
-	if (!ep || ep->owner != owner || !ep->policy)
+	if (!mine || !work->policy)
 		return decide_deny(skb, config, pkt, work, 0, DECIDE_DENY, REASON_POLICY_UNKNOWN, now);
 	if (ep->flags & POL_EP_LOCKDOWN && !work->through)
 		return decide_deny(skb, config, pkt, work, ep, DECIDE_DENY, REASON_POLICY_LOCKDOWN, now);
@@ -369,7 +380,7 @@ int fib_policy_decide(struct __sk_buff *skb)
 		pol_tails.call(skb, POL_TAIL_RELATED);
 	if (!frag_ports(skb, pkt))
 		return decide_deny(skb, config, pkt, work, ep, DECIDE_DENY, REASON_POLICY_FRAGMENT, now);
-	decision = decide(skb, config, pkt, work, ep, now);
+	decision = decide(skb, config, pkt, work, now);
 	if (decision == DECIDE_NEW) {
 		pol_count(POL_STAT_NEW);
 		if (config->flags & POL_CFG_FLOWS)

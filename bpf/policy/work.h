@@ -27,13 +27,14 @@ enum pol_host {
 	POL_HOST_OVERLAY = 3,
 };
 
-/* Holds for one packet, as struct pkt_ctx does. */
+/* Holds for one packet, as struct pkt_ctx does. Pinned: while programs are replaced, those of before leave it to those that go on. */
 struct pol_work {
 	struct ct_key key;
 	struct ct_entry fresh;
 	__u64 cell;     /* the verdict, as a range */
 	__u32 end;      /* POL_EGRESS: of the sender's endpoint; POL_INGRESS: of the receiver's */
-	__u32 revision; /* of the policy that was asked */
+	__u32 policy;   /* in force at that end, and its revision: read once for all that follows */
+	__u32 revision;
 	__u32 unrelated; /* 1: POL_TAIL_RELATED or POL_TAIL_OLDER has looked in vain */
 	__u32 host;      /* enum pol_host */
 	__u32 through;   /* 1: what leaves as the host's, but is forwarded for others: only noted */
@@ -41,7 +42,9 @@ struct pol_work {
 	__u32 quote[ANSWER_QUOTE_WORDS];
 };
 
+/* enum pol_tail -> program. Writer: the policy service. */
 FIB_MAP("prog", __u32, __u32, pol_tails, POL_TAILS, 0);
+/* Writers and readers: programs of this unit. */
 FIB_MAP("percpu_array", __u32, struct pol_work, pol_works, 1, 0);
 
 static __always_inline struct pol_work *pol_work(void)

@@ -28,10 +28,13 @@ HOST_OUT: Final = "fib_policy_host_out"
 """At the uplink, for the host's own traffic."""
 PROGRAMS: Final = (*SLOTS.values(), *TAILS, HOST_IN, HOST_OUT)
 TABLES: Final = "fib_policy_maps"
+WORKS_MAP: Final = "pol_works"
+"""What programs leave to each other: pinned, for those of two versions go on to each other while they are replaced."""
 MAPS: Final = {
     **pipeline.MAPS,
     **abi.MAPS,
     TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}",
+    WORKS_MAP: f"{abi.FAMILY}/{WORKS_MAP}",
 }
 
 

@@ -280,34 +280,46 @@ class Rig:
             self.policy(pod, ALL, ALL)
 
     # ---- packets --------------------------------------------------------------------------------------------
-    def run(self, packet: Any, program: str, ifindex: int, *, mark: int = 0) -> Seen:
+    def run(self, packet: Any, program: str, ifindex: int, *, mark: int = 0, vlan: int | None = None) -> Seen:
+        """vlan: number in the frame's tag, if it has one."""
+        self.dp.ring.poll()
+        action, data, mark = self._run(bytes(packet), program, ifindex, 1, mark, vlan)
+        found = [e for e in map(pipeline.Event.from_buffer_copy, self.dp.ring.poll()) if e.ifindex == ifindex]
+        if not found and program in (install.HOST_IN, install.HOST_OUT):
+            # What is let through there is the host's, and not counted.
+            assert action == UNSPEC, action
+            return Seen(action, Reason.NONE, data, mark)
+        assert found, f"no event; action {action}"
+        reason = Reason(found[0].reason)
+        assert action in ({SHOT, REDIRECT} if reason else {REDIRECT, UNSPEC}), (action, reason)
+        return Seen(action, reason, data, mark)
+
+    def _run(
+        self, data: bytes, program: str, ifindex: int, times: int, mark: int, vlan: int | None
+    ) -> tuple[int, bytes, int]:
+        """What the last of so many packets came to: action, packet, mark."""
         fd = self._fds.get(program)
         if fd is None:
             pin = self.dp.instance.pin_dir / "prog"
             (path,) = pin.glob(f"*/{program}")
             fd = self._fds[program] = self._exit.enter_context(progs.opened(path))
-        data = bytes(packet)
         ctx = bytearray(192)
         struct.pack_into("=I", ctx, 8, mark)
         struct.pack_into("=I", ctx, 40, ifindex)
-        self.dp.ring.poll()
         buffer, out, context = (
             ct.create_string_buffer(raw, len(raw)) for raw in (data, bytes(65536), bytes(ctx))
         )
-        attr = struct.pack("IIIIQQIIIIQQ", fd, 0, len(data), len(out), ct.addressof(buffer), ct.addressof(out), 1, 0, len(ctx),
-                           len(ctx), ct.addressof(context), ct.addressof(context))  # fmt: skip
+        attr = struct.pack("IIIIQQIIIIQQ", fd, 0, len(data), len(out), ct.addressof(buffer), ct.addressof(out), times, 0,
+                           len(ctx), len(ctx), ct.addressof(context), ct.addressof(context))  # fmt: skip
         with self.space.netns.entered():
             _, back = bpf.call(bpf.PROG_TEST_RUN, attr, "test run")
         _, action, _, size = struct.unpack_from("IIII", back)
-        found = [e for e in map(pipeline.Event.from_buffer_copy, self.dp.ring.poll()) if e.ifindex == ifindex]
-        if not found and program in (install.HOST_IN, install.HOST_OUT):
-            # What is let through there is the host's, and not counted.
-            assert action == UNSPEC, action
-            return Seen(action, Reason.NONE, out.raw[:size], struct.unpack_from("=I", context.raw, 8)[0])
-        assert found, f"no event; action {action}"
-        reason = Reason(found[0].reason)
-        assert action in ({SHOT, REDIRECT} if reason else {REDIRECT, UNSPEC}), (action, reason)
-        return Seen(action, reason, out.raw[:size], struct.unpack_from("=I", context.raw, 8)[0])
+        return action, out.raw[:size], struct.unpack_from("=I", context.raw, 8)[0]
+
+    def storm(self, pod: pipeline.Endpoint, packet: Any, times: int) -> None:
+        """An IP packet that the host's stack sends to a pod, so often; nobody looks what becomes of them."""
+        frame = Ether(src=HOST_MAC, dst=bytes(pod.pod_mac).hex(":")) / packet
+        self._run(bytes(frame), pipe.TO_POD, pod.ifindex, times, 0, None)
 
     def send(self, pod: pipeline.Endpoint, packet: Any, **options: Any) -> Seen:
         """An IP packet of a pod of this node."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes as ct
+import itertools
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +25,12 @@ from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 
 from services.common.instance import Instance
-from services.common.kernel import progs
+from services.common.kernel import loader, progs
 from services.common.pipeline import abi as pipeline
 from services.common.pipeline.abi import FibAddr
 from services.common.pipeline.reasons import Reason
 from services.lb import install as lb
-from services.policy import abi
+from services.policy import abi, install
 from tests.datapath import policykit as kit
 from tests.datapath.cluster import DIRECT, HERE, ROUTED, UNDERLAY, Cluster
 from tests.datapath.harness import REDIRECT, SHOT, UNSPEC, Datapath
@@ -488,14 +492,62 @@ def test_a_policy_that_changes_is_asked_again(rig: Rig, family: int, side: str) 
     assert rig.packet(rig.a, rig.b, back("A"), family, back=True).passed
     assert rig.packet(rig.a, rig.b, tcp("A"), family).passed
     rig.one(side, mine, only((6, 81, 81)))
-    seen = [
-        rig.packet(rig.a, rig.b, back("A"), family, back=True),
-        rig.packet(rig.a, rig.b, tcp("A"), family),
-    ] * 2
-    assert {one.reason for one in seen} == {Reason.POLICY_REVOKED}
-    assert rig.stat(abi.Stat.REVOKED) >= 4
+    before = rig.stat(abi.Stat.REVOKED)
+    for answers in (True, False, True, False):
+        layer = back("A") if answers else tcp("A")
+        assert rig.packet(rig.a, rig.b, layer, family, back=answers).reason is Reason.POLICY_REVOKED
+    assert rig.stat(abi.Stat.REVOKED) == before + 4
     rig.one(side, mine, ALL)
     assert rig.packet(rig.a, rig.b, back("A"), family, back=True).passed
+
+
+def test_programs_of_before_go_on_to_those_of_now(rig: Rig, instance: Instance) -> None:
+    """While a service is upgraded, packets are begun by programs that it replaces and decided by those it brings."""
+    slots = instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP]
+    name = install.SLOTS[pipeline.Slot.POLICY_EGRESS]
+    with progs.opened(install.program_path(instance, name)) as before:
+        asyncio.run(loader.load([install.programs()], instance.pin_dir))
+        with progs.opened(install.program_path(instance, name)) as now:
+            progs.set_slot(slots, pipeline.Slot.POLICY_EGRESS, before)
+            try:
+                rig.policy(rig.a, None, only((6, 80, 80)))
+                rig.policy(rig.b, ALL, None)
+                assert rig.packet(rig.a, rig.b, tcp("S")).passed
+                assert rig.packet(rig.a, rig.b, tcp("S", dport=81)).reason is Reason.POLICY_DEFAULT
+            finally:
+                progs.set_slot(slots, pipeline.Slot.POLICY_EGRESS, now)
+
+
+def test_what_is_noted_is_the_revision_that_was_asked(rig: Rig) -> None:
+    """A policy that comes between question and note must not be taken for the one that answered."""
+    words = []
+    for ranges in (ALL, NONE):
+        rig.policy(rig.a, ranges, None)
+        words.append(rig.tables.ep(rig.a.id).policy)
+    packet = kit.header(WORLD[4], str(rig.a.ipv4)) / tcp("S")
+    inforce = ct.c_uint64.from_buffer(rig.tables.eps_memory, rig.a.id * ct.sizeof(abi.Ep))
+    noted: set[int] = set()
+    over = threading.Event()
+
+    def storm() -> None:
+        while len(noted) < 100 and not over.is_set():
+            rig.storm(rig.a, packet, 20_000)
+
+    storming = threading.Thread(target=storm)
+    storming.start()
+    try:
+        for revision in itertools.count(1000, 2):
+            # Even revisions allow, odd ones deny.
+            inforce.value = revision << 32 | words[0]
+            inforce.value = revision + 1 << 32 | words[1]
+            noted |= {entry.revision[0] for _, entry in rig.entries(established=False)}
+            if not storming.is_alive():
+                break
+    finally:
+        over.set()
+        storming.join()
+        del inforce
+    assert not {revision for revision in noted if revision % 2}
 
 
 @pytest.mark.parametrize("layer", ["tcp", "udp"])
