@@ -14,6 +14,7 @@
 #include "lib/parse.h"
 #include "lib/router.h"
 #include "lib/slot.h"
+#include "lib/vlan.h"
 
 /* The pod the packet is for, by the fixed headers alone; null for anything unusual. */
 static __always_inline struct endpoint *uplink_pod(const struct cursor *at)
@@ -48,10 +49,14 @@ int fib_from_uplink(struct __sk_buff *skb)
 	struct endpoint *pod;
 	struct cursor at;
 	bool direct = false;
+	enum vlan vlan;
 	__u32 reason;
 
-	if (skb->pkt_type != PACKET_HOST || skb->vlan_present)
+	if (skb->pkt_type != PACKET_HOST)
 		return TC_ACT_UNSPEC;
+	vlan = vlan_of(skb);
+	if (unlikely(vlan != VLAN_NONE))
+		return vlan == VLAN_OTHER ? TC_ACT_UNSPEC : vlan_drop(skb);
 	at = parse_begin(skb);
 	pod = uplink_pod(&at);
 	if (!pod)

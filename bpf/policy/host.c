@@ -18,6 +18,7 @@
 #include "lib/parse.h"
 #include "lib/router.h"
 #include "lib/slot.h"
+#include "lib/vlan.h"
 #include "policy/decide.c"
 
 #define PACKET_MULTICAST 2 /* skb->pkt_type: to the host, to all, to many; above: to nobody here */
@@ -98,10 +99,14 @@ int fib_policy_host_in(struct __sk_buff *skb)
 	struct ct_entry *entry;
 	bool direct, forward = false;
 	struct pkt_ctx *pkt;
+	enum vlan vlan;
 	__u32 reason;
 
-	if (likely(!ct_host()) || skb->pkt_type > PACKET_MULTICAST || skb->vlan_present)
+	if (likely(!ct_host()) || skb->pkt_type > PACKET_MULTICAST)
 		return TC_ACT_UNSPEC;
+	vlan = vlan_of(skb);
+	if (unlikely(vlan != VLAN_NONE))
+		return vlan == VLAN_OTHER ? TC_ACT_UNSPEC : vlan_drop(skb);
 	pkt = slot_packet();
 	if (!pkt || !config)
 		return TC_ACT_SHOT;

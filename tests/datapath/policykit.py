@@ -280,10 +280,9 @@ class Rig:
             self.policy(pod, ALL, ALL)
 
     # ---- packets --------------------------------------------------------------------------------------------
-    def run(self, packet: Any, program: str, ifindex: int, *, mark: int = 0, vlan: int | None = None) -> Seen:
-        """vlan: number in the frame's tag, if it has one."""
+    def run(self, packet: Any, program: str, ifindex: int, *, mark: int = 0) -> Seen:
         self.dp.ring.poll()
-        action, data, mark = self._run(bytes(packet), program, ifindex, 1, mark, vlan)
+        action, data, mark = self._run(bytes(packet), program, ifindex, 1, mark)
         found = [e for e in map(pipeline.Event.from_buffer_copy, self.dp.ring.poll()) if e.ifindex == ifindex]
         if not found and program in (install.HOST_IN, install.HOST_OUT):
             # What is let through there is the host's, and not counted.
@@ -294,9 +293,7 @@ class Rig:
         assert action in ({SHOT, REDIRECT} if reason else {REDIRECT, UNSPEC}), (action, reason)
         return Seen(action, reason, data, mark)
 
-    def _run(
-        self, data: bytes, program: str, ifindex: int, times: int, mark: int, vlan: int | None
-    ) -> tuple[int, bytes, int]:
+    def _run(self, data: bytes, program: str, ifindex: int, times: int, mark: int) -> tuple[int, bytes, int]:
         """What the last of so many packets came to: action, packet, mark."""
         fd = self._fds.get(program)
         if fd is None:
@@ -319,7 +316,7 @@ class Rig:
     def storm(self, pod: pipeline.Endpoint, packet: Any, times: int) -> None:
         """An IP packet that the host's stack sends to a pod, so often; nobody looks what becomes of them."""
         frame = Ether(src=HOST_MAC, dst=bytes(pod.pod_mac).hex(":")) / packet
-        self._run(bytes(frame), pipe.TO_POD, pod.ifindex, times, 0, None)
+        self._run(bytes(frame), pipe.TO_POD, pod.ifindex, times, 0)
 
     def send(self, pod: pipeline.Endpoint, packet: Any, **options: Any) -> Seen:
         """An IP packet of a pod of this node."""

@@ -546,6 +546,34 @@ def test_datagrams_of_the_host(rig: Rig, live: Live, family: int) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("tags", [1, 2, 3, 4, 8])
+def test_a_priority_is_no_way_past_policy(rig: Rig, live: Live, family: int, tags: int) -> None:
+    """The stack takes what is tagged for VLAN 0 as if it were not tagged, however often it is."""
+    rig.policy(0, only((17, 53, 53)), None)
+    servers = {}
+    for port in (53, 54):
+        servers[port] = live.socket(live.node, family, socket.SOCK_DGRAM)
+        servers[port].bind(("0.0.0.0" if family == 4 else "::", port))
+    with live.outside.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("fbh1", 0))
+        for port in (54, 53):
+            frame = Ether(src="02:00:00:00:00:fe", dst="02:00:00:00:00:11")
+            for _ in range(tags):
+                frame /= Dot1Q(vlan=0, prio=5)
+            raw.send(bytes(frame / kit.header(NODE[family], OWN[family]) / UDP(sport=4000, dport=port) / b"hello"))
+    if tags <= 3:
+        assert servers[53].recv(10) == b"hello"
+    else:
+        # Nobody sends such things but to hide something.
+        servers[53].settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            servers[53].recv(10)
+    servers[54].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        servers[54].recv(10)
+
+
+@BOTH
 def test_what_others_send_in_the_hosts_name(rig: Rig, live: Live, family: int) -> None:
     """Masqueraded: the host's policy, which forbids everything, is not asked about it, nor about the answers."""
     inside = live.space()
