@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Map family `sockaccel`, version 1: TCP connections whose two ends are on this machine, and what is handed from one socket to the
+/* Map family `sockaccel`, version 2: TCP connections whose two ends are on this machine, and what is handed from one socket to the
  * other past the stack.
  *
  * Two sockets are of one connection if both have agreed on the same two initial sequence numbers and the client's address: 64 bits
@@ -25,6 +25,8 @@
 #define SA_OPENING_MAX 16384
 #define SA_SPACES_MAX 65536
 #define SA_SPLICERS_MAX 4096
+#define SA_MESSAGE 256      /* what a send that waits unread counts for besides its bytes: the kernel keeps some 1000 bytes for each */
+#define SA_MESSAGES_MAX 256 /* so many may wait, whatever their size */
 
 /* sa_config.flags */
 #define SA_CFG_ON 0x1     /* anything may be shortened */
@@ -95,13 +97,23 @@ struct sa_end {
 	__u64 policy;         /* pol_ep.policy and revision it was proven under */
 	__u32 policy_flags;
 	__u32 reads;          /* process (thread group id) that has been seen to read plainly; 0: none */
-	__u32 unread;         /* bytes handed to it since its queue was last seen empty: as much may wait there, no more */
+	__u32 unread;         /* bytes handed to it since its queue was last seen empty, and SA_MESSAGE for each send: as much may wait there */
 	__u32 settled;        /* 1: the pair has ended, and all that this end has handed over is in the other's queue, or read */
 	__u64 task;           /* that hands over; an address in the kernel */
 	__u32 tasks;          /* how often it has been another */
 	__u32 judged;         /* times it was sent back to TCP */
+	__u32 reader;         /* task (thread id) that has read last; 0: none */
+	__u32 stuck;          /* enum sa_stuck */
 };
-_Static_assert(sizeof(struct sa_end) == 128, "ABI");
+_Static_assert(sizeof(struct sa_end) == 136, "ABI");
+
+/* A process that takes only what comes by TCP (it splices) while something that was handed to it waits. What is sent meanwhile waits behind
+ * that, or is refused: by TCP it would be read first. */
+enum sa_stuck {
+	SA_FREE = 0,
+	SA_STUCK = 1,
+	SA_DOUBT = 2, /* nothing has been seen to wait, but something may be on its way: the next send knows */
+};
 
 enum sa_mode {
 	SA_TCP = 0,
@@ -133,7 +145,7 @@ struct sa_pair {
 	__u32 flags;           /* SA_PAIR_* */
 	__u32 splicers;        /* element of sa_splicing when it was judged */
 };
-_Static_assert(sizeof(struct sa_pair) == 304, "ABI");
+_Static_assert(sizeof(struct sa_pair) == 320, "ABI");
 
 /* sa_pair.flags */
 #define SA_PAIR_REDIRECTED 0x1 /* the client's destination is not the server's address */
@@ -143,12 +155,13 @@ _Static_assert(sizeof(struct sa_pair) == 304, "ABI");
 struct sa_mine {
 	__u64 pair; /* key of sa_pairs */
 	__u32 side;  /* 0: the client's */
-	__u32 reads; /* not 0: as in its end */
+	__u32 reader; /* not 0: as in its end */
 };
 
 enum sa_event_kind {
 	SA_EVENT_SHORT = 1, /* the first is handed over */
 	SA_EVENT_ENDED = 2, /* of a pair; `pair.ended` has the reason */
+	SA_EVENT_STUCK = 3, /* an end is: enum sa_stuck */
 };
 
 struct sa_event {

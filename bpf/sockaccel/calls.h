@@ -6,7 +6,8 @@
  *
  * Who splices takes what came by TCP, and not what was handed over before it: it would read in the wrong order, and the end too early. It is
  * seen where room is made after each read of what came by TCP, and then nothing is handed to the whole process any more: many a proxy reads the
- * beginning plainly and splices the rest.
+ * beginning plainly and splices the rest. The first time it may be too late: something waits. Then nothing is sent by TCP before that is read
+ * (enum sa_stuck).
  *
  * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*,
  * SIZE_REGS and the calls' numbers are the machine's (services/sockaccel/install.py).
@@ -31,26 +32,32 @@ static __always_inline bool sa_is_plain(__u64 sk)
 int fib_sa_recv(__u64 *ctx)
 {
 	__u32 special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
-	__u32 process = bpf_get_current_pid_tgid() >> 32;
+	__u64 task = bpf_get_current_pid_tgid();
+	__u32 process = task >> 32;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
+	struct sa_end *me;
 
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
-	/* Looked at again when it reads much, which may be the end of the pair. */
-	if (!mine || (mine->reads && !special && (int)ctx[1] < SA_MUCH))
+	/* Looked at again when another reads, or much is read, which may be the end of the pair. */
+	if (!mine || (mine->reader == (__u32)task && !special && (int)ctx[1] < SA_MUCH))
 		return 0;
 	pair = sa_pairs.lookup(&mine->pair);
 	if (!pair)
 		return 0;
-	if (unlikely(pair->ended))
+	me = &pair->ends[mine->side & 1];
+	if (unlikely(pair->ended)) {
 		sa_note_settled(pair, mine->side);
+		if (me->stuck == SA_STUCK && !sa_queue(ctx[0]))
+			me->stuck = SA_DOUBT;
+	}
 	if (special || sa_splicers.lookup(&process)) {
 		sa_finish(pair, SA_READS);
 	} else {
-		mine->reads = process;
-		pair->ends[mine->side & 1].reads = process;
+		mine->reader = me->reader = task;
+		me->reads = process;
 	}
 	return 0;
 }
@@ -96,30 +103,55 @@ static __always_inline enum sa_call sa_receiving(void)
 	return flags & SA_MSG_WAITALL ? SA_CALL_SPECIAL : SA_CALL_PLAIN;
 }
 
-/* (sk): something that came by TCP has been read, or looked for, by a call that may go on: one that waits for all would not see what
- * is handed over meanwhile. */
-int fib_sa_reading(__u64 *ctx)
+/* Nothing is handed to this process any more. */
+static __always_inline void sa_note_splicer(void)
 {
 	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
+
+	if (sa_splicers.lookup(&process))
+		return;
+	sa_splicers.update(&process, &one);
+	known = sa_splicing.lookup(&zero);
+	if (known)
+		__sync_fetch_and_add(known, 1);
+}
+
+/* (sk): something that came by TCP has been read, or looked for, by a call that may go on: one that waits for all, or for as much as
+ * SO_RCVLOWAT says now, would not see what is handed over meanwhile. */
+int fib_sa_reading(__u64 *ctx)
+{
 	enum sa_call call;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
+	struct sa_end *me;
 
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
 	call = sa_receiving();
-	if (likely(call == SA_CALL_PLAIN))
+	if (likely(call == SA_CALL_PLAIN) && likely(*(volatile __u32 *)(ctx[0] + AT_SK_RCVLOWAT) <= 1))
 		return 0;
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
 	pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
 	if (!pair)
 		return 0;
+	me = &pair->ends[mine->side & 1];
+	if (call == SA_CALL_UNKNOWN) {
+		sa_note_splicer();
+		mine->reader = 0;
+		/* In this order: who sends and sees that the pair has ended sees why. */
+		if (me->stuck != SA_STUCK)
+			me->stuck = SA_DOUBT;
+		__sync_fetch_and_add(&pair->proofs, 1); /* for the barrier that it is */
+	}
 	sa_finish(pair, SA_READS);
-	if (call == SA_CALL_UNKNOWN && !sa_splicers.lookup(&process)) {
-		sa_splicers.update(&process, &one);
-		known = sa_splicing.lookup(&zero);
-		if (known)
-			__sync_fetch_and_add(known, 1);
+	if (call == SA_CALL_UNKNOWN) {
+		__sync_fetch_and_add(&pair->proofs, 1);
+		if (sa_is_empty(pair, mine->side)) {
+			me->stuck = SA_FREE;
+		} else if (me->stuck != SA_STUCK && sa_queue(ctx[0])) {
+			me->stuck = SA_STUCK;
+			sa_tell(SA_EVENT_STUCK, pair);
+		}
 	}
 	return 0;
 }

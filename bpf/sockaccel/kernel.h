@@ -7,6 +7,9 @@
  */
 #pragma once
 
+#define SA_TOO_MUCH (1U << 31)
+#define SA_WAITERS 8 /* looked at; with more, TCP goes on */
+
 /* BCC's declaration cuts it to 32 bits. */
 static __u64 (*sa_cookie_of)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
 
@@ -57,13 +60,45 @@ static __always_inline bool sa_queue(__u64 sock)
 	return psock && sa_read64(psock, AT_PSOCK_INGRESS) != psock + AT_PSOCK_INGRESS;
 }
 
-/* How many bytes do. Kernels before 6.14 do not count them: then all that was handed over since this was last asked counts, unless the queue is empty. */
+/* How much does, counted as in sa_end.unread. Kernels before 6.14 do not count bytes: then all that was handed over since this was last asked
+ * counts, unless the queue is empty. */
 static __always_inline __u32 sa_waiting(const struct sa_end *end)
 {
-	__u32 counted;
+	__u64 psock = sa_read64(end->sock, AT_SK_USER_DATA) & ~7ULL, head = psock + AT_PSOCK_INGRESS, at;
+	__u32 counted, messages = 0;
 
-	if (!sa_queue(end->sock))
+	if (!psock)
 		return 0;
+	/* Whoever reads takes them off meanwhile, so one may lead astray; then it is many. */
+	for (at = sa_read64(head, 0); at != head && messages < SA_MESSAGES_MAX; messages++)
+		at = sa_read64(at, 0);
+	if (!messages)
+		return 0;
+	if (at != head)
+		return SA_TOO_MUCH;
 	counted = sa_read32(end->sock, AT_SK_RMEM);
-	return counted ? counted : end->unread;
+	return counted ? counted + messages * SA_MESSAGE : end->unread;
+}
+
+/* Whether somebody waits there who would not see what is handed over: of two that were woken by what came by TCP one has taken it, and the
+ * other waits on for TCP. Who has read last does not; and whoever polls will look at both. */
+static __always_inline bool sa_others_wait(const struct sa_end *end)
+{
+	__u64 head = sa_read64(end->sock, AT_SK_WQ) + AT_WQ_HEAD, at = sa_read64(head, 0), entry, task;
+
+	/* Somebody is about to read, and may come too late. */
+	if (sa_read32(end->sock, AT_SK_OWNED))
+		return true;
+#pragma unroll
+	for (int number = 0; number < SA_WAITERS; number++) {
+		if (at == head)
+			return false;
+		entry = at - AT_WAIT_ENTRY;
+		task = sa_read64(entry, AT_WAIT_PRIVATE);
+		/* A task that waits itself does so on its own stack. */
+		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK && sa_read32(task, AT_TASK_PID) != end->reader)
+			return true;
+		at = sa_read64(at, 0);
+	}
+	return true;
 }

@@ -2,17 +2,10 @@
 /* What becomes of one send(). */
 #pragma once
 
-/* Whether nothing has changed since the pair was judged: the service's configuration, both ends' policies, and which processes splice. What has
- * is noted. */
-static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct sa_config *config)
+/* Whether both ends are under the policies they were judged under. What has changed is noted. */
+static __always_inline bool sa_same_policies(struct sa_pair *pair)
 {
-	bool same = pair->epoch == config->epoch;
-	__u32 zero = 0, *splicers = sa_splicing.lookup(&zero);
-
-	if (splicers && unlikely(pair->splicers != *splicers)) {
-		pair->splicers = *splicers;
-		same = false;
-	}
+	bool same = true;
 
 #pragma unroll
 	for (int side = 0; side < 2; side++) {
@@ -33,6 +26,20 @@ static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct s
 		}
 	}
 	return same;
+}
+
+/* Whether nothing has changed since the pair was judged: the service's configuration, both ends' policies, and which processes splice. What has
+ * is noted. */
+static __always_inline bool sa_still_judged(struct sa_pair *pair, const struct sa_config *config)
+{
+	bool same = pair->epoch == config->epoch;
+	__u32 zero = 0, *splicers = sa_splicing.lookup(&zero);
+
+	if (splicers && unlikely(pair->splicers != *splicers)) {
+		pair->splicers = *splicers;
+		same = false;
+	}
+	return sa_same_policies(pair) && same;
 }
 
 /* Back to TCP, until packets have got through again. An end that is about to hand over on another CPU notices (sa_shorten). */
@@ -111,9 +118,9 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 			return false;
 		}
 		/* Who speaks without reading what he is told is left to TCP, which has a limit. */
-		other->unread += size;
+		other->unread += size + SA_MESSAGE;
 		if (unlikely(other->unread > config->run_bytes)) {
-			other->unread = sa_waiting(other) + size;
+			other->unread = sa_waiting(other) + size + SA_MESSAGE;
 			if (other->unread > config->run_bytes) {
 				sa_finish(pair, SA_BEHIND);
 				return false;
@@ -135,7 +142,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	if (!turn)
 		return false;
 	__sync_fetch_and_add(&pair->proofs, 1);
-	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other))
+	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_others_wait(other))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);
@@ -148,7 +155,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	}
 	if (!sa_shorten(pair, side, judged))
 		return false;
-	other->unread = size;
+	other->unread = size + SA_MESSAGE;
 	if (!pair->beat)
 		pair->beat = bpf_ktime_get_coarse_ns();
 	return true;
@@ -173,14 +180,40 @@ static __always_inline bool sa_hand_over(struct sa_pair *pair, struct sa_end *me
 	return !*(volatile __u32 *)&pair->ended;
 }
 
-/* Always SK_PASS: what is not handed over goes the way it would have gone. */
+enum sa_way {
+	SA_BY_TCP,
+	SA_PAST,
+	SA_NOWHERE,
+};
+
+/* The reader is stuck before something that was handed over: `size` bytes more must not get there by TCP before that is read. */
+static __always_inline enum sa_way sa_behind(struct sa_pair *pair, struct sa_end *me, struct sa_end *other, __u32 size)
+{
+	struct sa_config *config;
+	__u32 zero = 0;
+
+	/* What has been sent before this is there, or has been read. */
+	if (!sa_queue(other->sock)) {
+		other->stuck = SA_FREE;
+		return SA_BY_TCP;
+	}
+	config = sa_config.lookup(&zero);
+	other->unread += size + SA_MESSAGE;
+	if (!config || other->unread > config->run_bytes || !sa_same_policies(pair))
+		return SA_NOWHERE;
+	sa_hand_over(pair, me);
+	return SA_PAST;
+}
+
+/* What is not handed over goes the way it would have gone, but for what would overtake (sa_behind): that send() fails, with EACCES. */
 int fib_sa_msg(struct sk_msg_md *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct sa_mine *mine = sk ? sa_mine.sk_storage_get(sk, 0, 0) : 0;
 	struct sa_pair *pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
 	__u32 size = ctx->size, side;
-	struct sa_end *me;
+	struct sa_end *me, *other;
+	enum sa_way way;
 	bool first;
 	void *tcp;
 	__u64 to;
@@ -192,11 +225,17 @@ int fib_sa_msg(struct sk_msg_md *ctx)
 		return SK_PASS;
 	side = mine->side & 1;
 	me = &pair->ends[side];
-	to = pair->ends[!side].cookie;
+	other = &pair->ends[!side];
+	to = other->cookie;
 	if (unlikely(pair->ended))
 		sa_note_settled(pair, side);
 	first = !pair->ends[0].tasks && !pair->ends[1].tasks;
-	if (!sa_may_pass(pair, side, tcp, size) || !sa_hand_over(pair, me) || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
+	way = sa_may_pass(pair, side, tcp, size) && sa_hand_over(pair, me) ? SA_PAST : SA_BY_TCP;
+	if (unlikely(way == SA_BY_TCP && pair->ended && other->stuck))
+		way = sa_behind(pair, me, other, size);
+	if (unlikely(way == SA_NOWHERE))
+		return SK_DROP;
+	if (way == SA_BY_TCP || sa_socks.msg_redirect_hash(ctx, &to, BPF_F_INGRESS) != SK_PASS) {
 		me->mode = SA_TCP;
 		me->tcp_bytes += size;
 		me->tcp_sends++;

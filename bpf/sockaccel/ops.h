@@ -264,14 +264,6 @@ static __always_inline void sa_accepted(struct bpf_sock_ops *ctx, const struct s
 	sa_opening.delete(&key);
 }
 
-/* Whether nothing is, or will ever be again, in the queue of ends[side]. */
-static __always_inline bool sa_is_empty(const struct sa_pair *pair, __u32 side)
-{
-	const struct sa_end *from = &pair->ends[!side];
-
-	return (!from->tasks || from->settled) && !sa_queue(pair->ends[side].sock);
-}
-
 /* Acknowledgements tell when a socket is in sa_socks for nothing: its other end is not here, or the pair has ended. What was handed over has to
  * be read first. */
 static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
@@ -291,7 +283,7 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 	/* Its other end is closed and gone, but what that handed over may still wait here: only a socket that connects anew is rid of it. */
 	if (!pair && sa_queue((__u64)tcp) && ctx->state != SA_TCP_SYN_SENT)
 		return;
-	if (pair && (!pair->ended || !sa_is_empty(pair, 0) || !sa_is_empty(pair, 1)))
+	if (pair && (!pair->ended || pair->ends[0].stuck || pair->ends[1].stuck || !sa_is_empty(pair, 0) || !sa_is_empty(pair, 1)))
 		return;
 	cookie = sa_cookie_of(ctx);
 	if (pair) {
@@ -300,7 +292,7 @@ static __always_inline void sa_settle(struct bpf_sock_ops *ctx)
 		sa_tell(SA_EVENT_ENDED, pair);
 		sa_pairs.delete(&mine->pair);
 		sa_socks.delete(&other);
-	} else if (!mine->side && !mine->reads) {
+	} else if (!mine->side && !mine->reader) {
 		sa_count(SA_STAT_ALONE, 1);
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags & ~SA_WATCHED);

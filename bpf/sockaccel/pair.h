@@ -41,6 +41,14 @@ static __always_inline void sa_note_settled(struct sa_pair *pair, __u32 side)
 		me->settled = 1;
 }
 
+/* Whether nothing is, or will ever be again, in the queue of ends[side] of an ended pair. */
+static __always_inline bool sa_is_empty(const struct sa_pair *pair, __u32 side)
+{
+	const struct sa_end *from = &pair->ends[!(side & 1)];
+
+	return (!*(volatile __u32 *)&from->tasks || from->settled) && !sa_queue(pair->ends[side & 1].sock);
+}
+
 /* It is not shortened any more; the first reason stays. */
 static __always_inline void sa_finish(struct sa_pair *pair, __u32 reason)
 {

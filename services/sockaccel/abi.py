@@ -1,4 +1,4 @@
-"""The contract of bpf/abi/sockaccel.h in ctypes, version 1."""
+"""The contract of bpf/abi/sockaccel.h in ctypes, version 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 from services.common.pipeline.abi import FibAddr
 
-FAMILY: Final = "sockaccel/v1"
+FAMILY: Final = "sockaccel/v2"
 MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
@@ -73,6 +73,15 @@ class EventKind(enum.IntEnum):
 
     SHORT = 1
     ENDED = 2
+    STUCK = 3
+
+
+class Stuck(enum.IntEnum):
+    """enum sa_stuck."""
+
+    FREE = 0
+    STUCK = 1
+    DOUBT = 2
 
 
 class Stat(enum.IntEnum):
@@ -128,6 +137,7 @@ class End(ct.Structure):
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
         ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("settled", ct.c_uint32),
         ("task", ct.c_uint64), ("tasks", ct.c_uint32), ("judged", ct.c_uint32),
+        ("reader", ct.c_uint32), ("stuck", ct.c_uint32),
     )  # fmt: skip
 
 
@@ -147,5 +157,5 @@ class Event(ct.Structure):
     _fields_ = (("time", ct.c_uint64), ("kind", ct.c_uint32), ("pad", ct.c_uint32), ("pair", Pair))
 
 
-SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 128, Pair: 304, Event: 320}
+SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 136, Pair: 320, Event: 336}
 assert all(ct.sizeof(kind) == size for kind, size in SIZES.items())

@@ -37,6 +37,12 @@ FIELDS: Final = {
     "AT_KN_ID": "kernfs_node.id",
     "AT_CSS_PARENT": "cgroup_subsys_state.parent",
     "AT_TASK_STACK": "task_struct.stack",
+    "AT_TASK_PID": "task_struct.pid",
+    "AT_SK_OWNED": "sock.sk_lock.owned",
+    "AT_SK_WQ": "sock.sk_wq",
+    "AT_WQ_HEAD": "socket_wq.wait.head",
+    "AT_WAIT_ENTRY": "wait_queue_entry.entry",
+    "AT_WAIT_PRIVATE": "wait_queue_entry.private",
 }
 """What the programs read of the kernel's own structures; all there since Linux 5.12."""
 

@@ -52,7 +52,7 @@ ENDS = {
     "out_of_band": abi.EndReason.SENDS,
     "out_of_band_that_nobody_asks_for": abi.EndReason.SENDS,
     "lowat_after_a_turn": abi.EndReason.OPTION,
-    "slow_reader": abi.EndReason.BULK,
+    "slow_reader": abi.EndReason.BEHIND,
 }
 """Why a connection was no longer shortened by the end; of all others: it was closed."""
 KNOWS = f"""
@@ -121,7 +121,7 @@ with beside(lambda: {call}) as found:
     w.sendall(b"def")
 """, "found")
     # What is shortened already gives less, as DIFFERENCES has it; nobody hangs.
-    assert found == (["abcdef"] if turns < 2 else ["abc"])
+    assert found == (["abcdef"] if turns < 3 else ["abc"])
 
 
 def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Process) -> None:
@@ -138,6 +138,61 @@ def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Proce
     begin(caller, "v4")
     assert caller.give("run('splice_out', d, c)") == [6, "EAGAIN"]
     assert rig.stat(abi.Stat.SENDS) == before
+
+
+SPLICED = """
+there, here = os.pipe()
+d.setblocking(False)
+def spliced(): return tell(lambda: os.read(there, os.splice(d.fileno(), here, 99)))
+"""
+
+
+def test_nothing_overtakes_what_a_first_splice_does_not_see(rig: Rig, caller: Process) -> None:
+    """It waits behind that, until that is read; from there on everything comes by TCP, and can be spliced."""
+    begin(caller, "v4")
+    caller.do(SPLICED)
+    caller.do("c.sendall(b'one')")
+    assert caller.give("spliced()") == "EAGAIN"
+    assert newest(rig).ended == abi.EndReason.READS and newest(rig).ends[1].stuck == abi.Stuck.STUCK
+    caller.do("c.sendall(b'two'); c.sendall(b'six'); time.sleep(PAUSE_S)")
+    assert caller.give("[spliced(), got(d, 4), spliced(), got(d)]") == ["EAGAIN", "onet", "EAGAIN", "wosix"]
+    assert caller.do("c.sendall(b'ten'); time.sleep(PAUSE_S)", "[spliced(), got(d)]") == ["ten", "EAGAIN"]
+    # Nothing keeps it any more.
+    until(lambda: not rig.pairs())
+    # And the other way, where nothing was stuck.
+    assert caller.do("d.sendall(b'back')", "got(c)") == "back"
+
+
+def test_a_splice_before_anything_waits_holds_nobody_up(rig: Rig, caller: Process) -> None:
+    begin(caller, "v4")
+    caller.do(SPLICED)
+    assert caller.give("spliced()") == "EAGAIN"
+    assert newest(rig).ends[1].stuck != abi.Stuck.STUCK
+    assert caller.do("c.sendall(b'one'); time.sleep(PAUSE_S)", "spliced()") == "one"
+
+
+def test_who_sends_behind_what_is_stuck_is_told_when_it_is_too_much(rig: Rig, caller: Process) -> None:
+    """Or when a policy has changed: there is no way that is right."""
+    begin(caller, "v4")
+    caller.do(SPLICED + "c.sendall(b'one'); spliced()")
+    assert caller.give("tell(lambda: c.send(bytes(65536)))") == "EACCES"
+    begin(caller, "v4")
+    caller.do("c.sendall(b'one'); c.sendall(b'two')")
+    assert caller.give("got(d)") == "onetwo"
+
+
+def test_a_read_that_waits_for_more_than_it_says_now_is_no_plain_one(rig: Rig, caller: Process) -> None:
+    """It began with SO_RCVLOWAT, has something already, and waits for more by TCP."""
+    caller.do("w, r = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=1)")
+    found = caller.do("""
+r.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 2)
+with beside(lambda: r.recv(9)) as found:
+    w.sendall(b"a"); time.sleep(PAUSE_S)
+    r.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    for _ in range(6): r.sendall(b"."); exactly(w, 1)
+    w.sendall(b"b")
+""", "found")
+    assert found == ["ab"]
 
 
 @pytest.mark.parametrize("name", ["signal_while_reading", "room_to_write_while_reading", "read_ends_with_reset"])

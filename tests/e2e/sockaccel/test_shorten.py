@@ -8,6 +8,8 @@ from accelrig import A4, A6, B4, B6, Rig, until
 from services.sockaccel import abi
 from tests.e2e.lb.sockrig import Process
 
+MESSAGE = 256
+"""What a send that waits unread counts for besides its bytes: SA_MESSAGE."""
 TALK = """
 def take(s, size):
     got = b""
@@ -229,12 +231,41 @@ for _ in range(300):
 """)
     (pair,) = rig.pairs()
     assert pair.ended == abi.EndReason.BEHIND
-    assert max(end.unread for end in pair.ends) <= rig.wanted.run_bytes + 1000
+    assert max(end.unread for end in pair.ends) <= rig.wanted.run_bytes + 1000 + MESSAGE
     process.do("""
 for s in (c, d):
     got = take(s, 300_000)
     assert got == b"".join(bytes([number & 255]) * 1000 for number in range(300))
 """)
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_few_sends_wait_however_small(rig: Rig, size: int) -> None:
+    """The kernel keeps a thousand bytes for each, which are nobody's."""
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    before = rig.pairs()[0].ends[0].sends
+    process.do(f"for number in range(2000): c.sendall(bytes([number & 255]) * {size})")
+    (pair,) = rig.pairs()
+    assert pair.ended == abi.EndReason.BEHIND
+    assert 0 <= rig.wanted.run_bytes // (size + MESSAGE) - (pair.ends[0].sends - before) <= 1
+    process.do(f"assert take(d, 2000 * {size}) == b''.join(bytes([number & 255]) * {size} for number in range(2000))")
+
+
+def test_many_small_sends_that_are_read_in_time_stay_shortened(rig: Rig) -> None:
+    """Some always wait: what waits is counted, not what has been sent."""
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    process.do("""
+for number in range(100): c.sendall(b"x")
+for number in range(3000):
+    c.sendall(b"x"); assert take(d, 1) == b"x"
+assert take(d, 100) == bytes([120]) * 100
+""")
+    (pair,) = rig.pairs()
+    assert not pair.ended and pair.ends[0].sends > 3100
 
 
 def test_who_speaks_at_once_with_the_other_stays_shortened(rig: Rig) -> None:
