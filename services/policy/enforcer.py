@@ -104,6 +104,8 @@ class Enforcer:
         self._gone: dict[int, None] = {}
         self._held: dict[int, Content] = {}
         self._pruned = False
+        self._tried = 0
+        """writer.freed, when what does not fit was tried last."""
         self._news = asyncio.Event()
         self._noted = 0
         self.enforced = 0
@@ -299,11 +301,18 @@ class Enforcer:
             except TimeoutError:
                 if self.writer is not None:
                     self.writer.rest()
-                if not self._later:
+                    self.try_again(self.writer)
+                if not self._later and self.idle:
                     continue
             self._news.clear()
             if self.ready and self.writer is not None:
                 await self.flush(self.writer)
+
+    def try_again(self, writer: Writer) -> None:
+        """What does not fit, if there is more room than when it was tried last."""
+        if writer.freed != self._tried:
+            self._tried = writer.freed
+            self._dirty.update((content, None) for content in self.contents.values() if content.problem)
 
     async def flush(self, writer: Writer) -> None:
         """Write all that has changed."""
@@ -324,8 +333,8 @@ class Enforcer:
             await asyncio.sleep(0)
         else:
             return
-        if not self._pruned:
-            writer.prune(number for number in self.endpoints)
+        if not self._pruned or writer.left:
+            writer.prune(self.endpoints)
             self._pruned = True
         writer.rest()
         if noted > self.enforced:
@@ -540,5 +549,7 @@ class Enforcer:
         endpoint = self.endpoints[number]
         endpoint.flags = int(flags)
         content = self.content_of(number)
-        if content is not None:
+        if content is not None and content.published is not None:
             self._give(number, content)
+        elif self.writer is not None:
+            self.writer.set_flags(number, endpoint.owner, endpoint.flags)

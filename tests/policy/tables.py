@@ -101,6 +101,8 @@ class FakeWriter:
     """Lines, peers, identities."""
     full: bool = False
     """Nothing more fits."""
+    freed: int = 0
+    left: bool = False
 
     def __post_init__(self) -> None:
         self._next = itertools.count(1)
@@ -172,6 +174,9 @@ class FakeWriter:
         if self.endpoints.get(number) != published:
             self.endpoints[number] = published
             self.writes += 1
+
+    def set_flags(self, number: int, owner: int, flags: int) -> None:
+        pass
 
     def clear_endpoint(self, number: int) -> None:
         self.endpoints.pop(number, None)

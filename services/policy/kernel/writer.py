@@ -46,12 +46,15 @@ class Writer:
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
-        self._left = self._found()
+        self._left = {line: tables.policies.at(line, abi.Policy) for line in self._found()}
+        """What an earlier process left and endpoints still have."""
         self._lines = Indexes(POLICIES_MAX, "different policies", self._left)
         self._room = Room(tables.cells, abi.CELLS_A_LINE)
-        words = [tables.policies.at(line, abi.Policy) for line in self._left]
-        self._room.adopt((word.first, word.count) for word in words if word.count)
-        self._next_table = max((max(word.peers, word.prefixes) for word in words), default=0) + 1
+        self._room.adopt((word.first, word.count) for word in self._left.values() if word.count)
+        self._known_before: set[int] = set()
+        """Identities that policies left over have classes for."""
+        self._pruned = False
+        self._next_table = self._last_table() + 1
         self._resting: deque[tuple[float, Published, bool, bool]] = deque()
         self._peer_tables: dict[int, set[int]] = {}
         """Identities in tables of peers, by table."""
@@ -60,6 +63,8 @@ class Writer:
         self.peers_used = self.prefixes_used = 0
         self.writes = 0
         """Elements written or deleted, and lines."""
+        self.freed = 0
+        """How often room has been given back: what did not fit may fit now."""
 
     def _found(self) -> list[int]:
         """Lines of policies that endpoints have."""
@@ -67,6 +72,19 @@ class Writer:
         memory = array.array("I", self.tables.eps_memory[: EP_MAX * size])
         lines = {memory[at] for at in range(0, len(memory), size // 4)} - {0}
         return sorted(line for line in lines if line < self.tables.policies.size)
+
+    def _last_table(self) -> int:
+        """The largest number of a table with anything in it: whoever was killed may have left some that no policy names."""
+        last: int = 0
+        for keys, _ in self.tables.peers.items_packed():
+            words = array.array("I", keys)
+            last = max((last, *words[::2]))
+            self._known_before.update(
+                number for table, number in zip(words[::2], words[1::2], strict=True) if table == abi.KNOWN
+            )
+        for key, _ in self.tables.prefixes.items():
+            last = max(last, key.table)
+        return last
 
     # ---- policies -------------------------------------------------------------------------------------------
     def publish(self, resolved: Resolved, before: Published | None, same_peers: bool) -> Published:
@@ -77,22 +95,29 @@ class Writer:
         made = resolved.tables()
         self._check(resolved, same_peers and before is not None, made.prefixes)
         line = self._lines.take()
+        first = peers = prefixes = 0
         try:
             self.tables.policies.ensure(line + 1)
             first = self._room.take(len(made.cells)) if made.cells else 0
+            for at in range(made.sides[1][0] + self._classes(made.sides[1][1], resolved)):
+                made.cells[at] += first
+            cells = array.array("Q", made.cells)
+            start = first * 8
+            self.tables.cells.mem[start : start + len(cells) * 8] = cells.tobytes()
+            if not same_peers or before is None:
+                peers = self._put_peers(resolved.classes)
+            if before is None or before.prefix_classes != made.prefixes:
+                prefixes = self._put_prefixes(made.prefixes)
         except BaseException:
             self._lines.give(line)
+            if first:
+                self._room.give(first, len(made.cells))
+            self._drop_peers(peers)
             raise
-        for at in range(made.sides[1][0] + self._classes(made.sides[1][1], resolved)):
-            made.cells[at] += first
-        cells = array.array("Q", made.cells)
-        start = first * 8
-        self.tables.cells.mem[start : start + len(cells) * 8] = cells.tobytes()
-        peers = before.peers if same_peers and before is not None else self._put_peers(resolved.classes)
+        if same_peers and before is not None:
+            peers = before.peers
         if before is not None and before.prefix_classes == made.prefixes:
             prefixes = before.prefixes
-        else:
-            prefixes = self._put_prefixes(made.prefixes)
         self._write_line(
             line,
             abi.Policy(
@@ -157,11 +182,15 @@ class Writer:
                 self._drop_peers(published.peers)
             if prefixes:
                 self._drop_prefixes(published.prefixes)
+            self.freed += 1
 
     # ---- peers ----------------------------------------------------------------------------------------------
     def _table(self) -> int:
-        self._next_table += 1
-        return self._next_table - 1
+        while True:
+            number = self._next_table
+            self._next_table = number % 0xFFFFFFFF + 1
+            if number not in self._peer_tables and number not in self._prefix_tables:
+                return number
 
     def _put_peers(self, classes: Mapping[int, int]) -> int:
         table = self._table()
@@ -206,6 +235,10 @@ class Writer:
         new = [number for number in numbers if number not in self.known]
         if not new:
             return
+        for word in self._left.values():
+            # Nobody gives these a class there.
+            fresh = [abi.Peer(word.peers, number) for number in new if number not in self._known_before]
+            self.tables.peers.update_batch((peer, ct.c_uint32(word.unknown)) for peer in fresh)
         keys = array.array("I", bytes(8 * len(new)))
         keys[1::2] = array.array("I", new)
         _, failed = self.tables.peers.update_packed(keys.tobytes(), bytes(4 * len(new)))
@@ -217,6 +250,7 @@ class Writer:
 
     def forget(self, number: int) -> None:
         """An identity is gone: whoever still has it is unknown. Before it is taken out of policies."""
+        self._known_before.discard(number)
         if number in self.known:
             self.tables.peers.delete(abi.Peer(abi.KNOWN, number))
             self.known.discard(number)
@@ -228,9 +262,14 @@ class Writer:
         if not classes:
             return 0
         table = self._table()
-        self.tables.prefixes.update_batch(
-            (abi.Prefix.of(table, prefix), ct.c_uint32(found)) for prefix, found in classes.items()
-        )
+        try:
+            self.tables.prefixes.update_batch(
+                (abi.Prefix.of(table, prefix), ct.c_uint32(found)) for prefix, found in classes.items()
+            )
+        except BaseException:
+            for prefix in classes:
+                self.tables.prefixes.delete(abi.Prefix.of(table, prefix))
+            raise
         self._prefix_tables[table] = classes
         self.prefixes_used += len(classes)
         self.writes += len(classes)
@@ -260,6 +299,12 @@ class Writer:
             ct.c_uint64.from_buffer(self.tables.eps_memory, number * ct.sizeof(abi.Ep)).value = word
             self.writes += 1
 
+    def set_flags(self, number: int, owner: int, flags: int) -> None:
+        """Switches of an endpoint, whatever policy it has."""
+        ep = self.tables.ep(number)
+        if ep.owner == owner:
+            ep.flags = flags
+
     def clear_endpoint(self, number: int) -> None:
         """Nothing is known of it: everything is denied."""
         ct.c_uint64.from_buffer(self.tables.eps_memory, number * ct.sizeof(abi.Ep)).value = 0
@@ -268,34 +313,46 @@ class Writer:
 
     # ---- what was there before ------------------------------------------------------------------------------
     def prune(self, endpoints: Iterable[int]) -> None:
-        """All that is to be there has been written: what is left from earlier goes."""
+        """All that is to be there has been written: what is left from earlier goes, but for what endpoints have whose own does
+        not fit. Again, when that may have changed.
+        """
         keep = set(endpoints)
         size = ct.sizeof(abi.Ep)
         memory = array.array("I", self.tables.eps_memory[: EP_MAX * size])
-        for number in range(EP_MAX):
-            if memory[number * 4] and number not in keep:
+        held: dict[int, abi.Policy] = {}
+        for number, line in enumerate(memory[:: size // 4]):
+            if line and number not in keep:
                 self.clear_endpoint(number)
-        for line in self._left:
-            word = self.tables.policies.at(line, abi.Policy)
-            self._lines.give(line)
-            if word.count:
-                self._room.give(word.first, word.count)
-        self._left = []
+            elif line in self._left:
+                held[line] = self._left[line]
+        if self._pruned and len(held) == len(self._left):
+            return
+        for line, word in self._left.items():
+            if line not in held:
+                self._lines.give(line)
+                if word.count:
+                    self._room.give(word.first, word.count)
+        self._left, self._pruned = held, True
+        if not held:
+            self._known_before.clear()
         self._prune_peers()
-        gone = [key for key, _ in self.tables.prefixes.items() if key.table not in self._prefix_tables]
-        for key in gone:
+        there = self._prefix_tables.keys() | {word.prefixes for word in held.values()}
+        for key in [key for key, _ in self.tables.prefixes.items() if key.table not in there]:
             self.tables.prefixes.delete(key)
+        self.freed += 1
+
+    @property
+    def left(self) -> bool:
+        """Whether endpoints have what an earlier process left."""
+        return bool(self._left)
 
     def _prune_peers(self) -> None:
+        there = self._peer_tables.keys() | {word.peers for word in self._left.values()}
         gone: list[abi.Peer] = []
         for keys, _ in self.tables.peers.items_packed():
             words = array.array("I", keys)
-            for at in range(0, len(words), 2):
-                table, number = words[at], words[at + 1]
-                if table == abi.KNOWN:
-                    if number not in self.known:
-                        gone.append(abi.Peer(table, number))
-                elif table not in self._peer_tables:
+            for table, number in zip(words[::2], words[1::2], strict=True):
+                if number not in self.known if table == abi.KNOWN else table not in there:
                     gone.append(abi.Peer(table, number))
         self.tables.peers.delete_batch(gone)
 
