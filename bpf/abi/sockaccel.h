@@ -104,15 +104,18 @@ struct sa_end {
 	__u32 judged;         /* times it was sent back to TCP */
 	__u32 reader;         /* task (thread id) that has read last; 0: none */
 	__u32 stuck;          /* enum sa_stuck */
+	__u32 seq;            /* tcp_sock.write_seq when it began to hand over */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct sa_end) == 136, "ABI");
+_Static_assert(sizeof(struct sa_end) == 144, "ABI");
 
 /* A process that takes only what comes by TCP (it splices) while something that was handed to it waits. What is sent meanwhile waits behind
  * that, or is refused: by TCP it would be read first. */
 enum sa_stuck {
 	SA_FREE = 0,
 	SA_STUCK = 1,
-	SA_DOUBT = 2, /* nothing has been seen to wait, but something may be on its way: the next send knows */
+	SA_DOUBT = 2,     /* nothing has been seen to wait, but something may be on its way: the next send knows */
+	SA_OVERTAKEN = 3, /* it has taken what was sent by TCP behind what waits: nothing is right any more */
 };
 
 enum sa_mode {
@@ -145,7 +148,7 @@ struct sa_pair {
 	__u32 flags;           /* SA_PAIR_* */
 	__u32 splicers;        /* element of sa_splicing when it was judged */
 };
-_Static_assert(sizeof(struct sa_pair) == 320, "ABI");
+_Static_assert(sizeof(struct sa_pair) == 336, "ABI");
 
 /* sa_pair.flags */
 #define SA_PAIR_REDIRECTED 0x1 /* the client's destination is not the server's address */

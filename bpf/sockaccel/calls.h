@@ -28,6 +28,29 @@ static __always_inline bool sa_is_plain(__u64 sk)
 	return !*(volatile __u64 *)(sk + AT_SK_USER_DATA);
 }
 
+/* Nothing is handed to this process any more. */
+static __always_inline void sa_note_splicer(void)
+{
+	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
+
+	if (sa_splicers.lookup(&process))
+		return;
+	sa_splicers.update(&process, &one);
+	known = sa_splicing.lookup(&zero);
+	if (known)
+		__sync_fetch_and_add(known, 1);
+}
+
+/* HAProxy reads the beginning of each answer plainly and may splice the rest (option splice-auto): the first time would be one too late. */
+static __always_inline bool sa_is_known_to_splice(void)
+{
+	char name[16] = {};
+
+	bpf_get_current_comm(name, sizeof(name));
+	return name[0] == 'h' && name[1] == 'a' && name[2] == 'p' && name[3] == 'r' && name[4] == 'o' && name[5] == 'x' && name[6] == 'y' &&
+	       !name[7];
+}
+
 /* (sk, length, flags). A peek is fine. */
 int fib_sa_recv(__u64 *ctx)
 {
@@ -54,6 +77,9 @@ int fib_sa_recv(__u64 *ctx)
 			me->stuck = SA_DOUBT;
 	}
 	if (special || sa_splicers.lookup(&process)) {
+		sa_finish(pair, SA_READS);
+	} else if (!me->reads && sa_is_known_to_splice()) {
+		sa_note_splicer();
 		sa_finish(pair, SA_READS);
 	} else {
 		mine->reader = me->reader = task;
@@ -103,19 +129,6 @@ static __always_inline enum sa_call sa_receiving(void)
 	return flags & SA_MSG_WAITALL ? SA_CALL_SPECIAL : SA_CALL_PLAIN;
 }
 
-/* Nothing is handed to this process any more. */
-static __always_inline void sa_note_splicer(void)
-{
-	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
-
-	if (sa_splicers.lookup(&process))
-		return;
-	sa_splicers.update(&process, &one);
-	known = sa_splicing.lookup(&zero);
-	if (known)
-		__sync_fetch_and_add(known, 1);
-}
-
 /* (sk): something that came by TCP has been read, or looked for, by a call that may go on: one that waits for all, or for as much as
  * SO_RCVLOWAT says now, would not see what is handed over meanwhile. */
 int fib_sa_reading(__u64 *ctx)
@@ -124,6 +137,7 @@ int fib_sa_reading(__u64 *ctx)
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 	struct sa_end *me;
+	__u32 stuck;
 
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
@@ -139,7 +153,7 @@ int fib_sa_reading(__u64 *ctx)
 		sa_note_splicer();
 		mine->reader = 0;
 		/* In this order: who sends and sees that the pair has ended sees why. */
-		if (me->stuck != SA_STUCK)
+		if (me->stuck == SA_FREE)
 			me->stuck = SA_DOUBT;
 		__sync_fetch_and_add(&pair->proofs, 1); /* for the barrier that it is */
 	}
@@ -147,10 +161,13 @@ int fib_sa_reading(__u64 *ctx)
 	if (call == SA_CALL_UNKNOWN) {
 		__sync_fetch_and_add(&pair->proofs, 1);
 		if (sa_is_empty(pair, mine->side)) {
-			me->stuck = SA_FREE;
-		} else if (me->stuck != SA_STUCK && sa_queue(ctx[0])) {
-			me->stuck = SA_STUCK;
-			sa_tell(SA_EVENT_STUCK, pair);
+			me->stuck = me->stuck == SA_OVERTAKEN ? SA_OVERTAKEN : SA_FREE;
+		} else if (sa_queue(ctx[0])) {
+			stuck = sa_read32(ctx[0], AT_TCP_COPIED_SEQ) == pair->ends[!(mine->side & 1)].seq ? SA_STUCK : SA_OVERTAKEN;
+			if (me->stuck != stuck) {
+				me->stuck = stuck;
+				sa_tell(SA_EVENT_STUCK, pair);
+			}
 		}
 	}
 	return 0;

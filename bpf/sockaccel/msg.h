@@ -56,6 +56,7 @@ static __always_inline bool sa_shorten(struct sa_pair *pair, __u32 side, __u32 j
 {
 	struct sa_end *me = &pair->ends[side];
 
+	me->seq = sa_read32(me->sock, AT_TCP_WRITE_SEQ);
 	me->mode = SA_SHORT;
 	__sync_fetch_and_add(&pair->proofs, 1); /* for the barrier that it is */
 	if (likely(*(volatile __u32 *)&me->judged == judged))
@@ -192,6 +193,8 @@ static __always_inline enum sa_way sa_behind(struct sa_pair *pair, struct sa_end
 	struct sa_config *config;
 	__u32 zero = 0;
 
+	if (other->stuck == SA_OVERTAKEN)
+		return SA_NOWHERE;
 	/* What has been sent before this is there, or has been read. */
 	if (!sa_queue(other->sock)) {
 		other->stuck = SA_FREE;

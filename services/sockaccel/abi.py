@@ -82,6 +82,7 @@ class Stuck(enum.IntEnum):
     FREE = 0
     STUCK = 1
     DOUBT = 2
+    OVERTAKEN = 3
 
 
 class Stat(enum.IntEnum):
@@ -137,7 +138,7 @@ class End(ct.Structure):
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
         ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("settled", ct.c_uint32),
         ("task", ct.c_uint64), ("tasks", ct.c_uint32), ("judged", ct.c_uint32),
-        ("reader", ct.c_uint32), ("stuck", ct.c_uint32),
+        ("reader", ct.c_uint32), ("stuck", ct.c_uint32), ("seq", ct.c_uint32), ("pad", ct.c_uint32),
     )  # fmt: skip
 
 
@@ -157,5 +158,5 @@ class Event(ct.Structure):
     _fields_ = (("time", ct.c_uint64), ("kind", ct.c_uint32), ("pad", ct.c_uint32), ("pair", Pair))
 
 
-SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 136, Pair: 320, Event: 336}
+SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 144, Pair: 336, Event: 352}
 assert all(ct.sizeof(kind) == size for kind, size in SIZES.items())

@@ -26,6 +26,7 @@ from services.common.pipeline.events import clock_offset
 from services.common.service import ComponentStatus
 from services.sockaccel import abi, hooks, install
 from services.sockaccel.config import SockAccelSection
+from services.sockaccel.release import Releaser
 from services.sockaccel.tables import Tables, Wanted
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Plane:
         """ended: told of each pair that ended, and what to add to its times for Unix time (ns)."""
         self._instance, self._section = instance, section
         self._wanted, self._ended = wanted, ended
+        self._releaser = Releaser(lambda: self.tables)
         self._datapath = Datapath(instance, Parts("sockaccel", install.load, install.complete), self._use, self._lost)
         self._thread = ThreadPoolExecutor(1, "sockaccel.tables")
         self._dirty, self._done = asyncio.Event(), asyncio.Event()
@@ -178,11 +180,17 @@ class Plane:
                             event = abi.Event.from_buffer_copy(record)
                             if event.kind == abi.EventKind.ENDED:
                                 self._ended(event.pair, offset)
+                            elif event.kind == abi.EventKind.STUCK:
+                                self._releaser.stuck(event.pair)
                         self._look()
                         await asyncio.sleep(_PAUSE_S)
             except errors.FibrilError as error:
                 self._ring_problem = str(error)
             await asyncio.sleep(_RETRY_S)
+
+    async def release(self) -> None:
+        """End connections that cannot go on, until cancelled."""
+        await self._releaser.run()
 
     def status(self) -> list[ComponentStatus]:
         if self._problem:

@@ -81,6 +81,7 @@ class SockAccelService:
         ctx.tasks.spawn("sockaccel.endpoints", self._endpoints.run())
         ctx.tasks.spawn("sockaccel.tables", self._plane.run())
         ctx.tasks.spawn("sockaccel.reports", self._plane.listen())
+        ctx.tasks.spawn("sockaccel.release", self._plane.release())
         ctx.tasks.spawn("sockaccel.tidy", self._tidy())
         ctx.tasks.spawn("sockaccel.tls", self._looker.run())
         ctx.tasks.spawn("sockaccel.tls.messages", self._looker.listen())

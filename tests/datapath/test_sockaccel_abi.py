@@ -55,6 +55,7 @@ def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
     (r"^#define SA_PAIR_(\w+) (0x\w+)", abi.PairFlag),
     (r"^\tSA_STAT_(\w+) = (\d+),", abi.Stat),
     (r"^\tSA_EVENT_(\w+) = (\d+),", abi.EventKind),
+    (r"^\tSA_(FREE|STUCK|DOUBT|OVERTAKEN) = (\d+),", abi.Stuck),
     (r"^\tSA_(TCP|SHORT) = (\d+),", abi.Mode),
     (r"^\tSA_(NOT_ENDED|CLOSED|BULK|READS|SENDS|OPTION|BEHIND) = (\d+),", abi.EndReason),
 ])  # fmt: skip

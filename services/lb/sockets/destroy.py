@@ -17,11 +17,11 @@ from typing import Final
 
 from services.common import errors
 from services.common.instance import Instance
+from services.common.kernel.namespaces import Namespaces
 from services.common.kernel.netns import NetNs
 from services.common.kernel.sockdiag import Remote, SockDiag
 from services.lb.model import TCP, UDP
 from services.lb.sockets.entries import Connected, Entries, gone
-from services.lb.sockets.namespaces import Namespaces
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from test_shorten import pair_up
 
 from fibril.sockaccel.v1 import sockaccel_pb2 as pb
 from services.common import errors
-from services.sockaccel import abi, hooks, install, pairs, plane
+from services.sockaccel import abi, hooks, install, pairs, plane, release
 from services.sockaccel.api import SockAccelApi
 from services.sockaccel.config import SockAccelSection
 from services.sockaccel.plane import Plane
@@ -28,7 +28,7 @@ async def running(rig: Rig) -> AsyncIterator[Plane]:
         rig.instance, SockAccelSection(cgroup=rig.group.name), lambda: rig.wanted, lambda pair, offset: None
     )
     await made.start()
-    tasks = [asyncio.create_task(made.run()), asyncio.create_task(made.listen())]
+    tasks = [asyncio.create_task(each) for each in (made.run(), made.listen(), made.release())]
     try:
         yield made
     finally:
@@ -89,6 +89,50 @@ async def test_nothing_is_shortened_unwatched(rig: Rig) -> None:
     before = rig.pairs()[0].ends[0].sends
     process.do("talk(30)")
     assert rig.pairs()[0].ends[0].sends == before
+
+
+STUCK = """
+there, here = os.pipe()
+d.setblocking(False)
+def tell(work):
+    try:
+        return work()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+def why(s): return tell(lambda: s.recv(9).decode())
+def spliced(): return tell(lambda: os.splice(d.fileno(), here, 99))
+"""
+
+
+@pytest.mark.parametrize("address", [("AF_INET", "127.0.0.1"), ("AF_INET6", "::1")])
+async def test_who_cannot_go_on_is_told_so(rig: Rig, monkeypatch: pytest.MonkeyPatch, address: tuple[str, str]) -> None:
+    """A process that splices only, and would never see what waits; and the next of the same is not concerned."""
+    monkeypatch.setattr(release, "GRACE_S", 0.3)
+    process = rig.process()
+    family, host = address
+    async with running(rig):
+        pair_up(process, family, family, host, host)
+        process.do("talk(20)")
+        process.do(STUCK + "c.sendall(b'one')")
+        assert process.give("spliced()") == "EAGAIN"
+        await until(lambda: not rig.pairs())
+        assert process.give("[why(c), spliced(), why(d)]") == ["ECONNABORTED", "ECONNRESET", "one"]
+        pair_up(process, family, family, host, host)
+        process.do("talk(20)")
+        process.do("c.sendall(b'two'); time.sleep(0.05)")
+        assert process.give("[spliced(), os.read(there, 9).decode()]") == [3, "two"]
+
+
+async def test_who_reads_after_all_is_left_in_peace(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "GRACE_S", 0.3)
+    process = rig.process()
+    async with running(rig):
+        pair_up(process)
+        process.do("talk(20)")
+        process.do(STUCK + "c.sendall(b'one')")
+        assert process.give("[spliced(), why(d)]") == ["EAGAIN", "one"]
+        await asyncio.sleep(0.6)
+        process.do("d.settimeout(5); talk(20)")
 
 
 class Known:

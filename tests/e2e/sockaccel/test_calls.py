@@ -163,6 +163,26 @@ def test_nothing_overtakes_what_a_first_splice_does_not_see(rig: Rig, caller: Pr
     assert caller.do("d.sendall(b'back')", "got(c)") == "back"
 
 
+def test_what_has_been_overtaken_goes_no_further(rig: Rig, caller: Process) -> None:
+    """The pair went back to TCP while something waited, and what came behind it has been spliced: an error."""
+    begin(caller, "v4")
+    caller.do(SPLICED + "c.sendall(b'one')")
+    rig.write(on=False)
+    caller.do("c.sendall(b'two'); time.sleep(PAUSE_S)")
+    assert caller.give("spliced()") == "two"
+    assert newest(rig).ends[1].stuck == abi.Stuck.OVERTAKEN
+    assert caller.give("[got(d), tell(lambda: c.send(b'six'))]") == ["one", "EACCES"]
+
+
+def test_nothing_is_handed_to_who_is_known_to_splice_later(rig: Rig, caller: Process) -> None:
+    caller.do("libc.prctl(15, b'haproxy')")
+    before = rig.stat(abi.Stat.SENDS)
+    begin(caller, "v4")
+    assert rig.stat(abi.Stat.SENDS) == before
+    caller.do(SPLICED)
+    assert caller.do("c.sendall(b'one'); time.sleep(PAUSE_S)", "spliced()") == "one"
+
+
 def test_a_splice_before_anything_waits_holds_nobody_up(rig: Rig, caller: Process) -> None:
     begin(caller, "v4")
     caller.do(SPLICED)

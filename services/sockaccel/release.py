@@ -1,0 +1,70 @@
+"""Ends connections whose reader cannot go on: its process splices, and what was handed to it before cannot be spliced.
+
+The programs tell of one when it happens (SA_EVENT_STUCK). A process that falls back to recv() is free again; one that does not
+would wait for ever, and one that has taken bytes in the wrong order must not go on. Both ends of such a connection are
+ended, as `ss -K` does: an error that everybody sees, once in the life of a process, since nothing is handed to it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from services.common import errors
+from services.common.kernel.namespaces import Namespaces
+from services.common.kernel.sockdiag import SockDiag
+from services.sockaccel import abi
+from services.sockaccel.tables import Tables
+
+log = logging.getLogger(__name__)
+
+GRACE_S: Final = 2.0
+"""So long it may stay stuck."""
+_LOOK_S: Final = 0.1
+_TCP: Final = 6
+
+
+class Releaser:
+    """Used from one event loop."""
+
+    def __init__(self, tables: Callable[[], Tables]) -> None:
+        """tables: raises Unavailable while there are none."""
+        self._tables = tables
+        self._namespaces = Namespaces()
+        self._due: dict[int, float] = {}
+        self.ended = 0
+        """Connections ended so far."""
+
+    def stuck(self, pair: abi.Pair) -> None:
+        """One of its ends is."""
+        overtaken = any(end.stuck == abi.Stuck.OVERTAKEN for end in pair.ends)
+        self._due[pair.ends[0].cookie] = time.monotonic() + (0.0 if overtaken else GRACE_S)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            now = time.monotonic()
+            due = [cookie for cookie, at in self._due.items() if at <= now]
+            for cookie in due:
+                del self._due[cookie]
+            try:
+                found = [self._tables().pairs.lookup(cookie) for cookie in due]
+                for pair in found:
+                    if pair is not None and any(end.stuck in (abi.Stuck.STUCK, abi.Stuck.OVERTAKEN) for end in pair.ends):
+                        await asyncio.to_thread(self._end, pair)
+            except (errors.FibrilError, OSError) as error:
+                log.warning("a connection that cannot go on is left to time out", extra={"cause": str(error)})
+
+    def _end(self, pair: abi.Pair) -> None:
+        cookies = {int(end.cookie) for end in pair.ends}
+        for _, space in self._namespaces.open({int(end.netns) for end in pair.ends}):
+            with SockDiag(space) as diag:
+                for family in (socket.AF_INET, socket.AF_INET6):
+                    diag.destroy(_TCP, family, {at: what for at, what in diag.connected(_TCP, family) if at in cookies})
+        self.ended += 1
+        log.warning("a connection was ended whose process splices and could not go on", extra={"pair": min(cookies)})
