@@ -51,7 +51,12 @@ static __always_inline enum nat_result nat_write(const struct lb_config *config,
 		}
 		if (nat_alive(config, other, key->proto, now))
 			return NAT_TAKEN;
-		how = BPF_ANY;
+		if (!settled && !nat_is_new(nat))
+			return nat_settle(key, nat) ? NAT_FULL : NAT_OK;
+		if (settled && nat_is_new(nat))
+			nat_unsettle(key);
+		else
+			how = BPF_ANY;
 	}
 	error = nat_put(key, nat, how);
 	return likely(!error) ? NAT_OK : error == NAT_EXIST ? NAT_TAKEN : NAT_FULL;

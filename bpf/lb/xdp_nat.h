@@ -69,6 +69,18 @@ static __always_inline long nat_settle(struct lb_tuple *key, struct lb_nat *nat)
 	return error;
 }
 
+/* A settled one that is over. It would hide a new one from all who ask. */
+static __always_inline void nat_unsettle(struct lb_tuple *key)
+{
+	for (__u32 index = 0; index < 2; index++) {
+		__u32 which = index;
+		void *inner = lb_nats.lookup(&which);
+
+		if (inner)
+			bpf_map_delete_elem_((uintptr_t)inner, key);
+	}
+}
+
 static __always_inline bool nat_is_of(const struct lb_nat *nat, const struct lb_nat *wanted)
 {
 	return fib_addr_same(&nat->client, &wanted->client) && fib_addr_same(&nat->vip, &wanted->vip) &&
@@ -96,7 +108,12 @@ static __always_inline bool nat_record(const struct lb_config *config, struct lb
 		stamp = other->stamp | LB_FLOW_CONFIRMED | (key->proto == IPPROTO_TCP ? LB_FLOW_TCP : 0);
 		if (flow_alive(config, stamp, nat->stamp & LB_STAMP))
 			return false;
-		how = BPF_ANY;
+		if (!settled && !nat_is_new(nat))
+			return !nat_settle(key, nat);
+		if (settled && nat_is_new(nat))
+			nat_unsettle(key);
+		else
+			how = BPF_ANY;
 	}
 	return !nat_put(key, nat, how);
 }

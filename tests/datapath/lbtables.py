@@ -51,6 +51,8 @@ class LbTables:
         self._outer("lb_fronts", 0, self._fronts_fd)
         self._nats_fd = bpf.map_create("lru_hash", 40, 48, nats, 0, "nats")
         self._outer("lb_nats", 0, self._nats_fd)
+        with BpfMap.open(pin_dir / abi.MAPS["lb_nats"], ct.c_uint32, ct.c_uint32) as outer:
+            outer.delete(1)
         with BpfMap.open(pin_dir / abi.MAPS["lb_nats_new"], abi.Tuple, abi.Nat) as new:
             new.delete_batch(list(new.keys()))
         self.config_map = BpfMap.open(pin_dir / abi.MAPS["lb_config"], ct.c_uint32, abi.Config)
@@ -112,6 +114,12 @@ class LbTables:
         before = self.config.flow_mask
         self.put_lines(abi.Table.FLOWS, lines)
         self.write_config(flow_mask=lines - 1, before_mask=before)
+
+    def grow_nats(self, nats: int = 4096) -> None:
+        """The same for translations."""
+        self._outer("lb_nats", 1, os.dup(self._nats_fd))
+        self._nats_fd = bpf.map_create("lru_hash", 40, 48, nats, 0, "nats")
+        self._outer("lb_nats", 0, self._nats_fd)
 
     def service(
         self,
@@ -182,6 +190,14 @@ class LbTables:
             flow = abi.Flow.from_buffer(table, at)
             if flow.sig:
                 flow.stamp = (flow.stamp & ~abi.STAMP) | ((flow.stamp - units) & abi.STAMP)
+
+    def age_nats(self, units: int = 1) -> None:
+        """The same of translations."""
+        with self.nats() as nats, self.begun() as begun:
+            for table in (nats, begun):
+                for key, nat in list(table.items()):
+                    nat.stamp = (nat.stamp & ~abi.STAMP) | ((nat.stamp - units) & abi.STAMP)
+                    table.update(key, nat)
 
     def stats(self) -> dict[abi.Stat, int]:
         with BpfMap.open(self._pin_dir / abi.MAPS["lb_stats"], ct.c_uint32, ct.c_uint64) as table:

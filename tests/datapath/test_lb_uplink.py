@@ -278,6 +278,25 @@ def test_ports_of_connections_that_are_over_are_used_again(uplink: Uplink, famil
 
 
 @BOTH
+@pytest.mark.parametrize("grown", [False, True])
+def test_whoever_gets_a_port_again_gets_the_answers(uplink: Uplink, family: int, grown: bool) -> None:
+    """What is left of the port's last connection, which had settled, does not stand before the one that begins."""
+    tables = uplink.lab.tables
+    ports(uplink, 2000, 2000)
+    uplink.lab.serve(family, [(SERVER[family], 8080)])
+    for sport in (1, 2, 3):
+        if grown and sport == 2:
+            tables.grow_nats()
+        for flags in ("S", "A", "FA"):
+            there = uplink.sends(outside(family) / TCP(sport=sport, dport=80, flags=flags))
+            assert there[TCP].sport == 2000
+            back = uplink.sends(ip(NODE[family], family, SERVER[family]) / TCP(sport=8080, dport=2000, flags="A"))
+            assert back[TCP].dport == sport, flags
+        tables.age_flows(20)
+        tables.age_nats(20)
+
+
+@BOTH
 def test_a_long_search_ends_where_it_should(uplink: Uplink, family: int) -> None:
     """Nearly all of 20,000 ports are taken: the search goes on from program to program."""
     tables = uplink.lab.tables

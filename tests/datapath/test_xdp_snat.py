@@ -134,6 +134,20 @@ def test_no_port_left_is_left_to_tc(rig: XdpRig, tables: LbTables, family: int) 
 
 
 @BOTH
+def test_whoever_gets_a_port_again_gets_the_answers(rig: XdpRig, tables: LbTables, family: int) -> None:
+    """What is left of the port's last connection, which had settled, does not stand before the one that begins."""
+    tables.write_config(snat_ports=(ct.c_uint32 * 2)(2000 << 16 | 2000, 0))
+    serve(tables, family, 1)
+    for sport in (1, 2, 3):
+        for flags in ("S", "A", "FA"):
+            there = rig.send(ip(family) / TCP(sport=sport, dport=80, flags=flags))
+            assert there[TCP].sport == 2000
+            assert rig.send(answer_to(there, TCP, flags="A"))[TCP].dport == sport, flags
+        tables.age_flows(20)
+        tables.age_nats(20)
+
+
+@BOTH
 def test_a_lost_flow_is_found_again_with_its_port(rig: XdpRig, tables: LbTables, family: int) -> None:
     serve(tables, family)
     before = {n: rig.send(ip(family) / TCP(sport=n, dport=80, flags="A")) for n in range(1, 30)}
