@@ -33,6 +33,7 @@ from services.lb.health.monitor import Health
 from services.lb.health.node_ports import HealthCheckPorts
 from services.lb.kernel.writer import Plane
 from services.lb.locality import Locality
+from services.lb.outside import Outside
 from services.lb.packets import Packets
 from services.lb.pods import LocalAddresses
 from services.lb.prefilter.part import PrefilterPart
@@ -82,8 +83,7 @@ class LbService:
         )
         self._health.on_change(self._plane.mark)
         self._health_ports = HealthCheckPorts(lambda: self._services.specs, self._plane.local_backends)
-        self._outside: set[str] = set()
-        # Services that clients outside reach.
+        self._outside = Outside(self._need_outside)
         self._sockets = Sockets(instance, self._plane.configure, cfg.lb.cgroup, cfg.lb.sockets)
         self._plane.on_removed(self._sockets.backends_removed)
         devices = cfg.lb.devices or ((cfg.network.device,) if cfg.network.device else ())
@@ -186,22 +186,17 @@ class LbService:
         self._services.tell(name)
         self._health_ports.changed(name)
         plans = self._plane.plans.get(name, {})
-        if any(front.outside for plan in plans.values() for front in plan.fronts):
-            self._outside.add(name)
-        else:
-            self._outside.discard(name)
-        if self._services.synced.is_set() or self._outside:
-            self._need_outside()
+        self._outside.planned(name, any(front.outside for plan in plans.values() for front in plan.fronts))
 
     async def _when_known(self) -> None:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
         await self._plane.settled()
-        self._need_outside()
+        self._outside.complete()
 
-    def _need_outside(self) -> None:
-        self._packets.need(bool(self._outside))
-        self._xdp.need(_SERVICES, bool(self._outside))
+    def _need_outside(self, wanted: bool) -> None:
+        self._packets.need(wanted)
+        self._xdp.need(_SERVICES, wanted)
 
     def _moved(self, changed: frozenset[IPAddress]) -> None:
         """Whatever has a backend at one of these may be local now, or no longer."""
