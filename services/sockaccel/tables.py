@@ -6,7 +6,7 @@ For one thread. Programs read every map at any time, so the configuration, which
 from __future__ import annotations
 
 import ctypes as ct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -59,6 +59,7 @@ class Tables:
         self._open: list[BpfMap[Any, Any]] = []
         try:
             self.pairs = self._map(instance, "sa_pairs", ct.c_uint64, abi.Pair)
+            self._socks = self._map(instance, "sa_socks", ct.c_uint64, ct.c_uint32)
             self.stats = self._map(instance, "sa_stats", ct.c_uint32, ct.c_uint64)
             self._config = self._map(instance, "sa_config", ct.c_uint32, abi.Config)
             self._spaces = self._map(instance, "sa_spaces", ct.c_uint64, abi.Space)
@@ -176,6 +177,20 @@ class Tables:
     def all_pairs(self) -> list[abi.Pair]:
         """Those whose server is known."""
         return [pair for _, pair in self.pairs.items() if pair.ends[1].cookie]
+
+    def tidy(self, doubtful: Collection[int]) -> tuple[set[int], set[int]]:
+        """Forget pairs that ended while no program was there to see it: neither socket is in the map of sockets any more.
+
+        doubtful: those that were so the last time; walking a map that changes may miss something once. Pairs there are now, and
+        which of them are doubtful.
+        """
+        pairs = self.all_pairs()
+        sockets = {int(key.value) for key in self._socks.keys()} if pairs else set()  # noqa: SIM118 - it is no mapping
+        there = {int(pair.ends[0].cookie) for pair in pairs}
+        dead = {int(pair.ends[0].cookie) for pair in pairs if not sockets & {int(end.cookie) for end in pair.ends}}
+        for cookie in dead.intersection(doubtful):
+            self.pairs.delete(cookie)
+        return there - dead.intersection(doubtful), dead.difference(doubtful)
 
 
 def _agree(table: BpfMap[Any, Any], wanted: Mapping[Any, Any]) -> int:

@@ -193,13 +193,12 @@ class SockAccelService:
             return set()
 
     async def _tidy(self) -> None:
-        """Forget switches of pairs that are gone."""
+        """Forget pairs whose end nobody saw (their control group is no longer the one), and switches of pairs that are gone."""
+        doubtful: set[int] = set()
         while True:
             await asyncio.sleep(_TIDY_S)
-            if not self._off:
-                continue
             try:
-                there = {int(pair.ends[0].cookie) for pair in await asyncio.to_thread(self._plane.tables.all_pairs)}
+                there, doubtful = await asyncio.to_thread(self._plane.tables.tidy, doubtful)
             except errors.FibrilError:
                 continue
             if not self._off <= there:

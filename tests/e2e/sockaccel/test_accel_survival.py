@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelrig import Rig
+from accelrig import Rig, until
 from test_shorten import pair_up
 
 from services.common.instance import Instance
@@ -66,6 +66,30 @@ def test_programs_take_the_place_of_those_that_lost_their_pins(
         assert rig.pairs()[0].ends[0].sends > 10 and not rig.stat(abi.Stat.TAKEN)
     finally:
         rig.close()
+
+
+def test_pairs_whose_end_nobody_saw_are_found(
+    fresh: tuple[Instance, str], spaces: tuple[Path, Path]
+) -> None:
+    """After a restart with another control group."""
+    instance, name = fresh
+    other = f"{name}-other"
+    rig = Rig(instance, cgroup.path_of(name), spaces)
+    try:
+        process = rig.process()
+        pair_up(process)
+        process.do("talk(20); old = c, d")
+        dead = rig.pairs()[0].ends[0].cookie
+        hooks.attach_all(instance, other)
+        process.do("talk(20); old[0].close()")
+        assert rig.tables.tidy({dead}) == ({dead}, set()), "what is handed over to it could still be read"
+        process.do("old[1].close(); del old")
+        until(lambda: rig.tables.tidy(()) == ({dead}, {dead}))
+        assert rig.tables.tidy({dead}) == (set(), set()) and not rig.pairs()
+    finally:
+        rig.close()
+        hooks.attach_all(instance, name)
+        cgroup.path_of(other).rmdir()
 
 
 @pytest.mark.parametrize("lost", ["", "sa_socks", "sa_off", "every program"])
