@@ -7,20 +7,18 @@ supported is refused by document and field; fields that say nothing about balanc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import yaml
-
 from fibril.lb.v1 import lb_pb2 as pb
+from services.common import documents
 from services.common.errors import FailedPrecondition, InvalidArgument
+from services.lb.kubefields import LIST, PROXY_NAME, SERVICE_NAME, SHAPES, TOPOLOGY, check, mapping
 
 PORT_NAME: Final = "fibril.kubernetes/port-name"
 """Annotation: the port of the Service that a service of ours is."""
 NOT_READY: Final = "fibril.kubernetes/publish-not-ready"
-_SERVICE_NAME: Final = "kubernetes.io/service-name"
 _PROTOCOLS: Final = {"TCP": pb.PROTOCOL_TCP, "UDP": pb.PROTOCOL_UDP, "SCTP": pb.PROTOCOL_SCTP}
 _POLICIES: Final = {"Cluster": pb.TRAFFIC_POLICY_CLUSTER, "Local": pb.TRAFFIC_POLICY_LOCAL}
 _TOPOLOGIES: Final = {
@@ -29,49 +27,8 @@ _TOPOLOGIES: Final = {
     "PreferSameNode": pb.TOPOLOGY_SAME_NODE,
 }
 _AFFINITY_S: Final = 10800
-# What is understood, or says nothing about balancing.
-_SPEC: Final = frozenset({
-    "allocateLoadBalancerNodePorts", "clusterIP", "clusterIPs", "externalIPs", "externalName", "externalTrafficPolicy",
-    "healthCheckNodePort", "internalTrafficPolicy", "ipFamilies", "ipFamilyPolicy", "loadBalancerClass", "loadBalancerIP",
-    "loadBalancerSourceRanges", "ports", "publishNotReadyAddresses", "selector", "sessionAffinity", "sessionAffinityConfig",
-    "trafficDistribution", "type",
-})  # fmt: skip
-_PORT: Final = frozenset({"appProtocol", "name", "nodePort", "port", "protocol", "targetPort"})
-_SLICE: Final = frozenset({"addressType", "apiVersion", "endpoints", "kind", "metadata", "ports"})
-_ENDPOINT: Final = frozenset({
-    "addresses", "conditions", "deprecatedTopology", "hints", "hostname", "nodeName", "targetRef", "zone",
-})  # fmt: skip
-_META: Final = {"name": str, "namespace": str, "labels": {_SERVICE_NAME: str}}
-_PORTS: Final = [{"name": str, "protocol": str}]
-_ADDRESSES: Final = [{"ip": str, "nodeName": str}]
-# Of what type things are that are read; numbers are checked where they are.
-_SHAPES: Final[Mapping[str, Any]] = {
-    "Service": {
-        "metadata": _META,
-        "spec": {
-            "clusterIP": str, "clusterIPs": [str], "externalIPs": [str], "externalTrafficPolicy": str,
-            "internalTrafficPolicy": str, "ipFamilies": [str], "loadBalancerIP": str, "loadBalancerSourceRanges": [str],
-            "ports": _PORTS, "publishNotReadyAddresses": bool, "sessionAffinity": str,
-            "sessionAffinityConfig": {"clientIP": {}}, "trafficDistribution": str, "type": str,
-        },
-        "status": {"loadBalancer": {"ingress": [{"ip": str, "ipMode": str}]}},
-    },
-    "EndpointSlice": {
-        "metadata": _META,
-        "addressType": str,
-        "ports": _PORTS,
-        "endpoints": [{
-            "addresses": [str], "conditions": {"ready": bool, "serving": bool, "terminating": bool}, "nodeName": str,
-            "zone": str,
-        }],
-    },
-    "Endpoints": {
-        "metadata": _META,
-        "subsets": [{"addresses": _ADDRESSES, "notReadyAddresses": _ADDRESSES, "ports": _PORTS}],
-    },
-}  # fmt: skip
-_TYPES: Final = {str: "text", bool: "true or false"}
 _KINDS: Final = frozenset({"ClusterIP", "NodePort", "LoadBalancer", "ExternalName"})
+_KNOWN: Final = (("Service", "v1"), ("EndpointSlice", "discovery.k8s.io/v1"), ("Endpoints", "v1"))
 _ANY: Final = {"IPv4": "0.0.0.0", "IPv6": "::"}
 
 Doc = Mapping[str, Any]
@@ -99,23 +56,37 @@ class Parsed:
     own: dict[str, pb.Service] = field(default_factory=dict)
     """In this project's own form, whole."""
     slices: list[Slice] = field(default_factory=list)
+    objects: set[str] = field(default_factory=set)
+    """Kubernetes' Services, as namespace/name."""
     notes: list[str] = field(default_factory=list)
     """What was left out because there is nothing to balance, and why."""
+    left: set[str] = field(default_factory=set)
+    """Of `objects`, those."""
+
+    def leave(self, name: str, why: str) -> None:
+        self.left.add(name)
+        self.notes.append(f"{name}: {why}")
 
 
 def parse(text: str) -> Parsed:
     """YAML or JSON, several documents and v1 Lists included. InvalidArgument names document and field."""
-    try:
-        documents = [doc for doc in yaml.safe_load_all(text) if doc is not None]
-        # Nothing in it contains itself, and all of its text is Unicode.
-        json.dumps(documents, ensure_ascii=False, default=str).encode()
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"not YAML: {' '.join(str(error).split())}", field="file") from None
     parsed = Parsed()
-    for number, doc in enumerate(documents):
+    for number, doc in enumerate(documents.read(text, "file")):
         for where, each in _flat(doc, f"documents[{number}]"):
             _document(parsed, each, where)
     return parsed
+
+
+def gone(parsed: Parsed, stored: Mapping[str, pb.Service]) -> list[str]:
+    """Stored services that are ports which the file's Services do not have any more."""
+    return sorted(
+        name
+        for name, service in stored.items()
+        if PORT_NAME in service.annotations
+        and _object_of(name) in parsed.objects
+        and name not in parsed.services
+        and name not in parsed.own
+    )
 
 
 def merge(parsed: Parsed, stored: Mapping[str, pb.Service]) -> dict[str, pb.Service]:
@@ -124,37 +95,51 @@ def merge(parsed: Parsed, stored: Mapping[str, pb.Service]) -> dict[str, pb.Serv
     stored: services as the node has them, at least all that begin with "namespace/name:" of what the file names.
     FailedPrecondition: a slice without its Service.
     """
+    away = set(gone(parsed, stored))
+    stored = {name: service for name, service in stored.items() if name not in away}
     wanted = {name: _copy(service) for name, service in {**parsed.services, **parsed.own}.items()}
     for name, service in wanted.items():
         if name not in parsed.own and name in stored:
             service.backends.extend(_declared(stored[name].backends))
-    replaced: dict[str, set[str]] = {}
+    ports: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*wanted, *stored)):
+        ports.setdefault(_object_of(name), []).append(name)
+    slices: dict[str, list[Slice]] = {}
     for each in parsed.slices:
-        prefix = f"{each.service}:"
-        names = [name for name in (*wanted, *stored) if name.startswith(prefix)]
-        if not names:
+        if each.service in parsed.left:
+            continue
+        if each.service not in ports:
             raise FailedPrecondition(
                 f"{each.where}: there is no Service {each.service}", fix="apply it first, or in the same file"
             )
-        for name in dict.fromkeys(names):
+        slices.setdefault(each.service, []).append(each)
+    for owner, mine in slices.items():
+        origins = {each.origin for each in mine}
+        for name in ports[owner]:
             if name not in wanted:
                 wanted[name] = _copy(stored[name])
-                del wanted[name].backends[:]
-                wanted[name].backends.extend(_declared(stored[name].backends))
-            replaced.setdefault(name, set()).add(each.origin)
-    for name, origins in replaced.items():
-        service = wanted[name]
-        kept = [backend for backend in service.backends if backend.origin not in origins]
-        del service.backends[:]
-        service.backends.extend(kept)
-        for each in parsed.slices:
-            if name.startswith(f"{each.service}:"):
+                _have(wanted[name], _declared(stored[name].backends))
+            service = wanted[name]
+            _have(service, [backend for backend in service.backends if backend.origin not in origins])
+            for each in mine:
                 service.backends.extend(_of_slice(each, service))
-        _once(service)
+            _once(service)
     for service in wanted.values():
         service.ClearField("status")
         service.ClearField("revision")
     return wanted
+
+
+def _object_of(name: str) -> str:
+    """The Service that one of ours is a port of."""
+    return name.rpartition(":")[0]
+
+
+def _have(service: pb.Service, backends: Iterable[pb.Backend]) -> None:
+    """These instead of what it has."""
+    kept = [_copy(backend) for backend in backends]
+    del service.backends[:]
+    service.backends.extend(kept)
 
 
 # ---- documents ----------------------------------------------------------------------------------------------
@@ -166,6 +151,7 @@ def _flat(doc: Any, where: str) -> Iterator[tuple[str, Doc]]:
     if not isinstance(doc, Mapping):
         raise InvalidArgument("not an object", field=where)
     if str(doc.get("kind", "")).endswith("List") and isinstance(doc.get("items"), list):
+        check(doc, LIST, where)
         for at, item in enumerate(doc["items"]):
             yield from _flat(item, f"{where}.items[{at}]")
         return
@@ -174,15 +160,14 @@ def _flat(doc: Any, where: str) -> Iterator[tuple[str, Doc]]:
 
 def _document(parsed: Parsed, doc: Doc, where: str) -> None:
     kind, version = doc.get("kind"), doc.get("apiVersion")
+    if (kind, version) in _KNOWN:
+        check(doc, SHAPES[str(kind)], where)
     match (kind, version):
         case ("Service", "v1"):
-            _typed(doc, _SHAPES["Service"], where)
             _service(parsed, doc, where)
         case ("EndpointSlice", "discovery.k8s.io/v1"):
-            _typed(doc, _SHAPES["EndpointSlice"], where)
             parsed.slices.append(_slice(doc, where))
         case ("Endpoints", "v1"):
-            _typed(doc, _SHAPES["Endpoints"], where)
             parsed.slices += _endpoints(doc, where)
         case (None, None):
             _own(parsed, doc, where)
@@ -210,31 +195,6 @@ def _unique(parsed: Parsed, name: str, where: str) -> None:
         raise InvalidArgument(f"service {name} is there twice", field=where)
 
 
-def _typed(value: Any, shape: Any, where: str) -> None:
-    """Whether what is read of a document has the types it must have; what is null is not there."""
-    if value is None:
-        return
-    if isinstance(shape, Mapping):
-        given = _mapping(value, where)
-        for key, inner in shape.items():
-            _typed(given.get(key), inner, f"{where}.{key}")
-    elif isinstance(shape, list):
-        if not isinstance(value, list) or None in value:
-            raise InvalidArgument("not a list of something", field=where)
-        for at, item in enumerate(value):
-            _typed(item, shape[0], f"{where}[{at}]")
-    elif not isinstance(value, shape):
-        raise InvalidArgument(f"{str(value)[:60]!r} is not {_TYPES[shape]}", field=where)
-
-
-def _known(doc: Doc, names: frozenset[str], where: str) -> None:
-    for name in doc:
-        if name not in names:
-            raise InvalidArgument(
-                f"{name} is not supported", field=f"{where}.{name}", fix="remove it, or ask for it"
-            )
-
-
 def _identity(doc: Doc, where: str) -> tuple[str, str]:
     metadata = doc.get("metadata")
     if not isinstance(metadata, Mapping) or not metadata.get("name"):
@@ -244,18 +204,30 @@ def _identity(doc: Doc, where: str) -> tuple[str, str]:
 
 def _service(parsed: Parsed, doc: Doc, where: str) -> None:
     namespace, name = _identity(doc, where)
-    spec = _mapping(doc.get("spec"), f"{where}.spec")
-    _known(spec, _SPEC, f"{where}.spec")
+    spec = mapping(doc.get("spec"), f"{where}.spec")
     full = f"{namespace}/{name}"
+    if full in parsed.objects:
+        raise InvalidArgument(f"service {full} is there twice", field=where)
+    parsed.objects.add(full)
     if spec.get("type") and spec["type"] not in _KINDS:
         raise InvalidArgument(f"{spec['type']!r} is not known", field=f"{where}.spec.type")
     if spec.get("type") == "ExternalName":
-        parsed.notes.append(f"{full}: an ExternalName is a matter of DNS")
+        parsed.leave(full, "an ExternalName is a matter of DNS")
+        return
+    if proxy := (doc["metadata"].get("labels") or {}).get(PROXY_NAME):
+        parsed.leave(full, f"it is to be served by {proxy[:60]} ({PROXY_NAME})")
         return
     addresses = [str(a) for a in spec.get("clusterIPs") or [spec.get("clusterIP")] if a]
     if "None" in addresses:
-        parsed.notes.append(f"{full}: headless, so it has no address to be balanced at")
+        parsed.leave(full, "headless, so it has no address to be balanced at")
         return
+    for asked in TOPOLOGY:
+        if (doc["metadata"].get("annotations") or {}).get(asked, "") not in ("", "Disabled", "disabled"):
+            raise InvalidArgument(
+                f"{asked} is not supported",
+                field=f"{where}.metadata.annotations.{asked}",
+                fix="remove it; spec.trafficDistribution says which backends are preferred",
+            )
     ports = spec.get("ports")
     if not isinstance(ports, list) or not ports:
         raise InvalidArgument("a service has at least one port", field=f"{where}.spec.ports")
@@ -265,8 +237,7 @@ def _service(parsed: Parsed, doc: Doc, where: str) -> None:
                pb.FRONTEND_TYPE_LOAD_BALANCER: balancers}  # fmt: skip
     for at, port in enumerate(ports):
         here = f"{where}.spec.ports[{at}]"
-        given = _mapping(port, here)
-        _known(given, _PORT, here)
+        given = mapping(port, here)
         number, protocol = _number(given.get("port"), f"{here}.port"), _protocol(given, here)
         service = _copy(common)
         service.name = f"{full}:{given.get('name') or number}"
@@ -322,8 +293,8 @@ def _common(spec: Doc, where: str) -> pb.Service:
         service.topology = _choice(_TOPOLOGIES, spec, "trafficDistribution", "", where)
     affinity = spec.get("sessionAffinity") or "None"
     if affinity == "ClientIP":
-        config = _mapping(spec.get("sessionAffinityConfig") or {}, f"{where}.sessionAffinityConfig")
-        client = _mapping(config.get("clientIP") or {}, f"{where}.sessionAffinityConfig.clientIP")
+        config = mapping(spec.get("sessionAffinityConfig") or {}, f"{where}.sessionAffinityConfig")
+        client = mapping(config.get("clientIP") or {}, f"{where}.sessionAffinityConfig.clientIP")
         seconds = client.get("timeoutSeconds")
         service.affinity_timeout_s = _AFFINITY_S if seconds is None else _number(
             seconds, f"{where}.sessionAffinityConfig.clientIP.timeoutSeconds")  # fmt: skip
@@ -347,13 +318,12 @@ def _balancers(doc: Doc, spec: Doc) -> list[str]:
 # ---- backends -----------------------------------------------------------------------------------------------
 def _slice(doc: Doc, where: str) -> Slice:
     namespace, name = _identity(doc, where)
-    _known(doc, _SLICE, where)
     labels = doc["metadata"].get("labels") or {}
-    if _SERVICE_NAME not in labels:
+    if SERVICE_NAME not in labels:
         raise InvalidArgument(
             "it does not say whose it is",
             field=f"{where}.metadata.labels",
-            fix=f"set the label {_SERVICE_NAME}",
+            fix=f"set the label {SERVICE_NAME}",
         )
     if doc.get("addressType") not in ("IPv4", "IPv6"):
         raise InvalidArgument(
@@ -369,7 +339,6 @@ def _slice(doc: Doc, where: str) -> Slice:
     backends = []
     for at, endpoint in enumerate(doc.get("endpoints") or ()):
         here = f"{where}.endpoints[{at}]"
-        _known(endpoint, _ENDPOINT, here)
         # Kubernetes: all addresses are one and the same, consumers take the first.
         addresses = endpoint.get("addresses") or ()
         if not addresses:
@@ -383,7 +352,7 @@ def _slice(doc: Doc, where: str) -> Slice:
                 origin=name,
             )
         )
-    return Slice(f"{namespace}/{labels[_SERVICE_NAME]}", name, ports, tuple(backends), where)
+    return Slice(f"{namespace}/{labels[SERVICE_NAME]}", name, ports, tuple(backends), where)
 
 
 def _state(conditions: Mapping[str, Any]) -> pb.BackendState.ValueType:
@@ -445,9 +414,7 @@ def _once(service: pb.Service) -> None:
         known = found.get((backend.address, backend.port))
         if known is None or known.state != pb.BACKEND_STATE_ACTIVE:
             found[backend.address, backend.port] = backend
-    backends = [_copy(backend) for backend in found.values()]
-    del service.backends[:]
-    service.backends.extend(backends)
+    _have(service, found.values())
 
 
 def _declared(backends: Iterable[pb.Backend]) -> list[pb.Backend]:
@@ -466,12 +433,6 @@ def _copy(message: Any) -> Any:
     made = type(message)()
     made.CopyFrom(message)
     return made
-
-
-def _mapping(value: Any, where: str) -> Doc:
-    if not isinstance(value, Mapping):
-        raise InvalidArgument("not an object", field=where)
-    return value
 
 
 def _number(value: Any, where: str, least: int = 1) -> int:

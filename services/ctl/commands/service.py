@@ -13,6 +13,7 @@ from services.ctl.render import columns, short, to_record
 
 if TYPE_CHECKING:
     from fibril.lb.v1 import lb_pb2 as pb
+    from services.common.errors import FibrilError
 
 AT_ONCE = 64
 """Services that `apply` writes at a time."""
@@ -70,36 +71,57 @@ def command() -> None:
 def apply(ctl: Ctl, files: Sequence[str], dry_run: bool) -> None:
     """Have the services of a file: Kubernetes' Service, EndpointSlice and Endpoints, or Fibril's own form.
 
-    Backends come from EndpointSlices. A slice applied alone replaces its own backends and no others.
+    Backends come from EndpointSlices. A slice applied alone replaces its own backends and no others; ports that a Service
+    has no more are removed. What is wrong in the file is refused before anything is changed.
     """
-    import asyncio
-
     from services.lb import kubernetes
 
     parsed = kubernetes.parse(balancing.read(files))
     for note in parsed.notes:
         click.echo(f"left out: {note}", err=True)
+    refused: dict[str, FibrilError] = {}
 
     async def use(channel: Any) -> list[dict[str, Any]]:
         stored = await _stored(ctl, channel, parsed)
         wanted = kubernetes.merge(parsed, stored)
-        room = asyncio.Semaphore(AT_ONCE)
-
-        async def one(service: pb.Service) -> dict[str, Any]:
-            async with room:
-                return await _apply(ctl, channel, service, stored.get(service.name), dry_run)
-
-        return list(await asyncio.gather(*(one(wanted[name]) for name in sorted(wanted))))
+        _check(wanted)
+        done = {name: await _remove(ctl, channel, name, dry_run) for name in kubernetes.gone(parsed, stored)}
+        left = sorted(wanted)
+        while left:
+            written = [wanted[name] for name in left]
+            for record in await _write(ctl, channel, written, stored, dry_run, refused):
+                done[record["name"]] = record
+            # One that has given an address up may have been in another's way.
+            again = [name for name in left if name in refused]
+            left = again if len(again) < len(left) else []
+        return [done[name] for name in sorted(done)]
 
     ctl.show(ctl.call(use, balancing.SERVICE), APPLIED, "nothing to apply")
+    if refused:
+        name, error = min(refused.items())
+        more = f", and {len(refused) - 1} more were refused" if len(refused) > 1 else ""
+        raise type(error)(f"{name}: {error.message}{more}", field=error.field, fix=error.fix)
+
+
+def _check(wanted: Mapping[str, pb.Service]) -> None:
+    """InvalidArgument that names the service and the field."""
+    from services.common.errors import InvalidArgument
+    from services.lb import convert
+
+    for name, service in wanted.items():
+        try:
+            convert.service(service)
+        except InvalidArgument as error:
+            raise InvalidArgument(
+                f"{name[:253]}: {error.message}", field=error.field, fix=error.fix
+            ) from None
 
 
 async def _stored(ctl: Ctl, channel: Any, parsed: Any) -> dict[str, pb.Service]:
     """What there is of all that a file may concern."""
     import asyncio
 
-    names = {*parsed.services, *parsed.own, *(each.service for each in parsed.slices)}
-    prefixes = {name.rpartition(":")[0] + ":" if ":" in name else f"{name}:" for name in names} | set(
+    prefixes = {f"{name}:" for name in (*parsed.objects, *(each.service for each in parsed.slices))} | set(
         parsed.own
     )
     if len(prefixes) > AT_ONCE:
@@ -110,20 +132,64 @@ async def _stored(ctl: Ctl, channel: Any, parsed: Any) -> dict[str, pb.Service]:
     return {each.name: each for each in found}
 
 
-async def _apply(
-    ctl: Ctl, channel: Any, service: pb.Service, stored: pb.Service | None, dry_run: bool
-) -> dict[str, Any]:
+async def _remove(ctl: Ctl, channel: Any, name: str, dry_run: bool) -> dict[str, Any]:
+    import grpc
+
     from fibril.lb.v1 import lb_pb2
 
-    if dry_run:
-        result = "would be created" if stored is None else "would be written"
-    else:
-        answer = await balancing.stub(channel).UpsertService(
-            lb_pb2.UpsertServiceRequest(service=service), timeout=ctl.seconds
-        )
-        same = stored is not None and answer.service.revision == stored.revision
-        result = "created" if answer.created else "unchanged" if same else "changed"
-    return {"name": service.name, "result": result, "backends": len(service.backends)}
+    if not dry_run:
+        try:
+            await balancing.stub(channel).DeleteService(
+                lb_pb2.DeleteServiceRequest(name=name), timeout=ctl.seconds
+            )
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+    return {"name": name, "result": "would be removed" if dry_run else "removed", "backends": 0}
+
+
+async def _write(
+    ctl: Ctl,
+    channel: Any,
+    services: Sequence[pb.Service],
+    stored: Mapping[str, pb.Service],
+    dry_run: bool,
+    refused: dict[str, FibrilError],
+) -> list[dict[str, Any]]:
+    """Upsert these; `refused` is what of them another service is in the way of."""
+    import asyncio
+
+    import grpc
+
+    from fibril.lb.v1 import lb_pb2
+    from services.common.errors import AlreadyExists, from_rpc_error
+
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def one(service: pb.Service) -> str:
+        before = stored.get(service.name)
+        if dry_run:
+            return "would be created" if before is None else "would be written"
+        refused.pop(service.name, None)
+        try:
+            async with room:
+                answer = await balancing.stub(channel).UpsertService(
+                    lb_pb2.UpsertServiceRequest(service=service), timeout=ctl.seconds
+                )
+        except grpc.aio.AioRpcError as failure:
+            error = from_rpc_error(failure)
+            if not isinstance(error, AlreadyExists):
+                raise
+            refused[service.name] = error
+            return "refused"
+        same = before is not None and answer.service.revision == before.revision
+        return "created" if answer.created else "unchanged" if same else "changed"
+
+    results = await asyncio.gather(*map(one, services))
+    return [
+        {"name": service.name, "result": result, "backends": len(service.backends)}
+        for service, result in zip(services, results, strict=True)
+    ]
 
 
 @command.command("add")

@@ -89,6 +89,26 @@ def test_kubernetes_objects_are_applied_as_they_are(landscape: ModeLab, tmp_path
         json.dumps({**manifest()[0], "spec": {"clusterIP": "10.96.7.1", "ports": [{"port": 99999999}]}})
     )
     assert "documents[0].spec.ports[0].port" in run("service", "apply", "-f", str(file), code=1)
+    # One that is refused for another's sake is named, and the others are written.
+    renamed = manifest("10.1.0.3")
+    renamed[0]["spec"] = {"clusterIP": "10.96.7.1", "ports": [{"name": "web", "port": 80}]}
+    renamed[1]["ports"] = [{"name": "web", "port": 8080}]
+    other = {**manifest()[0], "metadata": {"name": "other", "namespace": "shop"}}
+    other["spec"] = {"clusterIP": "10.96.7.1", "ports": [{"name": "http", "port": 80}]}
+    file.write_text(yaml.safe_dump_all([*renamed, other]))
+    assert results("service", "apply", "--dry-run", "-f", str(file)) == {
+        "shop/web:http": "would be removed", "shop/web:web": "would be created", "shop/other:http": "would be created",
+    }  # fmt: skip
+    told = run("service", "apply", "-f", str(file), code=1)
+    assert "belongs to service shop/" in told and ("shop/other:http: " in told or "shop/web:web: " in told)
+    assert {each["name"] for each in landscape.json(NODE, "service", "ls")} in ({"shop/web:web"}, {"shop/other:http"})
+    file.write_text(yaml.safe_dump_all([*manifest("10.1.0.3"), {**other, "spec": {"clusterIP": "x", "ports": [{"port": 80}]}}]))
+    assert "shop/other:80: 'x' is no address" in run("service", "apply", "-f", str(file), code=1)
+    assert len(landscape.json(NODE, "service", "ls")) == 1
+    for each in landscape.json(NODE, "service", "ls"):
+        run("service", "rm", each["name"])
+    file.write_text(yaml.safe_dump_all(manifest("10.1.0.3")))
+    results("service", "apply", "-f", str(file))
     assert "cannot read" in run("service", "apply", "-f", str(tmp_path / "none"), code=1)
     assert "there is no service" in run("service", "get", "nope", code=1)
     run("service", "rm", "shop/web:http")

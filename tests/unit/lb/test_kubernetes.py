@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,6 +153,49 @@ def test_what_has_no_address_is_left_out_and_said() -> None:
     assert not found.services and len(found.notes) == 2 and "headless" in found.notes[0]
 
 
+def test_what_goes_with_a_service_that_is_left_out_is_left_out_too() -> None:
+    """As all of a cluster's objects come in one file."""
+    headless = {**SERVICE, "spec": {"clusterIP": "None", "ports": [{"port": 80}]}}
+    assert kubernetes.merge(parsed(headless, slice_of("a", endpoint("10.0.0.1"))), {}) == {}
+    others = {**SERVICE, "metadata": {**SERVICE["metadata"], "labels": {"service.kubernetes.io/service-proxy-name": "x"}}}
+    found = parsed(others, slice_of("a", endpoint("10.0.0.1")))
+    assert kubernetes.merge(found, {}) == {} and "to be served by x" in found.notes[0]
+
+
+def test_ports_that_a_service_has_no_more_go() -> None:
+    stored = kubernetes.merge(parsed(SERVICE, slice_of("a", endpoint("10.0.0.1"))), {})
+    own = pb.Service(name="shop/web:mine")
+    stored["shop/web:mine"], stored["shop/webs:http"] = own, _renamed(stored["shop/web:http"], "shop/webs:http")
+    fewer = {**SERVICE, "spec": {**SERVICE["spec"], "ports": [{"name": "web", "port": 80}]}}
+    found = parsed(fewer, slice_of("a", endpoint("10.0.0.2")))
+    assert kubernetes.gone(found, stored) == ["shop/web:dns", "shop/web:http"]
+    # A slice does not bring them back.
+    assert kubernetes.merge(found, stored).keys() == {"shop/web:web", "shop/web:mine"}
+    headless = parsed({**SERVICE, "spec": {"clusterIP": "None", "ports": [{"port": 80}]}})
+    assert kubernetes.gone(headless, stored) == ["shop/web:dns", "shop/web:http"]
+    # Who speaks of slices alone does not speak of ports.
+    assert kubernetes.gone(parsed(slice_of("a", endpoint("10.0.0.1"))), stored) == []
+
+
+def _renamed(service: pb.Service, name: str) -> pb.Service:
+    made = pb.Service()
+    made.CopyFrom(service)
+    made.name = name
+    return made
+
+
+def test_many_services_are_merged_in_a_moment() -> None:
+    """Each is looked at once: if each were compared with each, this would take minutes."""
+    docs = [{**SERVICE, "metadata": {"name": f"s{n}", "namespace": "shop"}} for n in range(3000)]
+    slices = [slice_of(f"s{n}-a", endpoint("10.0.0.1")) for n in range(3000)]
+    found = kubernetes.Parsed()
+    for number, doc in enumerate(docs):
+        kubernetes._document(found, doc, f"documents[{number}]")
+        each = kubernetes._slice(slices[number], "x")
+        found.slices.append(replace(each, service=f"shop/s{number}"))
+    assert len(kubernetes.merge(found, {})) == 6000
+
+
 def test_own_form() -> None:
     found = parsed(
         {"name": "a", "frontends": [{"address": "10.96.0.1", "port": 80}], "algorithm": "ALGORITHM_MAGLEV"}
@@ -187,6 +231,17 @@ def test_own_form() -> None:
         ({**slice_of("a"), "endpoints": {"addresses": []}}, "documents[0].endpoints"),
         ({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "a"}, "subsets": ["x"]}, "documents[0].subsets[0]"),
         ({"name": "a", "nonsense": 1}, "documents[0]"),
+        ({**SERVICE, "Spec": {}}, "documents[0].Spec"),
+        ({**SERVICE, "metadata": {"name": "a", "namspace": "b"}}, "documents[0].metadata.namspace"),
+        ({**SERVICE, "metadata": {"name": "a", "annotations": {"service.kubernetes.io/topology-mode": "Auto"}}},
+         "documents[0].metadata.annotations.service.kubernetes.io/topology-mode"),
+        ({**SERVICE, "spec": {**SERVICE["spec"], "sessionAffinityConfig": {"clientIP": {"timeout": 5}}}},
+         "documents[0].spec.sessionAffinityConfig.clientIP.timeout"),
+        (slice_of("a", ports=[{"name": "http", "port": 1, "prot": "UDP"}]), "documents[0].ports[0].prot"),
+        (slice_of("a", endpoint("10.0.0.1", conditions={"Ready": False})), "documents[0].endpoints[0].conditions.Ready"),
+        ({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "a"}, "subsets": [{"address": []}]},
+         "documents[0].subsets[0].address"),
+        ({"apiVersion": "v1", "kind": "List", "items": [], "more": []}, "documents[0].more"),
         ([3], "documents[0][0]"),
     ],
 )  # fmt: skip
@@ -197,7 +252,11 @@ def test_what_is_wrong_is_named(doc: Any, field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: &a [*a]", "a: 2020-13-45", 'name: "\\ud83d"', "a: " + "[" * 5000, "name: " + "9" * 5000, "a: {"]
+    "text",
+    [
+        "a: &a [*a]", "a: 2020-13-45", 'name: "\\ud83d"', "a: " + "[" * 5000, "a: " + "[" * 500_000, "name: " + "9" * 5000,
+        "a: {", "kind: Service\nkind: Service", "a: {b: 1, c: 2, b: 3}", "a: &x 1\nb: *x", "? [a]\n: b", "a: !!bool maybe",
+    ],
 )
 def test_what_is_no_document_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
