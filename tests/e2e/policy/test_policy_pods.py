@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.modes.modelab import ModeLab, lab, wait_for
+from tests.e2e.modes.modelab import ROOT, ModeLab, lab, wait_for
 
 PODS = [(node, pod) for node in ("c1n1", "c1n2") for pod in ("p1", "p2")]
 APPS = {("c1n1", "p1"): "front", ("c1n1", "p2"): "back", ("c1n2", "p1"): "front", ("c1n2", "p2"): "back"}
@@ -58,9 +59,9 @@ def reach(address, port, seconds):
 def hold(address, port):
     held[address, port] = socket.create_connection((address, port), 2)
     return talk(address, port)
-def talk(address, port):
+def talk(address, port, seconds=1):
     conn = held[address, port]
-    conn.settimeout(1)
+    conn.settimeout(seconds)
     try:
         conn.sendall(b"x")
         return conn.recv(1) == b"x"
@@ -70,21 +71,39 @@ def pound(address, port):
     tally = tallies[address, port] = {"sent": 0, "back": 0, "stop": False}
     def run():
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-        sock.settimeout(0.2)
         sock.connect((address, port))
         while not tally["stop"]:
             tally["sent"] += 1
             try:
                 sock.send(b"x")
-                sock.recv(10)
+                sock.recv(10, socket.MSG_DONTWAIT)
                 tally["back"] += 1
             except OSError:
                 pass
+            time.sleep(0.005)
+    tally["thread"] = threading.Thread(target=run, daemon=True)
+    tally["thread"].start()
+def meet(address, port):
+    # Always new connections: each is asked about.
+    tally = tallies[address, port] = {"sent": 0, "back": 0, "stop": False}
+    def run():
+        while not tally["stop"]:
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(5)
+                sock.connect((address, port))
+                tally["sent"] += 1
+                sock.send(b"x")
+                try:
+                    tally["back"] += sock.recv(10) == b"x"
+                except OSError:
+                    pass
             time.sleep(0.002)
-    threading.Thread(target=run, daemon=True).start()
+    tally["thread"] = threading.Thread(target=run, daemon=True)
+    tally["thread"].start()
 def tally(address, port):
     found = tallies[address, port]
     found["stop"] = True
+    found["thread"].join()
     return [found["sent"], found["back"]]
 print(json.dumps("ready"), flush=True)
 for line in sys.stdin:
@@ -117,10 +136,16 @@ class Agent:
 
 
 @pytest.fixture(scope="module")
-def landscape() -> Iterator[ModeLab]:
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources of the landscape's programs."""
+    return Path(shutil.copytree(ROOT / "bpf", tmp_path_factory.mktemp("source") / "bpf"))
+
+
+@pytest.fixture(scope="module")
+def landscape(programs: Path) -> Iterator[ModeLab]:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    with lab("--nodes", "2", "--pods", "2", "--mode", "overlay") as made:
+    with lab("--nodes", "2", "--pods", "2", "--mode", "overlay", FIBRIL_BPF_SOURCE=str(programs)) as made:
         for (node, pod), app in APPS.items():
             made.command("-i", made.instance(node).name, "endpoint", "label", pod, f"app={app}", f"node={node}")
         wait_for(lambda: len(labelled(made)) >= 4, "identities of the labels on both nodes")
@@ -258,6 +283,46 @@ def test_a_restart_opens_nothing_and_closes_nothing(
     for server in servers:
         sent, back = client("tally", server.addresses[4], 8080)
         assert sent > 20 and back == 0
+
+
+def test_an_upgrade_and_the_way_back_open_nothing_and_close_nothing(
+    landscape: ModeLab, agents: dict[tuple[str, str], Agent], programs: Path, tmp_path: Path
+) -> None:
+    """Every packet counts, most of them the first of a connection, while the service's programs are replaced by others."""
+    both = network_policy("tcp", "back", "app: front", 8080)
+    both += network_policy("udp", "back", "app: front", 8081).replace("port: 8081", "port: 8081, protocol: UDP")
+    apply(landscape, both, tmp_path)
+    servers = [agents[node, "p2"].addresses for node in ("c1n1", "c1n2")]
+    load = [
+        (agents[node, "p1"], server[family])
+        for (node, family), server in itertools.product([("c1n1", 4), ("c1n2", 6)], servers)
+    ]
+    for client, server in load:
+        assert client("hold", server, 8080) is True
+        client("meet", server, 8081)
+        client("pound", server, 8080)
+    unit = programs / "policy" / "policy.c"
+    original = unit.read_text()
+    stamps = [landscape.instance(node).run_dir / "policy-programs.programs" for node in ("c1n1", "c1n2")]
+    reached: list[Any] = []
+    for text in (original + "\n/* The next version. */\n", original):
+        unit.write_text(text)
+        before = {stamp: stamp.read_text() for stamp in stamps}
+        for node in ("c1n1", "c1n2"):
+            landscape.kill(node, "policy")
+        deadline = time.monotonic() + 90
+        while any(not stamp.exists() or stamp.read_text() in ("", before[stamp]) for stamp in stamps):
+            assert time.monotonic() < deadline, "programs of the other version"
+            for client, server in load:
+                reached.append(client("reach", server, 8080, 5.0))
+                reached.append(client("talk", server, 8080, 5.0))
+        settle(landscape)
+    assert reached and set(reached) == {True}
+    for client, server in load:
+        sent, back = client("tally", server, 8081)
+        assert sent > 100 and back == sent, (sent, back)
+        sent, back = client("tally", server, 8080)
+        assert sent > 100 and back == 0
 
 
 def test_a_change_revokes_and_a_new_pod_begins_denied(
