@@ -299,6 +299,7 @@ def _distinct(messages: Sequence[pb.Policy]) -> list[Policy]:
     found: dict[PolicyKey, Policy] = {}
     for at, message in enumerate(messages):
         policy = convert.policy(message, f"policies[{at}]")
+        convert.check_nodes(message, f"policies[{at}]")
         if policy.key in found:
             raise errors.InvalidArgument(
                 f"{policy.key} is given twice", field=f"policies[{at}].key", fix="give each policy once"

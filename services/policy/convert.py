@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from fibril.policy.v1 import policy_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.policy.model import (
+    HOSTNAME,
     ICMP,
     ICMPV6,
     NAMESPACE,
@@ -87,6 +88,23 @@ def policy(message: pb.Policy, at: str = "policy") -> Policy:
         _rule(each, found.namespace, f"{at}.rules[{number}]") for number, each in enumerate(message.rules)
     )
     return Policy(found, rules, message.description, message.document)
+
+
+def check_nodes(message: pb.Policy, at: str) -> None:
+    """Of a new policy: of nodes' labels the name alone is known, a condition on another would select nobody, silently."""
+    for number, rule in enumerate(message.rules):
+        where = f"{at}.rules[{number}]"
+        if rule.subject_is_node:
+            _check_nodes(rule.subject, f"{where}.subject")
+        for count, peer in enumerate(rule.peers):
+            if peer.HasField("node"):
+                _check_nodes(peer.node.nodes, f"{where}.peers[{count}].node.nodes")
+
+
+def _check_nodes(message: pb.LabelSelector, at: str) -> None:
+    for each in selector(message, at).expressions:
+        if each.key != HOSTNAME:
+            raise InvalidArgument(f"label {each.key[:60]!r} of nodes is not known here", field=at, fix=f"use {HOSTNAME}")
 
 
 def policy_message(found: Policy) -> pb.Policy:

@@ -23,6 +23,8 @@ NAMESPACE: Final = "io.kubernetes.pod.namespace"
 NAMESPACE_NAME: Final = "io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name"
 """The same, as selectors of namespaces ask for it."""
 DEFAULT_NAMESPACE: Final = "default"
+HOSTNAME: Final = "kubernetes.io/hostname"
+"""A node's label with its name."""
 RESERVED: Final = "reserved:"
 """Begins the one label of a reserved identity."""
 

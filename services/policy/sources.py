@@ -21,7 +21,8 @@ from services.identity.numbers import Reserved
 from services.policy import abi
 from services.policy.enforcer import HOST, Endpoint, Enforcer
 from services.policy.kernel.tables import Tables
-from services.policy.resolve.world import HOSTNAME, NamedPort, NodeFacts
+from services.policy.model import HOSTNAME
+from services.policy.resolve.world import NamedPort, NodeFacts
 
 ABSENT_S: Final = 2.0
 """A service that is not there so long after the start of this one does not run on this node."""

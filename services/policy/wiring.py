@@ -33,9 +33,10 @@ from services.policy.host import HostHooks
 from services.policy.kernel.connections import Connections
 from services.policy.kernel.tables import Tables
 from services.policy.kernel.writer import Writer
+from services.policy.model import HOSTNAME
 from services.policy.named import NamedPorts
 from services.policy.resolve.numbers import RuleNumbers
-from services.policy.resolve.world import HOSTNAME, World
+from services.policy.resolve.world import World
 from services.policy.sources import Sources
 from services.policy.store import Store
 

@@ -394,7 +394,7 @@ class Rule(_message.Message):
     REJECT_FIELD_NUMBER: _builtins.int
     KEEP_ESTABLISHED_FIELD_NUMBER: _builtins.int
     subject_is_node: _builtins.bool
-    """True: it is about nodes as hosts whose labels the subject selects, not about pods. Only without a namespace."""
+    """True: it is about nodes as hosts that the subject selects, by labels as in NodePeer, not about pods. Only without a namespace."""
     direction: Global___TrafficDirection.ValueType
     """Direction."""
     action: Global___RuleAction.ValueType
@@ -632,7 +632,7 @@ Global___ServicePeer: _TypeAlias = ServicePeer  # noqa: Y015
 
 @_typing.final
 class NodePeer(_message.Message):
-    """NodePeer selects nodes by the labels "kubernetes.io/hostname" (the node's name) and those in its record."""
+    """NodePeer selects nodes by the label "kubernetes.io/hostname", the node's name; conditions on others are refused."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

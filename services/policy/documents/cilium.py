@@ -13,7 +13,14 @@ from typing import Final
 from fibril.policy.v1 import policy_pb2 as pb
 from services.policy.documents.common import INGRESS, PROTOCOLS, SECTIONS, Draft, cidr, decimal, port
 from services.policy.documents.fields import Fields
-from services.policy.documents.selectors import selector, within
+from services.policy.documents.selectors import (
+    everywhere,
+    nodes_selector,
+    selector,
+    selects_init,
+    selects_namespace,
+    within,
+)
 
 _ENTITIES: Final = {
     "all": pb.ENTITY_ALL,
@@ -80,9 +87,17 @@ def _spec(spec: Fields, draft: Draft, prefix: str) -> None:
         raise spec.refuse("", "must have one of endpointSelector and nodeSelector")
     if nodes is not None and draft.namespace:
         raise spec.refuse("nodeSelector", "needs a CiliumClusterwideNetworkPolicy")
-    chosen = pods if pods is not None else nodes
-    assert chosen is not None
-    subject = selector(chosen)
+    if pods is not None:
+        subject = selector(pods)
+        if draft.namespace and not selects_namespace(subject, draft.namespace):
+            raise spec.refuse(
+                "endpointSelector",
+                f"names another namespace than the policy's, {draft.namespace!r}",
+                "leave the namespace out, or use a CiliumClusterwideNetworkPolicy",
+            )
+    else:
+        assert nodes is not None
+        subject = nodes_selector(nodes)
     deny_by_default = spec.child("enableDefaultDeny")
     before = len(draft.policy.rules)
     for section, direction in SECTIONS.items():
@@ -125,11 +140,14 @@ def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None
     way = "from" if direction == INGRESS else "to"
     fields.unsupported("fromRequires", "toRequires", "toFQDNs", "toGroups", "fromGroups", "authentication")
     lists = [f"{way}{each}" for each in ("Endpoints", "Entities", "CIDR", "CIDRSet", "Nodes", "Services")]
-    # A list that is there and empty selects nobody; one that is not there says nothing.
-    said = [name for name in lists if fields.has(name) and name in fields]
+    # A list that is there and empty selects nobody, whatever the others say; one that is not there says nothing.
+    nobody = any(name in fields and not fields.peek(name) for name in lists)
     for each in fields.children(f"{way}Endpoints"):
         found = selector(each)
-        rule.peers.add(endpoints=within(found, namespace) if namespace else found)
+        # Pods that are still being set up have no namespace: only a policy about such reaches them by what it does not say.
+        if not selects_init(rule.subject):
+            found = within(found, namespace) if namespace else everywhere(found)
+        rule.peers.add(endpoints=found)
     rule.peers.extend(_entities(fields, f"{way}Entities"))
     for at, text in enumerate(fields.texts(f"{way}CIDR")):
         rule.peers.append(cidr(fields, f"{way}CIDR[{at}]", text))
@@ -138,7 +156,7 @@ def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None
         rule.peers.append(cidr(each, "cidr", each.take("cidr", str, ""), each.texts("except")))
         each.done()
     for each in fields.children(f"{way}Nodes"):
-        rule.peers.add(node=pb.NodePeer(nodes=selector(each)))
+        rule.peers.add(node=pb.NodePeer(nodes=nodes_selector(each)))
     if direction != INGRESS:
         rule.peers.extend(_services(fields.children("toServices"), namespace))
     for each in fields.children("toPorts"):
@@ -149,7 +167,8 @@ def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None
         rule.ports.extend(_icmp(found) for found in _some(each, "fields"))
         each.done()
     fields.done()
-    if not rule.peers and (said or not rule.ports):
+    if nobody or not (rule.peers or rule.ports):
+        del rule.peers[:]
         rule.match_no_peer = True
 
 

@@ -32,9 +32,9 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return self._left.get(name) is not None
 
-    def has(self, name: str) -> bool:
-        """Whether it is there, even empty."""
-        return name in self._left
+    def peek(self, name: str) -> object:
+        """A field as it is; it is still to be taken."""
+        return self._left.get(name)
 
     def take(self, name: str, kind: type[T], default: T) -> T:
         """A field's value; null is the default."""

@@ -20,7 +20,7 @@ from services.policy.documents.common import (
     port_name,
 )
 from services.policy.documents.fields import Fields
-from services.policy.documents.selectors import namespace_key, selector
+from services.policy.documents.selectors import namespace_key, nodes_selector, selector
 from services.policy.model import NAMESPACE
 
 _TRANSPORT: Final = {name: value for name, value in PROTOCOLS.items() if value}
@@ -201,7 +201,7 @@ def _ranked_peers(fields: Fields) -> list[pb.Peer]:
     elif "nodes" in fields:
         nodes = fields.child("nodes")
         assert nodes is not None
-        found = [pb.Peer(node=pb.NodePeer(nodes=selector(nodes)))]
+        found = [pb.Peer(node=pb.NodePeer(nodes=nodes_selector(nodes)))]
     else:
         chosen = _pods(fields)
         _of_namespaces(chosen)

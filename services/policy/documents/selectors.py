@@ -9,7 +9,7 @@ from fibril.policy.v1 import policy_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.policy import convert
 from services.policy.documents.fields import Fields
-from services.policy.model import NAMESPACE, RESERVED
+from services.policy.model import HOSTNAME, NAMESPACE, RESERVED
 
 NAMESPACE_LABELS: Final = "io.cilium.k8s.namespace.labels."
 _OPERATORS: Final = {
@@ -76,6 +76,34 @@ def within(found: pb.LabelSelector, namespace: str) -> pb.LabelSelector:
     """Only of a namespace, unless the selector speaks of namespaces itself, or of those who have none."""
     if not names_namespace(found):
         found.match_labels[NAMESPACE] = namespace
+    return found
+
+
+def everywhere(found: pb.LabelSelector) -> pb.LabelSelector:
+    """Of all namespaces: whoever is in one, unless the selector speaks of that itself."""
+    if not names_namespace(found):
+        found.match_expressions.add(key=NAMESPACE, operator=pb.LABEL_OPERATOR_EXISTS)
+    return found
+
+
+def selects_namespace(found: pb.LabelSelector, namespace: str) -> bool:
+    """Whether endpoints of a namespace are among those selected, by what is said of namespaces' names."""
+    conditions = convert.selector(found, "").expressions
+    return all(each.matches({NAMESPACE: namespace}) for each in conditions if each.key == NAMESPACE)
+
+
+def selects_init(found: pb.LabelSelector) -> bool:
+    """Whether it names endpoints that have no labels yet."""
+    key = f"{RESERVED}init"
+    return key in found.match_labels or any(each.key == key for each in found.match_expressions)
+
+
+def nodes_selector(fields: Fields) -> pb.LabelSelector:
+    """A selector of nodes: of their labels the name alone is known. A condition on another would select nobody, silently."""
+    found = selector(fields)
+    for key in (*found.match_labels, *(each.key for each in found.match_expressions)):
+        if key != HOSTNAME:
+            raise fields.refuse("", f"asks for label {key[:60]!r} of nodes, which is not known here", f"use {HOSTNAME}")
     return found
 
 

@@ -6,7 +6,6 @@ import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
-from typing import Final
 
 from services.policy.model import CidrPeer, NodePeer, Selector, ServicePeer
 from services.policy.resolve.selectors import Selectors
@@ -14,7 +13,6 @@ from services.policy.resolve.selectors import Selectors
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 NamedPort = tuple[int, int]
 """Protocol and port."""
-HOSTNAME: Final = "kubernetes.io/hostname"
 
 
 @dataclass(frozen=True)

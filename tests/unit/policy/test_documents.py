@@ -202,6 +202,41 @@ def test_cilium_lists_that_are_empty_select_nobody() -> None:
     assert ingress(cilium("{endpointSelector: {}, ingress: [{toPorts: [{ports: [{port: '80'}]}]}]}"), web, WORLD)
 
 
+def test_a_list_of_cilium_that_is_empty_leaves_nobody_to_the_others() -> None:
+    web = pod("shop")
+    for action, allowed in (("ingress", False), ("ingressDeny", True)):
+        policies = cilium(f"""
+          endpointSelector: {{}}
+          enableDefaultDeny: {{ingress: {"true" if action == "ingress" else "false"}}}
+          {action}: [{{fromEndpoints: [], fromCIDR: [10.0.0.0/8]}}]
+        """)
+        assert ingress(policies, web, pod("shop")) is allowed
+
+
+def test_an_empty_selector_of_a_clusterwide_policy_is_every_pod_with_a_namespace() -> None:
+    init, web = Who({"reserved:init": ""}, 5, ipaddress.ip_address("10.1.0.3")), pod("shop")
+    for peers in ("{}", "{matchExpressions: [{key: app, operator: NotIn, values: [bad]}]}"):
+        found = cilium(f"{{endpointSelector: {{}}, ingress: [{{fromEndpoints: [{peers}]}}]}}", clusterwide=True)
+        assert ingress(found, web, pod("x")) and not ingress(found, web, init) and not ingress(found, web, HOST)
+    about_init = "{endpointSelector: {matchLabels: {'reserved:init': ''}}, ingress: [{fromEndpoints: [{}]}]}"
+    assert ingress(cilium(about_init, clusterwide=True), init, init)
+
+
+def test_nodes_are_selected_by_name() -> None:
+    found = cilium("{nodeSelector: {matchLabels: {kubernetes.io/hostname: n1}}, ingress: [{}]}", clusterwide=True)
+    assert found[0].rules[0].subject_is_node
+    with pytest.raises(InvalidArgument) as refused:
+        cilium("{nodeSelector: {matchLabels: {type: worker}}, ingress: [{}]}", clusterwide=True)
+    assert refused.value.field == "spec.nodeSelector"
+    with pytest.raises(InvalidArgument) as refused:
+        cilium("{endpointSelector: {}, egressDeny: [{toNodes: [{matchExpressions: [{key: a, operator: Exists}]}]}]}")
+    assert refused.value.field == "spec.egressDeny[0].toNodes[0]"
+    rule = pb.Rule(peers=[pb.Peer(), pb.Peer(node=pb.NodePeer(nodes=pb.LabelSelector(match_labels={"a": "b"})))])
+    with pytest.raises(InvalidArgument) as refused:
+        convert.check_nodes(pb.Policy(rules=[rule]), "policies[0]")
+    assert refused.value.field == "policies[0].rules[0].peers[1].node.nodes"
+
+
 def test_an_entry_of_cilium_without_anything_only_switches_default_deny_on() -> None:
     """As Cilium's own examples deny by default: `egress: [{}]`."""
     web = pod("shop")
@@ -286,6 +321,7 @@ spec:
         ("{endpointSelector: {}, nodeSelector: {}}", "spec"),
         ("{endpointSelector: [], ingress: []}", "spec.endpointSelector"),
         ("{nodeSelector: {}, ingress: [{}]}", "spec.nodeSelector"),
+        ("{endpointSelector: {matchLabels: {'io.kubernetes.pod.namespace': other}}, ingress: [{}]}", "spec.endpointSelector"),
         ("{endpointSelector: {}, ingress: []}", "spec"),
         ("{endpointSelector: {}}", "spec"),
         ("{endpointSelector: {}, ingress: [{icmps: [{}]}]}", "spec.ingress[0].icmps[0].fields"),
