@@ -139,7 +139,7 @@ _Static_assert(sizeof(struct lb_source_key) == 24, "ABI");
  * taken, one that never was confirmed goes first, then the one longest idle: a flood of SYNs displaces only itself. */
 struct lb_flow {
 	__u64 sig;     /* hash of client, frontend and protocol; 0: free */
-	__u32 backend; /* id */
+	__u32 backend; /* id, XORed with the upper half of sig */
 	__be16 port;   /* SNAT: the node's port towards the backend; else 0 */
 	__u16 stamp;   /* LB_STAMP of its last packet, and LB_FLOW_* */
 };

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Connections as their clients see them: a set-associative table in shared memory (struct lb_flow).
  *
- * No locks: a flow is two words, and the first, by which it is found, is read again after the second. What is lost in a
- * race or displaced is found again by the hash, which gives the same backend unless backends have changed since. For
- * tc and XDP.
+ * No locks: a flow is two words, and the first, by which it is found, is read again after the second. Two writers of one
+ * place may leave the first word of one with the second of the other: so each is written in terms of the other, and such a
+ * flow names a backend that does not exist. What is lost in a race or displaced is found again by the hash, which gives the
+ * same backend unless backends have changed since. For tc and XDP.
  */
 #pragma once
 
@@ -22,6 +23,12 @@ union flow_state {
 		__u16 stamp;
 	};
 };
+
+/* What the second word is XORed with. */
+static __always_inline __u64 flow_own(__u64 sig)
+{
+	return sig >> 32;
+}
 
 static __always_inline __u32 flow_now(const struct lb_config *config)
 {
@@ -94,7 +101,7 @@ static __always_inline struct lb_flow *flow_in(struct lb_flow *line, __u64 sig, 
 	/* What the last one is matters only where it is that one: then both bits are set. */
 	not3 &= -(at >> 1 & at & 1);
 	way += at & (LB_FLOWS_A_LINE - 1);
-	state->word = FLOW_READ64(&way->backend);
+	state->word = FLOW_READ64(&way->backend) ^ flow_own(sig);
 	return !(not3 | (FLOW_READ64(&way->sig) ^ sig)) ? way : 0;
 }
 
@@ -113,7 +120,7 @@ static __always_inline __u64 flow_score(const struct lb_config *config, struct l
 static __always_inline void flow_write(struct lb_flow *way, __u64 sig, union flow_state state)
 {
 	FLOW_READ64(&way->sig) = 0;
-	FLOW_READ64(&way->backend) = state.word;
+	FLOW_READ64(&way->backend) = state.word ^ flow_own(sig);
 	FLOW_READ64(&way->sig) = sig;
 }
 

@@ -231,7 +231,7 @@ class Admitted(ct.Structure):
 
 
 class Flow(ct.Structure):
-    """struct lb_flow: four a line of Table.FLOWS."""
+    """struct lb_flow: four a line of Table.FLOWS. `backend` is XORed with the upper half of sig."""
 
     _fields_ = (("sig", ct.c_uint64), ("backend", ct.c_uint32), ("port", ct.c_uint16), ("stamp", ct.c_uint16))
 

@@ -208,7 +208,7 @@ class Tracer:
         start = (sig & flows.lines.size - 1) * abi.LINE
         for found, ident, port, stamp in _FLOW.iter_unpack(mem[start : start + abi.LINE]):
             if found == sig and (now - stamp & abi.STAMP) <= flows.limit(stamp):
-                return ident, socket.ntohs(port)
+                return ident ^ sig >> 32, socket.ntohs(port)
         return None
 
     def _sticky(self, tables: Tables, client: IPAddress, service: int) -> int:

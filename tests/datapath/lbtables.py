@@ -172,6 +172,10 @@ class LbTables:
         """To be called after a change of `fronts` that programs may know otherwise."""
         self.write_config(epoch=(self.config.epoch + 1) & 0xFFFFFFFF)
 
+    def memory(self, table: abi.Table) -> mmap.mmap:
+        """A table's lines."""
+        return self._mapped[table]
+
     def flows(self) -> list[abi.Flow]:
         raw = bytes(self._mapped[abi.Table.FLOWS])
         size = ct.sizeof(abi.Flow)

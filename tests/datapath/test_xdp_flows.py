@@ -26,8 +26,8 @@ def serve(rig: XdpRig) -> int:
     return index
 
 
-def backend(rig: XdpRig, sport: int, flags: str, source: str = "192.0.2.1") -> str:
-    action, data = rig.run(frame(ip(4, src=source) / TCP(sport=sport, dport=80, flags=flags)))
+def backend(rig: XdpRig, sport: int, flags: str, source: str = "192.0.2.1", port: int = 80) -> str:
+    action, data = rig.run(frame(ip(4, src=source) / TCP(sport=sport, dport=port, flags=flags)))
     assert action == TX
     return str(Ether(data)[1].dst)
 
@@ -62,6 +62,21 @@ def test_a_flood_of_syns_displaces_only_itself(rig: XdpRig) -> None:
 def crowd(flows: list[abi.Flow], sig: int) -> int:
     """How many confirmed flows share the line of a flow."""
     return sum(flow.sig & 15 == sig & 15 and bool(flow.stamp & abi.FlowFlag.CONFIRMED) for flow in flows)
+
+
+def test_halves_of_two_flows_are_none(rig: XdpRig) -> None:
+    """As two CPUs leave them that write to the same place at once: nobody gets another service's backend."""
+    with rig.fresh(flows=1) as tables:
+        serve(rig)
+        _, (other,) = tables.service([(VIP[4], 81)], [(backend_address(4, 9), 8080)], flags=abi.ServiceFlag.DSR)
+        rig.direct(other, 9)
+        assert backend(rig, 1, "A") != backend_address(4, 9)
+        assert backend(rig, 2, "A", port=81) == backend_address(4, 9)
+        mine = abi.flow_hash(tables.config.seed, ip_address("192.0.2.1"), 1, ip_address(VIP[4]), 80, 6)
+        line = [abi.Flow.from_buffer(tables.memory(abi.Table.FLOWS), at * 16) for at in range(4)]
+        (first,), (second,) = ([f for f in line if f.sig == mine], [f for f in line if f.sig not in (0, mine)])
+        first.sig, second.sig = 0, mine
+        assert backend(rig, 1, "A") != backend_address(4, 9)
 
 
 def test_what_is_over_goes_before_what_lives(rig: XdpRig) -> None:
