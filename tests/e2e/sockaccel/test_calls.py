@@ -12,6 +12,7 @@ from typing import Any
 
 import callends
 import callreads
+import callring
 import callwrites
 import pytest
 from accelrig import A4, B4, Rig, until
@@ -58,7 +59,7 @@ ENDS = {
 KNOWS = f"""
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from calltools import *
-import {", ".join(each.__name__ for each in (callends, callreads, callwrites))}
+import {", ".join(each.__name__ for each in (callends, callreads, callring, callwrites))}
 """
 KINDS = {
     "v4": ("AF_INET", -1, "127.0.0.1", "127.0.0.1"),
@@ -87,8 +88,8 @@ def newest(rig: Rig) -> abi.Pair:
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_gives_what_it_gives_on_tcp(rig: Rig, caller: Process, name: str) -> None:
     ways = [(kind, ("c", "d")) for kind in KINDS] + [("v4", ("d", "c"))]
-    # The first splice of a process is the last that is made where something was handed over.
-    for kind, (w, r) in ways[:1] if name == "splice_out" else ways:
+    # Nothing is handed to a process any more that has read so.
+    for kind, (w, r) in ways[:1] if name in ("splice_out", "ring_recv_of_all") else ways:
         found = {}
         for on in (False, True):
             rig.write(on=on)
