@@ -6,7 +6,7 @@ import contextlib
 import ctypes as ct
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -67,6 +67,20 @@ def detach_calls(instance: Instance) -> None:
         # "~": of a process that was killed while it attached.
         for end in ("", "~"):
             _link_path(instance, name + end).unlink(missing_ok=True)
+
+
+def waits(instance: Instance, cookies: Iterable[int]) -> set[int]:
+    """Which pairs (client's cookie) have handed over something that has not been read. NotFound: not loaded."""
+    with progs.opened(install.program_path(instance, install.WAITS)) as fd:
+        return {cookie for cookie in cookies if _ask(fd, cookie)}
+
+
+def _ask(prog_fd: int, argument: int) -> int:
+    """What a program for a raw tracepoint returns."""
+    context = ct.create_string_buffer(struct.pack("Q", argument), 8)
+    attr = struct.pack("IIIIQQIIIIQQ", prog_fd, 0, 0, 0, 0, 0, 0, 0, 8, 0, ct.addressof(context), 0)
+    _, back = bpf.call(bpf.PROG_TEST_RUN, attr, "test run")
+    return int(struct.unpack_from("II", back)[1])
 
 
 def attached_msg(instance: Instance) -> int:

@@ -84,6 +84,7 @@ MACHINES: Final = {
         },
     ),
 }  # fmt: skip
+WAITS: Final = "fib_sa_waits"
 _ENDPOINTS: Final = ("ep_addr", "ep_near", "ep_netns", "ep_cgroup", "ep_iface")
 MAPS: Final = {
     **abi.MAPS,
@@ -107,7 +108,12 @@ def spec(pairs: int = 0) -> loader.ProgramSpec:
         )
     return loader.ProgramSpec(
         source=Path("sockaccel/sockaccel.c"),
-        functions={OPS: "sock_ops", MSG: "sk_msg", **{name: f"tp_btf/{where}" for name, where in CALLS.items()}},
+        functions={
+            OPS: "sock_ops",
+            MSG: "sk_msg",
+            WAITS: "raw_tracepoint",
+            **{name: f"tp_btf/{where}" for name, where in CALLS.items()},
+        },
         service=SERVICE,
         maps=MAPS,
         defines={
@@ -126,7 +132,7 @@ def program_path(instance: Instance, name: str) -> Path:
 def complete(instance: Instance) -> bool:
     """Whether all is pinned."""
     pins = [instance.pin_dir / path for path in MAPS.values()]
-    pins += [program_path(instance, name) for name in (OPS, MSG, *CALLS)]
+    pins += [program_path(instance, name) for name in (OPS, MSG, WAITS, *CALLS)]
     return all(path.exists() for path in pins)
 
 

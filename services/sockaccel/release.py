@@ -61,10 +61,15 @@ class Releaser:
                 log.warning("a connection that cannot go on is left to time out", extra={"cause": str(error)})
 
     def _end(self, pair: abi.Pair) -> None:
-        cookies = {int(end.cookie) for end in pair.ends}
-        for _, space in self._namespaces.open({int(end.netns) for end in pair.ends}):
-            with SockDiag(space) as diag:
-                for family in (socket.AF_INET, socket.AF_INET6):
-                    diag.destroy(_TCP, family, {at: what for at, what in diag.connected(_TCP, family) if at in cookies})
+        end(self._namespaces, pair)
         self.ended += 1
-        log.warning("a connection was ended whose process splices and could not go on", extra={"pair": min(cookies)})
+        log.warning("a connection was ended whose process splices and could not go on", extra={"pair": pair.ends[0].cookie})
+
+
+def end(namespaces: Namespaces, pair: abi.Pair) -> None:
+    """End both ends of a connection: whoever uses it next gets ECONNABORTED or ECONNRESET. Blocks."""
+    cookies = {int(each.cookie) for each in pair.ends}
+    for _, space in namespaces.open({int(each.netns) for each in pair.ends}):
+        with SockDiag(space) as diag:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                diag.destroy(_TCP, family, {at: what for at, what in diag.connected(_TCP, family) if at in cookies})

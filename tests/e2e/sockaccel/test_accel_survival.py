@@ -7,6 +7,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,39 @@ def test_teardown_finds_programs_whatever_pins_are_left(fresh: tuple[Instance, s
     assert at_work(name) == [] and any(name in each for each in told)
     assert not [path for path in (instance.pin_dir / "link").rglob("*") if path.is_file()]
     assert asyncio.run(teardown.remove(instance)) == []
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_teardown_leaves_no_hole_in_a_stream(
+    fresh: tuple[Instance, str], spaces: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Who reads in time has everything and goes on; who does not gets an error."""
+    instance, name = fresh
+    monkeypatch.setattr(teardown, "DRAIN_S", 0.5 if late else 10.0)
+    rig = Rig(instance, cgroup.path_of(name), spaces)
+    try:
+        process = rig.process()
+        pair_up(process)
+        process.do("talk(20); idle = c, d")
+        pair_up(process)
+        process.do("talk(20); c.sendall(b'one'); c.sendall(b'two')")
+        if not late:
+            process.do("threading.Timer(0.5, lambda: globals().update(got=take(d, 6))).start()")
+        told = asyncio.run(teardown.remove(instance))
+        assert ("1 connections with something unread" in told) is late
+        rig.tables.close()
+        shutil.rmtree(instance.pin_dir)
+        time.sleep(0.2)  # the kernel takes maps down a moment later
+        if late:
+            for each in "cd":
+                with pytest.raises(OSError, match=r"abort|reset"):
+                    process.do(f"while {each}.recv(3): pass")
+        else:
+            assert process.give("got.decode()") == "onetwo"
+            process.do("talk(5)")
+        process.do("c, d = idle; talk(5)")
+    finally:
+        rig.close()
 
 
 async def test_a_service_that_loses_all_its_pins_begins_anew(
