@@ -23,7 +23,6 @@ class Probes:
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
         self._at: dict[Key, list[int]] = {}
-        self._refused: dict[Key, str] = {}
         self._spaces: BpfMap[ct.c_uint32, ct.c_uint32] = BpfMap.open(
             instance.pin_dir / programs.MAPS["tls_spaces"], ct.c_uint32, ct.c_uint32
         )
@@ -47,18 +46,21 @@ class Probes:
             self._spaces.update(inode, 1)
 
     def agree(self, wanted: Mapping[Key, File]) -> dict[Key, str]:
-        """Have probes in these files and no others; why the kernel refuses some."""
+        """Have probes in these files and no others; why some have none.
+
+        Those are tried again with each call: the process by which a file was reached may have ended.
+        """
         for key in list(self._at):
             if key not in wanted:
                 self._drop(key)
-        self._refused = {key: why for key, why in self._refused.items() if key in wanted}
+        refused = {}
         for key, file in wanted.items():
-            if key not in self._at and key not in self._refused and file.places:
+            if key not in self._at and file.places:
                 try:
                     self._at[key] = self._attach(file)
                 except errors.FibrilError as error:
-                    self._refused[key] = str(error)
-        return self._refused
+                    refused[key] = str(error)
+        return refused
 
     def stat(self, which: int) -> int:
         return sum(int(each.value) for each in self._stats.lookup_percpu(which) or ())

@@ -1,7 +1,8 @@
 """Which files of chosen pods' processes have TLS in them.
 
-A file is known by device and inode: many processes, of many pods, share a library. What was found in one is remembered
-until it is changed.
+A file is known by device, inode and time of change: many processes, of many pods, share a library. What was found in one is
+remembered. It is reached by what a process has mapped, not by its path: that may be another's by now (a library that was
+upgraded), and lead elsewhere.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ ENTRY: Final = {
 RETURN: Final = "fib_tls_done"
 """Program where functions that read return."""
 LIBRARIES: Final = {"SSL_write": "openssl", "gnutls_record_send": "gnutls", "crypto/tls.(*Conn).Write": "go"}
-_LIBRARY: Final = re.compile(r"lib(ssl|gnutls)[.\d-].*|lib(ssl|gnutls)\.so.*")
+_LIBRARY: Final = re.compile(r"lib(ssl|gnutls)[.\d-].*")
 _GO: Final = b"\xff Go buildinf:"
+_GO_TLS: Final = b"crypto/tls"
 _BUILT_IN: Final = (b"BoringSSL", b"OpenSSL 1.", b"OpenSSL 3.")
 GO_READS: Final = "what it reads is not seen: a probe where a Go function returns would break its stack"
 _SIZE_MAX: Final = 512 << 20
 
-Key = tuple[int, int]
+_KNOWN_MAX: Final = 4096
+
+Key = tuple[int, int, int]
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Scanner:
     """For one thread. `look` reads /proc."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int], tuple[dict[str, int], str]] = {}
+        self._known: dict[Key, tuple[dict[str, int], str]] = {}
 
     def look(self, spaces: Mapping[int, str]) -> dict[Key, File]:
         """Files with TLS that processes in these network namespaces (inode -> pod) have mapped.
@@ -77,26 +81,29 @@ class Scanner:
                 pod = spaces.get(os.stat(f"{entry.path}/ns/net").st_ino)
                 if pod is not None:
                     self._process(int(entry.name), pod, found)
-        self._known = {known: value for known, value in self._known.items() if known[:2] in found or not value[0]}
+        for key in list(self._known):
+            # Programs come and go: those that were there are not read again, as long as there is room.
+            if len(self._known) > _KNOWN_MAX and key not in found:
+                del self._known[key]
         return {key: file for key, file in found.items() if file.places or file.problem}
 
     def _process(self, pid: int, pod: str, found: dict[Key, File]) -> None:
         program = os.readlink(f"/proc/{pid}/exe")
         # A thread group without a name of its own is the kernel's, or is ending.
-        paths = {program}
+        places = {program: Path(f"/proc/{pid}/exe")}
         with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
             for line in maps:
                 parts = line.rstrip("\n").split(None, 5)
                 if len(parts) == 6 and "x" in parts[1] and _LIBRARY.fullmatch(os.path.basename(parts[5])):
-                    paths.add(parts[5])
-        for path in paths:
+                    first, _, last = parts[0].partition("-")
+                    places.setdefault(parts[5], Path(f"/proc/{pid}/map_files/{int(first, 16):x}-{int(last, 16):x}"))
+        for path, reach in places.items():
             with contextlib.suppress(OSError):
-                reach = Path(f"/proc/{pid}/exe") if path == program else Path(f"/proc/{pid}/root{path}")
                 state = reach.stat()
-                key = state.st_dev, state.st_ino
+                key = state.st_dev, state.st_ino, state.st_mtime_ns
                 if key not in found:
-                    places, problem = self._inside(reach, (*key, state.st_mtime_ns), state.st_size)
-                    found[key] = File(reach, path, places, problem)
+                    functions, problem = self._inside(reach, key, state.st_size)
+                    found[key] = File(reach, path, functions, problem)
                 found[key].pods.add(pod)
                 found[key].processes.add(pid)
 
@@ -110,11 +117,15 @@ def _inside(reach: Path, size: int) -> tuple[dict[str, int], str]:
     """Functions in a file, and what is amiss with it."""
     if size > _SIZE_MAX:
         return {}, f"larger than {_SIZE_MAX >> 20} MiB"
-    places = elf.functions(reach, ENTRY)
+    try:
+        places = elf.functions(reach, ENTRY)
+    except elf.Unreadable as error:
+        return {}, str(error)
     if places:
         return places, GO_READS if "crypto/tls.(*Conn).Write" in places else ""
-    if elf.contains(reach, _GO) and elf.contains(reach, b"crypto/tls"):
+    has = elf.contains(reach, (_GO, _GO_TLS, *_BUILT_IN))
+    if {_GO, _GO_TLS} <= has:
         return {}, "a Go program without symbols: build it without -ldflags=-s"
-    if any(elf.contains(reach, text) for text in _BUILT_IN):
+    if not has.isdisjoint(_BUILT_IN):
         return {}, "has TLS built in, without symbols"
     return {}, ""
