@@ -9,8 +9,8 @@
  * beginning plainly and splices the rest. The first time it may be too late: something waits. Then nothing is sent by TCP before that is read
  * (enum sa_stuck).
  *
- * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*,
- * SIZE_REGS and the calls' numbers are the machine's (services/sockaccel/install.py).
+ * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*
+ * and the calls' numbers are the machine's (services/sockaccel/install.py).
  */
 #pragma once
 
@@ -88,15 +88,16 @@ int fib_sa_recv(__u64 *ctx)
 	return 0;
 }
 
-/* Its fields are read without a call. */
 static void *(*sa_current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
+/* At the top of its kernel stack, whatever size that has, and whatever the machine keeps above. */
+static __u64 (*sa_registers_of)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 
 /* Registers of the system call that the process is in, from AT_REGS_FIRST on. False: it is in none. */
 static __always_inline bool sa_registers(__u64 *regs)
 {
-	__u64 top = *(volatile __u64 *)((__u64)sa_current_task() + AT_TASK_STACK) + SA_STACK - SIZE_REGS;
+	__u64 at = sa_registers_of(sa_current_task());
 
-	return !bpf_probe_read_kernel(regs, SA_REGS * sizeof(*regs), (void *)(top + AT_REGS_FIRST)) &&
+	return !bpf_probe_read_kernel(regs, SA_REGS * sizeof(*regs), (void *)(at + AT_REGS_FIRST)) &&
 	       (regs[SA_REG(MODE)] & SA_MODE_MASK) == SA_MODE_USER;
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #define SA_TOO_MUCH (1U << 31)
+#define SA_STACK_MAX 65536
 #define SA_WAITERS 8 /* looked at; with more, TCP goes on */
 
 /* BCC's declaration cuts it to 32 bits. */
@@ -96,7 +97,7 @@ static __always_inline bool sa_others_wait(const struct sa_end *end)
 		entry = at - AT_WAIT_ENTRY;
 		task = sa_read64(entry, AT_WAIT_PRIVATE);
 		/* A task that waits itself does so on its own stack. */
-		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK && sa_read32(task, AT_TASK_PID) != end->reader)
+		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK_MAX && sa_read32(task, AT_TASK_PID) != end->reader)
 			return true;
 		at = sa_read64(at, 0);
 	}

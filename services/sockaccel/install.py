@@ -49,10 +49,7 @@ FIELDS: Final = {
 
 @dataclass(frozen=True)
 class Machine:
-    """How a process in a system call is read: where its registers are saved, and which call it is in.
-
-    A kernel with stacks of another size is not understood, which the programs notice: then nothing is shortened.
-    """
+    """How a process in a system call is read: where its registers are saved, and which call it is in."""
 
     registers: Mapping[str, str]
     numbers: Mapping[str, int]
@@ -67,7 +64,7 @@ MACHINES: Final = {
             "AT_REGS_MODE": "pt_regs.cs",
         },
         {
-            "SA_STACK": 16384, "SA_MODE_MASK": 0xFFFF, "SA_MODE_USER": 0x33, "SA_NR_WRITE": 1, "SA_NR_WRITEV": 20,
+            "SA_MODE_MASK": 0xFFFF, "SA_MODE_USER": 0x33, "SA_NR_WRITE": 1, "SA_NR_WRITEV": 20,
             "SA_NR_SENDTO": 44, "SA_NR_SENDMSG": 46, "SA_NR_SENDMMSG": 307, "SA_NR_READ": 0, "SA_NR_READV": 19,
             "SA_NR_RECVFROM": 45, "SA_NR_RECVMSG": 47, "SA_NR_RECVMMSG": 299,
         },
@@ -78,7 +75,7 @@ MACHINES: Final = {
             "AT_REGS_MODE": "pt_regs.pstate",
         },
         {
-            "AT_REGS_THIRD": 16, "AT_REGS_FOURTH": 24, "SA_STACK": 16384, "SA_MODE_MASK": 0x1F, "SA_MODE_USER": 0,
+            "AT_REGS_THIRD": 16, "AT_REGS_FOURTH": 24, "SA_MODE_MASK": 0x1F, "SA_MODE_USER": 0,
             "SA_NR_WRITE": 64, "SA_NR_WRITEV": 66, "SA_NR_SENDTO": 206, "SA_NR_SENDMSG": 211, "SA_NR_SENDMMSG": 269,
             "SA_NR_READ": 63, "SA_NR_READV": 65, "SA_NR_RECVFROM": 207, "SA_NR_RECVMSG": 212, "SA_NR_RECVMMSG": 243,
         },
@@ -94,7 +91,7 @@ MAPS: Final = {
 
 
 def _registers(machine: Machine) -> dict[str, int]:
-    known = {**btf.offsets(machine.registers, [("SIZE_REGS", "pt_regs")]), **machine.numbers}
+    known = {**btf.offsets(machine.registers), **machine.numbers}
     used = [at for name, at in known.items() if name.startswith("AT_REGS_")]
     return known | {"AT_REGS_FIRST": min(used), "AT_REGS_LAST": max(used)}
 
