@@ -10,18 +10,9 @@
  *
  * AT_* macros say where arguments are (services/sockaccel/tls/programs.py).
  */
-#include "abi/tls.h"
+#include "sockaccel/tls.h"
 
-#define TLS_SHORTEST 16 /* "GET / HTTP/1.1\r\n" */
 #define TLS_ARGUMENT(ctx, name) ((ctx)[AT_##name / 8])
-
-static __always_inline __u64 tls_kernel64(__u64 object, __u32 at)
-{
-	__u64 value = 0;
-
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)(object + at));
-	return value;
-}
 
 /* Inode number of the current network namespace if it is a chosen pod's, else 0. */
 static __always_inline __u32 tls_space(void)
@@ -32,56 +23,17 @@ static __always_inline __u32 tls_space(void)
 	return inode && tls_spaces.lookup(&inode) ? inode : 0;
 }
 
-static __always_inline void tls_count(__u32 which)
-{
-	__u64 *count = tls_stats.lookup(&which);
-
-	if (count)
-		*count += 1;
-}
-
-#define TLS_WORD(a, b, c, d) ((__u32)(a) | (__u32)(b) << 8 | (__u32)(c) << 16 | (__u32)(d) << 24)
-
-/* Whether four bytes begin a request or an answer of HTTP/1. */
-static __always_inline bool tls_begins(__u32 word)
-{
-	switch (word) {
-	case TLS_WORD('G', 'E', 'T', ' '):
-	case TLS_WORD('P', 'O', 'S', 'T'):
-	case TLS_WORD('P', 'U', 'T', ' '):
-	case TLS_WORD('H', 'E', 'A', 'D'):
-	case TLS_WORD('D', 'E', 'L', 'E'):
-	case TLS_WORD('P', 'A', 'T', 'C'):
-	case TLS_WORD('O', 'P', 'T', 'I'):
-	case TLS_WORD('C', 'O', 'N', 'N'):
-	case TLS_WORD('T', 'R', 'A', 'C'):
-	case TLS_WORD('H', 'T', 'T', 'P'):
-		return true;
-	}
-	return false;
-}
-
-static __always_inline void tls_look(__u64 session, __u64 buffer, __u64 size, __u32 space, __u16 received)
+static __always_inline void tls_look(__u64 session, __u64 buffer, __u64 size, __u32 space, __u8 received)
 {
 	struct tls_record *record;
 	__u32 word = 0, captured;
 
 	if (size < TLS_SHORTEST || bpf_probe_read_user(&word, sizeof(word), (void *)buffer) || !tls_begins(word))
 		return;
-	tls_count(TLS_STAT_SEEN);
-	record = tls_records.ringbuf_reserve(sizeof(*record));
-	if (!record) {
-		tls_count(TLS_STAT_LOST);
+	record = tls_record(session, space, received, 0);
+	if (!record)
 		return;
-	}
 	captured = size < TLS_HEAD ? size : TLS_HEAD;
-	record->time = bpf_ktime_get_ns();
-	record->session = session;
-	record->pid = bpf_get_current_pid_tgid() >> 32;
-	record->netns = space;
-	record->size = size;
-	record->received = received;
-	bpf_get_current_comm(record->comm, sizeof(record->comm));
 	/* What of the buffer cannot be read is not there. */
 	if (bpf_probe_read_user(record->head, captured, (void *)buffer))
 		captured = 0;

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ibril/tls/v1/tls.proto\x12\rfibril.tls.v1\"\xa6\x01\n\x06Target\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pods\x18\x02 \x03(\t\x12\x31\n\x06labels\x18\x03 \x03(\x0b\x32!.fibril.tls.v1.Target.LabelsEntry\x12\x0f\n\x07headers\x18\x04 \x03(\t\x12\r\n\x05query\x18\x05 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\x13UpsertTargetRequest\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.fibril.tls.v1.Target\"N\n\x14UpsertTargetResponse\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.fibril.tls.v1.Target\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"#\n\x13\x44\x65leteTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteTargetResponse\"\x14\n\x12ListTargetsRequest\"=\n\x13ListTargetsResponse\x12&\n\x07targets\x18\x01 \x03(\x0b\x32\x15.fibril.tls.v1.Target\"k\n\x05Probe\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07library\x18\x02 \x01(\t\x12\x11\n\tfunctions\x18\x03 \x03(\t\x12\x0c\n\x04pods\x18\x04 \x03(\t\x12\x11\n\tprocesses\x18\x05 \x03(\r\x12\x0f\n\x07problem\x18\x06 \x01(\t\"\x13\n\x11ListProbesRequest\"g\n\x12ListProbesResponse\x12$\n\x06probes\x18\x01 \x03(\x0b\x32\x14.fibril.tls.v1.Probe\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x0f\n\x07unknown\x18\x04 \x01(\x04\"2\n\x15\x46ollowMessagesRequest\x12\x0b\n\x03pod\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"]\n\x16\x46ollowMessagesResponse\x12)\n\x07message\x18\x01 \x01(\x0b\x32\x16.fibril.tls.v1.MessageH\x00\x12\x10\n\x06synced\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\"\x8f\x02\n\x07Message\x12\x14\n\x0cunix_seconds\x18\x01 \x01(\x01\x12\x0b\n\x03pod\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04\x63omm\x18\x04 \x01(\t\x12\x10\n\x08received\x18\x05 \x01(\x08\x12\x0f\n\x07session\x18\x06 \x01(\r\x12\x0e\n\x06method\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x34\n\x07headers\x18\x0b \x03(\x0b\x32#.fibril.tls.v1.Message.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xc8\x03\n\nTlsService\x12W\n\x0cUpsertTarget\x12\".fibril.tls.v1.UpsertTargetRequest\x1a#.fibril.tls.v1.UpsertTargetResponse\x12W\n\x0c\x44\x65leteTarget\x12\".fibril.tls.v1.DeleteTargetRequest\x1a#.fibril.tls.v1.DeleteTargetResponse\x12T\n\x0bListTargets\x12!.fibril.tls.v1.ListTargetsRequest\x1a\".fibril.tls.v1.ListTargetsResponse\x12Q\n\nListProbes\x12 .fibril.tls.v1.ListProbesRequest\x1a!.fibril.tls.v1.ListProbesResponse\x12_\n\x0e\x46ollowMessages\x12$.fibril.tls.v1.FollowMessagesRequest\x1a%.fibril.tls.v1.FollowMessagesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ibril/tls/v1/tls.proto\x12\rfibril.tls.v1\"\xbc\x01\n\x06Target\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04pods\x18\x02 \x03(\t\x12\x31\n\x06labels\x18\x03 \x03(\x0b\x32!.fibril.tls.v1.Target.LabelsEntry\x12\x0f\n\x07headers\x18\x04 \x03(\t\x12\r\n\x05query\x18\x05 \x01(\x08\x12\x14\n\x0ckernel_ports\x18\x06 \x03(\r\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"<\n\x13UpsertTargetRequest\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.fibril.tls.v1.Target\"N\n\x14UpsertTargetResponse\x12%\n\x06target\x18\x01 \x01(\x0b\x32\x15.fibril.tls.v1.Target\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"#\n\x13\x44\x65leteTargetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteTargetResponse\"\x14\n\x12ListTargetsRequest\"=\n\x13ListTargetsResponse\x12&\n\x07targets\x18\x01 \x03(\x0b\x32\x15.fibril.tls.v1.Target\"k\n\x05Probe\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07library\x18\x02 \x01(\t\x12\x11\n\tfunctions\x18\x03 \x03(\t\x12\x0c\n\x04pods\x18\x04 \x03(\t\x12\x11\n\tprocesses\x18\x05 \x03(\r\x12\x0f\n\x07problem\x18\x06 \x01(\t\"\x13\n\x11ListProbesRequest\"\xa0\x01\n\x12ListProbesResponse\x12$\n\x06probes\x18\x01 \x03(\x0b\x32\x14.fibril.tls.v1.Probe\x12\x0c\n\x04seen\x18\x02 \x01(\x04\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x0f\n\x07unknown\x18\x04 \x01(\x04\x12(\n\x06kernel\x18\x05 \x01(\x0b\x32\x18.fibril.tls.v1.KernelTls\x12\r\n\x05http2\x18\x06 \x01(\x04\"<\n\tKernelTls\x12\x0f\n\x07sockets\x18\x01 \x01(\x04\x12\r\n\x05taken\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"2\n\x15\x46ollowMessagesRequest\x12\x0b\n\x03pod\x18\x01 \x01(\t\x12\x0c\n\x04last\x18\x02 \x01(\r\"]\n\x16\x46ollowMessagesResponse\x12)\n\x07message\x18\x01 \x01(\x0b\x32\x16.fibril.tls.v1.MessageH\x00\x12\x10\n\x06synced\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\"\x9f\x02\n\x07Message\x12\x14\n\x0cunix_seconds\x18\x01 \x01(\x01\x12\x0b\n\x03pod\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04\x63omm\x18\x04 \x01(\t\x12\x10\n\x08received\x18\x05 \x01(\x08\x12\x0f\n\x07session\x18\x06 \x01(\r\x12\x0e\n\x06method\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\x12\x0e\n\x06status\x18\t \x01(\r\x12\x0f\n\x07version\x18\n \x01(\t\x12\x34\n\x07headers\x18\x0b \x03(\x0b\x32#.fibril.tls.v1.Message.HeadersEntry\x12\x0e\n\x06kernel\x18\x0c \x01(\x08\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xc8\x03\n\nTlsService\x12W\n\x0cUpsertTarget\x12\".fibril.tls.v1.UpsertTargetRequest\x1a#.fibril.tls.v1.UpsertTargetResponse\x12W\n\x0c\x44\x65leteTarget\x12\".fibril.tls.v1.DeleteTargetRequest\x1a#.fibril.tls.v1.DeleteTargetResponse\x12T\n\x0bListTargets\x12!.fibril.tls.v1.ListTargetsRequest\x1a\".fibril.tls.v1.ListTargetsResponse\x12Q\n\nListProbes\x12 .fibril.tls.v1.ListProbesRequest\x1a!.fibril.tls.v1.ListProbesResponse\x12_\n\x0e\x46ollowMessages\x12$.fibril.tls.v1.FollowMessagesRequest\x1a%.fibril.tls.v1.FollowMessagesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE_HEADERSENTRY']._loaded_options = None
   _globals['_MESSAGE_HEADERSENTRY']._serialized_options = b'8\001'
   _globals['_TARGET']._serialized_start=43
-  _globals['_TARGET']._serialized_end=209
-  _globals['_TARGET_LABELSENTRY']._serialized_start=164
-  _globals['_TARGET_LABELSENTRY']._serialized_end=209
-  _globals['_UPSERTTARGETREQUEST']._serialized_start=211
-  _globals['_UPSERTTARGETREQUEST']._serialized_end=271
-  _globals['_UPSERTTARGETRESPONSE']._serialized_start=273
-  _globals['_UPSERTTARGETRESPONSE']._serialized_end=351
-  _globals['_DELETETARGETREQUEST']._serialized_start=353
-  _globals['_DELETETARGETREQUEST']._serialized_end=388
-  _globals['_DELETETARGETRESPONSE']._serialized_start=390
-  _globals['_DELETETARGETRESPONSE']._serialized_end=412
-  _globals['_LISTTARGETSREQUEST']._serialized_start=414
-  _globals['_LISTTARGETSREQUEST']._serialized_end=434
-  _globals['_LISTTARGETSRESPONSE']._serialized_start=436
-  _globals['_LISTTARGETSRESPONSE']._serialized_end=497
-  _globals['_PROBE']._serialized_start=499
-  _globals['_PROBE']._serialized_end=606
-  _globals['_LISTPROBESREQUEST']._serialized_start=608
-  _globals['_LISTPROBESREQUEST']._serialized_end=627
-  _globals['_LISTPROBESRESPONSE']._serialized_start=629
-  _globals['_LISTPROBESRESPONSE']._serialized_end=732
-  _globals['_FOLLOWMESSAGESREQUEST']._serialized_start=734
-  _globals['_FOLLOWMESSAGESREQUEST']._serialized_end=784
-  _globals['_FOLLOWMESSAGESRESPONSE']._serialized_start=786
-  _globals['_FOLLOWMESSAGESRESPONSE']._serialized_end=879
-  _globals['_MESSAGE']._serialized_start=882
-  _globals['_MESSAGE']._serialized_end=1153
-  _globals['_MESSAGE_HEADERSENTRY']._serialized_start=1107
-  _globals['_MESSAGE_HEADERSENTRY']._serialized_end=1153
-  _globals['_TLSSERVICE']._serialized_start=1156
-  _globals['_TLSSERVICE']._serialized_end=1612
+  _globals['_TARGET']._serialized_end=231
+  _globals['_TARGET_LABELSENTRY']._serialized_start=186
+  _globals['_TARGET_LABELSENTRY']._serialized_end=231
+  _globals['_UPSERTTARGETREQUEST']._serialized_start=233
+  _globals['_UPSERTTARGETREQUEST']._serialized_end=293
+  _globals['_UPSERTTARGETRESPONSE']._serialized_start=295
+  _globals['_UPSERTTARGETRESPONSE']._serialized_end=373
+  _globals['_DELETETARGETREQUEST']._serialized_start=375
+  _globals['_DELETETARGETREQUEST']._serialized_end=410
+  _globals['_DELETETARGETRESPONSE']._serialized_start=412
+  _globals['_DELETETARGETRESPONSE']._serialized_end=434
+  _globals['_LISTTARGETSREQUEST']._serialized_start=436
+  _globals['_LISTTARGETSREQUEST']._serialized_end=456
+  _globals['_LISTTARGETSRESPONSE']._serialized_start=458
+  _globals['_LISTTARGETSRESPONSE']._serialized_end=519
+  _globals['_PROBE']._serialized_start=521
+  _globals['_PROBE']._serialized_end=628
+  _globals['_LISTPROBESREQUEST']._serialized_start=630
+  _globals['_LISTPROBESREQUEST']._serialized_end=649
+  _globals['_LISTPROBESRESPONSE']._serialized_start=652
+  _globals['_LISTPROBESRESPONSE']._serialized_end=812
+  _globals['_KERNELTLS']._serialized_start=814
+  _globals['_KERNELTLS']._serialized_end=874
+  _globals['_FOLLOWMESSAGESREQUEST']._serialized_start=876
+  _globals['_FOLLOWMESSAGESREQUEST']._serialized_end=926
+  _globals['_FOLLOWMESSAGESRESPONSE']._serialized_start=928
+  _globals['_FOLLOWMESSAGESRESPONSE']._serialized_end=1021
+  _globals['_MESSAGE']._serialized_start=1024
+  _globals['_MESSAGE']._serialized_end=1311
+  _globals['_MESSAGE_HEADERSENTRY']._serialized_start=1265
+  _globals['_MESSAGE_HEADERSENTRY']._serialized_end=1311
+  _globals['_TLSSERVICE']._serialized_start=1314
+  _globals['_TLSSERVICE']._serialized_end=1770
 # @@protoc_insertion_point(module_scope)

@@ -36,7 +36,14 @@ def _headers(record: Record) -> str:
     return "; ".join(f"{name}: {value}" for name, value in sorted(record["headers"].items()))
 
 
-TARGETS = columns("name", ("PODS", "pods"), ("LABELS", "labels"), ("HEADERS", "headers"), ("QUERY", "query"))
+TARGETS = columns(
+    "name",
+    ("PODS", "pods"),
+    ("LABELS", "labels"),
+    ("HEADERS", "headers"),
+    ("QUERY", "query"),
+    ("KERNEL PORTS", "kernel_ports"),
+)
 PROBES = columns(
     "path",
     "library",
@@ -51,6 +58,7 @@ MESSAGES = columns(
     ("PROCESS", lambda r: f"{r['comm']}/{r['pid']}"),
     ("SESSION", lambda r: f"{r['session']:08x}"),
     ("", lambda r: "read" if r["received"] else "wrote"),
+    ("", lambda r: "kernel" if r["kernel"] else ""),
     ("MESSAGE", _what),
     ("HEADERS", _headers),
 )
@@ -70,7 +78,8 @@ def complete_target(ctx: click.Context, _param: click.Parameter, incomplete: str
 
 @click.group(short_help="See request and status lines of HTTPS.")
 def command() -> None:
-    """Request lines and status lines of HTTP/1 over TLS, seen where processes of chosen pods call their TLS library.
+    """Request lines and status lines of HTTP/1 over TLS, seen where processes of chosen pods call their TLS library, or where
+    the kernel encrypts for them.
 
     Off until a target names pods. What is seen is kept in memory only; values of headers that are not named are never kept.
     """
@@ -94,9 +103,22 @@ def target_ls(ctl: Ctl) -> None:
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Pods with this label, with all that are given.")
 @click.option("--header", "headers", multiple=True, help="Show this header; again for more. Credentials are refused.")
 @click.option("--query", is_flag=True, help='Show what follows "?" in paths.')
+@click.option(
+    "--kernel-port",
+    "kernel_ports",
+    type=click.IntRange(1, 65535),
+    multiple=True,
+    help="A server's port of connections whose TLS the kernel may do (kTLS); again for more.",
+)
 @pass_ctl
 def target_set(
-    ctl: Ctl, name: str, pods: Sequence[str], labels: Sequence[str], headers: Sequence[str], query: bool
+    ctl: Ctl,
+    name: str,
+    pods: Sequence[str],
+    labels: Sequence[str],
+    headers: Sequence[str],
+    query: bool,
+    kernel_ports: Sequence[int],
 ) -> None:
     """Declare a target, or replace the one of that name."""
     from fibril.tls.v1 import tls_pb2 as pb
@@ -106,7 +128,12 @@ def target_set(
         if not sign:
             raise click.BadParameter(f"{text!r}: write KEY=VALUE", param_hint="--label")
     target = pb.Target(
-        name=name, pods=pods, labels={key: value for key, _, value in pairs}, headers=headers, query=query
+        name=name,
+        pods=pods,
+        labels={key: value for key, _, value in pairs},
+        headers=headers,
+        query=query,
+        kernel_ports=kernel_ports,
     )
     ctl.show([to_record(ask(ctl, "UpsertTarget", pb.UpsertTargetRequest(target=target)).target)], TARGETS)
 
@@ -129,7 +156,12 @@ def probes(ctl: Ctl) -> None:
     from fibril.tls.v1 import tls_pb2 as pb
 
     answer = ask(ctl, "ListProbes", pb.ListProbesRequest())
-    ctl.show([to_record(each) for each in answer.probes], PROBES, "nothing is probed")
+    found = [to_record(each) for each in answer.probes]
+    if answer.HasField("kernel"):
+        taken = f"{answer.kernel.taken} connections belong to other programs" if answer.kernel.taken else ""
+        kernel = pb.Probe(path="-", library="kernel", problem=answer.kernel.problem or taken)
+        found.append(to_record(kernel))
+    ctl.show(found, PROBES, "nothing is probed")
 
 
 @command.command("watch")
@@ -141,7 +173,7 @@ def watch(ctl: Ctl, pod: str, last: int, no_follow: bool) -> None:
     """Show messages as they pass, until interrupted."""
     from fibril.tls.v1 import tls_pb2 as pb
 
-    live = ctl.live(MESSAGES, (8, 20, 20, 8, 5, 48, 20))
+    live = ctl.live(MESSAGES, (8, 20, 20, 8, 5, 6, 48, 20))
     request = pb.FollowMessagesRequest(pod=pod, last=last)
 
     class Enough(Exception):

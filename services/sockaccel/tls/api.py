@@ -26,6 +26,7 @@ class TlsApi(tls_pb2_grpc.TlsServiceServicer):
 
     async def DeleteTarget(self, request: pb.DeleteTargetRequest, context: object) -> pb.DeleteTargetResponse:
         self._store.delete_target(request.name)
+        self._looker.forget()
         await self._looker.agree()
         return pb.DeleteTargetResponse()
 

@@ -12,16 +12,17 @@ from typing import Final
 from urllib.parse import quote
 
 METHODS: Final = ("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS", "CONNECT", "TRACE")
-SECRET: Final = frozenset((
-    "authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key", "x-auth-token", "x-csrf-token",
-    "authentication-info", "proxy-authentication-info", "www-authenticate", "proxy-authenticate",
-    "x-amz-security-token", "x-vault-token", "x-forwarded-client-cert",
-))  # fmt: skip
-"""Headers that hold credentials: they are never shown."""
+_SECRET: Final = re.compile(
+    "auth|cookie|token|secret|passw|passphrase|credential|session|signature|nonce|csrf|xsrf|jwt|saml|otp|client-cert"
+    "|(api|access|private|subscription|encryption|master|customer|license)-?key|^key$|^dpop$"
+)
 VALUE_MAX: Final = 256
+PREFACE: Final = b"PRI * HTTP/2.0\r\n"
+"""How a connection of HTTP/2 begins."""
 _REQUEST: Final = re.compile(rb"(%s) ([!-~\x80-\xff]+) (HTTP/1\.[01])" % "|".join(METHODS).encode())
 _ANSWER: Final = re.compile(rb"(HTTP/1\.[01]) ([1-5][0-9][0-9])(?: [^\r\n]*)?")
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n]*?)[ \t]*")
+_USER: Final = re.compile(rb"//[^/@\s]*@")
 _SAFE: Final = "/?#[]@!$&'()*+,;=:-._~%|"
 
 
@@ -36,6 +37,11 @@ class Seen:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+def is_secret(header: str) -> bool:
+    """Whether a header, in lower case, may hold credentials: then it is never shown."""
+    return _SECRET.search(header) is not None
+
+
 def parse(head: bytes, headers: Set[str] = frozenset(), query: bool = False) -> Seen | None:
     """The beginning of a message, or None if it is none or its first line is not all there.
 
@@ -47,9 +53,9 @@ def parse(head: bytes, headers: Set[str] = frozenset(), query: bool = False) -> 
     if found := _REQUEST.fullmatch(first):
         method, target, version = found[1].decode(), found[2], found[3].decode()
         path = _target(target, query)
-        return Seen(version, method, path, headers=_headers(rest, headers)) if path is not None else None
+        return Seen(version, method, path, headers=_headers(rest, headers, query)) if path is not None else None
     if found := _ANSWER.fullmatch(first):
-        return Seen(found[1].decode(), status=int(found[2]), headers=_headers(rest, headers))
+        return Seen(found[1].decode(), status=int(found[2]), headers=_headers(rest, headers, query))
     return None
 
 
@@ -70,8 +76,11 @@ def _target(target: bytes, query: bool) -> str | None:
     return quote(target, safe=_SAFE) or None
 
 
-def _headers(rest: bytes, wanted: Set[str]) -> dict[str, str]:
-    """Only lines that are all there; control characters and what is not ASCII are escaped."""
+def _headers(rest: bytes, wanted: Set[str], query: bool) -> dict[str, str]:
+    """Only lines that are all there; control characters and what is not ASCII are escaped.
+
+    A value may be a URL (Location, Referer), or have one in it: what a target would not show is left out of it as well.
+    """
     found: dict[str, str] = {}
     if not wanted:
         return found
@@ -83,6 +92,9 @@ def _headers(rest: bytes, wanted: Set[str]) -> dict[str, str]:
         if match is None:
             break
         name = match[1].decode().lower()
-        if name in wanted and name not in SECRET:
-            found[name] = match[2][:VALUE_MAX].decode("ascii", "backslashreplace").encode("unicode_escape").decode()
+        if name in wanted and not is_secret(name):
+            value = _USER.sub(b"//", match[2].partition(b"#")[0])
+            value, mark, _ = value.partition(b"?") if not query else (value, b"", b"")
+            text = value[:VALUE_MAX].decode("ascii", "backslashreplace").encode("unicode_escape").decode()
+            found[name] = text + ("?…" if mark else "")
     return found

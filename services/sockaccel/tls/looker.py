@@ -27,6 +27,7 @@ from services.common.pipeline.events import clock_offset
 from services.common.service import ComponentStatus
 from services.sockaccel.plan import Pod
 from services.sockaccel.tls import http, programs
+from services.sockaccel.tls.ktls import KernelTls
 from services.sockaccel.tls.model import Target
 from services.sockaccel.tls.probes import Probes
 from services.sockaccel.tls.scan import File, Key, Scanner
@@ -39,6 +40,7 @@ SCAN_S: Final = 2.0
 KEPT: Final = 1024
 _PAUSE_S: Final = 0.1
 _BEHIND_MAX: Final = 4096
+_THREADS_MAX: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Chosen:
     name: str
     headers: frozenset[str]
     query: bool
+    ports: frozenset[tuple[int, int]]
+    """Where the kernel may do its TLS: network namespace's cookie, server's port."""
 
 
 class Looker:
@@ -60,11 +64,16 @@ class Looker:
         self._scanner = Scanner()
         self._probes: Probes | None = None
         self._ring: RingBuffer | None = None
+        self._kernel = KernelTls(instance)
         self._chosen: dict[int, Chosen] = {}
         self._files: dict[Key, File] = {}
         self._refused: Mapping[Key, str] = {}
         self._problem = ""
         self._unknown = 0
+        self._http2 = 0
+        self._salt = os.urandom(8)
+        self._wrote: dict[int, bytes] = {}
+        """What a thread has given to a library last, which may have given it to the kernel."""
         self._last: deque[pb.Message] = deque(maxlen=KEPT)
         self._followers: set[asyncio.Queue[pb.Message | None]] = set()
 
@@ -89,6 +98,8 @@ class Looker:
                 if self._chosen and self._probes is None:
                     await programs.load(self._instance)
                 await self._run(self._look)
+                ports = frozenset[tuple[int, int]]().union(*(chosen.ports for chosen in self._chosen.values()))
+                await self._kernel.agree(set(ports), self._run)
             except (errors.FibrilError, OSError) as error:
                 if str(error) != self._problem:
                     log.warning("TLS is not looked into", extra={"cause": str(error)})
@@ -106,7 +117,9 @@ class Looker:
             with contextlib.suppress(OSError):
                 if mine and pod.netns:
                     headers = frozenset[str]().union(*(target.headers for target in mine))
-                    found[os.stat(pod.netns).st_ino] = Chosen(pod.name, headers, any(target.query for target in mine))
+                    ports = frozenset((pod.netns_cookie, port) for target in mine for port in target.kernel_ports)
+                    query = any(target.query for target in mine)
+                    found[os.stat(pod.netns).st_ino] = Chosen(pod.name, headers, query, ports)
         return found
 
     def _look(self) -> None:
@@ -121,6 +134,7 @@ class Looker:
         self._refused = dict(self._probes.agree(self._files))
 
     def _let_go(self) -> None:
+        self._kernel.close()
         if self._probes is not None:
             self._probes.choose(set())
             self._probes.close()
@@ -149,17 +163,28 @@ class Looker:
         chosen = self._chosen.get(record.netns)
         if chosen is None:
             return
-        seen = http.parse(bytes(record.head[: record.captured]), chosen.headers, chosen.query)
+        head = bytes(record.head[: record.captured])
+        if record.kernel and self._wrote.pop(record.thread, None) == head:
+            return
+        if not record.kernel and not record.received and chosen.ports:
+            while len(self._wrote) >= _THREADS_MAX:
+                del self._wrote[next(iter(self._wrote))]
+            self._wrote[record.thread] = head
+        seen = http.parse(head, chosen.headers, chosen.query)
         if seen is None:
-            self._unknown += 1
+            if head.startswith(http.PREFACE):
+                self._http2 += 1
+            else:
+                self._unknown += 1
             return
         message = pb.Message(
             unix_seconds=(record.time + offset_ns) / 1e9,
             pod=chosen.name,
             pid=record.pid,
-            comm=record.comm.decode("ascii", "replace"),
+            comm=shown(record.comm),
             received=bool(record.received),
-            session=zlib.crc32(f"{record.pid} {record.session}".encode()),
+            kernel=bool(record.kernel),
+            session=zlib.crc32(b"%s %d %d" % (self._salt, record.pid, record.session)),
             method=seen.method,
             path=seen.path,
             status=seen.status,
@@ -173,6 +198,11 @@ class Looker:
                 queue.put_nowait(None)
             else:
                 queue.put_nowait(message)
+
+    def forget(self) -> None:
+        """What was seen of pods that no target is about any more."""
+        names = {chosen.name for chosen in self._choose().values()}
+        self._last = deque((message for message in self._last if message.pod in names), maxlen=KEPT)
 
     async def follow(self, last: int) -> AsyncIterator[pb.Message | None]:
         """The last ones, None, and all that come. Aborted when the reader is too slow."""
@@ -194,11 +224,17 @@ class Looker:
     def probes(self) -> pb.ListProbesResponse:
         """What is probed."""
         found = pb.ListProbesResponse(
-            seen=self._stat(programs.Stat.SEEN), lost=self._stat(programs.Stat.LOST), unknown=self._unknown
+            seen=self._stat(programs.Stat.SEEN),
+            lost=self._stat(programs.Stat.LOST),
+            unknown=self._unknown,
+            http2=self._http2,
         )
+        if self._kernel.wanted:
+            found.kernel.sockets, found.kernel.taken = self._stat(programs.Stat.HELD), self._stat(programs.Stat.TAKEN)
+            found.kernel.problem = self._kernel.problem
         for key, file in sorted(self._files.items(), key=lambda each: (each[1].path, each[0])):
             found.probes.add(
-                path=file.path,
+                path=shown(os.fsencode(file.path)),
                 library=file.library,
                 functions=sorted(file.places) if key not in self._refused else [],
                 pods=sorted(file.pods),
@@ -219,7 +255,15 @@ class Looker:
         blind = sum(1 for key, file in self._files.items() if key in self._refused or not file.places)
         more = f", {blind} cannot be seen into" if blind else ""
         text = f"{len(self._chosen)} pods, {len(self._files)} libraries and programs{more}; {len(self._last)} messages kept"
-        return [ComponentStatus("tls", "ok", text)]
+        found = [ComponentStatus("tls", "ok", text)]
+        if self._kernel.problem:
+            found.append(ComponentStatus("tls.kernel", "degraded", f"not looked into: {self._kernel.problem}"))
+        return found
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def shown(text: bytes) -> str:
+    """What a process chose, fit for a terminal."""
+    return text.decode("ascii", "backslashreplace").encode("unicode_escape").decode()

@@ -9,7 +9,7 @@ from typing import Final
 
 from fibril.tls.v1 import tls_pb2 as pb
 from services.common.errors import InvalidArgument
-from services.sockaccel.tls.http import SECRET
+from services.sockaccel.tls.http import is_secret
 
 TARGETS_MAX: Final = 64
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,63}")
@@ -27,6 +27,7 @@ class Target:
     labels: Mapping[str, str]
     headers: frozenset[str]
     query: bool
+    kernel_ports: frozenset[int] = frozenset()
 
     def is_about(self, pod: str, labels: Mapping[str, str]) -> bool:
         return pod in self.pods or (
@@ -49,12 +50,17 @@ def declared(message: pb.Target, field: str) -> Target:
         header = text.lower()
         if not _HEADER.fullmatch(header):
             raise InvalidArgument(f"{text!r} is no name of a header", field=f"{field}.headers[{at}]")
-        if header in SECRET:
+        if is_secret(header):
             raise InvalidArgument(
-                f"{text} holds credentials, and is never shown", field=f"{field}.headers[{at}]", fix="leave it out"
+                f"{text} may hold credentials, and is never shown", field=f"{field}.headers[{at}]", fix="leave it out"
             )
         headers.append(header)
-    for what, count in (("pods", len(message.pods)), ("labels", len(message.labels)), ("headers", len(headers))):
+    for what, count in (
+        ("pods", len(message.pods)),
+        ("labels", len(message.labels)),
+        ("headers", len(headers)),
+        ("kernel_ports", len(message.kernel_ports)),
+    ):
         if count > _MANY:
             raise InvalidArgument(f"{count} {what}, the limit is {_MANY}", field=f"{field}.{what}")
     for at, pod in enumerate(message.pods):
@@ -63,7 +69,17 @@ def declared(message: pb.Target, field: str) -> Target:
     for key, value in message.labels.items():
         if not key or len(key) > _LONG or len(value) > _LONG:
             raise InvalidArgument(f"{key[:_LONG]!r} is no label", field=f"{field}.labels")
-    return Target(message.name, frozenset(message.pods), dict(message.labels), frozenset(headers), message.query)
+    for at, port in enumerate(message.kernel_ports):
+        if not 1 <= port <= 65535:
+            raise InvalidArgument(f"{port} is no port", field=f"{field}.kernel_ports[{at}]")
+    return Target(
+        message.name,
+        frozenset(message.pods),
+        dict(message.labels),
+        frozenset(headers),
+        message.query,
+        frozenset(message.kernel_ports),
+    )
 
 
 def message(target: Target) -> pb.Target:
@@ -73,4 +89,5 @@ def message(target: Target) -> pb.Target:
         labels=target.labels,
         headers=sorted(target.headers),
         query=target.query,
+        kernel_ports=sorted(target.kernel_ports),
     )

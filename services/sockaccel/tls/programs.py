@@ -1,4 +1,4 @@
-"""The programs in TLS libraries, and the contract of bpf/abi/tls.h in ctypes, version 1."""
+"""The programs in TLS libraries, and the contract of bpf/abi/tls.h in ctypes, version 2."""
 
 from __future__ import annotations
 
@@ -16,16 +16,26 @@ if TYPE_CHECKING:
     from services.common.instance import Instance
 
 SERVICE: Final = "sockaccel"
-FAMILY: Final = "tls/v1"
-MAPS: Final = {name: f"{FAMILY}/{name}" for name in ("tls_spaces", "tls_calls", "tls_stats", "tls_records")}
+FAMILY: Final = "tls/v2"
+MAPS: Final = {name: f"{FAMILY}/{name}" for name in ("tls_spaces", "tls_ports", "tls_calls", "tls_stats", "tls_records")}
 """Map -> pin path below an instance's pin directory."""
 PROGRAMS: Final = ("fib_tls_write", "fib_tls_go_write", "fib_tls_read", "fib_tls_read_ex", "fib_tls_done")
+KERNEL: Final = ("fib_tls_ops", "fib_tls_msg")
+"""Those of the kernel's own TLS."""
 SPACES_MAX: Final = 4096
 HEAD: Final = 512
 FIELDS: Final = {
     "AT_TASK_NSPROXY": "task_struct.nsproxy",
     "AT_NSPROXY_NET": "nsproxy.net_ns",
     "AT_NET_INUM": "net.ns.inum",
+    "AT_TASK_COMM": "task_struct.comm",
+}
+KERNEL_FIELDS: Final = {
+    "AT_NET_INUM": "net.ns.inum",
+    "AT_TASK_COMM": "task_struct.comm",
+    "AT_SK_NET": "sock.__sk_common.skc_net.net",
+    "AT_ULP_OPS": "inet_connection_sock.icsk_ulp_ops",
+    "AT_ULP_NAME": "tcp_ulp_ops.name",
 }
 REGISTERS: Final = {
     "x86_64": {
@@ -45,22 +55,32 @@ class Stat(enum.IntEnum):
 
     SEEN = 0
     LOST = 1
+    HELD = 2
+    TAKEN = 3
+
+
+class Port(ct.Structure):
+    """struct tls_port."""
+
+    _fields_ = (("netns", ct.c_uint64), ("port", ct.c_uint32), ("zero", ct.c_uint32))
 
 
 class Record(ct.Structure):
     """struct tls_record."""
 
     _fields_ = (
-        ("time", ct.c_uint64), ("session", ct.c_uint64), ("pid", ct.c_uint32), ("netns", ct.c_uint32), ("size", ct.c_uint32),
-        ("captured", ct.c_uint16), ("received", ct.c_uint16), ("comm", ct.c_char * 16), ("head", ct.c_ubyte * HEAD),
+        ("time", ct.c_uint64), ("session", ct.c_uint64), ("pid", ct.c_uint32), ("thread", ct.c_uint32),
+        ("netns", ct.c_uint32), ("captured", ct.c_uint16), ("received", ct.c_uint8), ("kernel", ct.c_uint8),
+        ("comm", ct.c_char * 16), ("head", ct.c_ubyte * HEAD),
     )  # fmt: skip
 
 
+assert ct.sizeof(Port) == 16
 assert ct.sizeof(Record) == 48 + HEAD
 
 
 def spec() -> loader.ProgramSpec:
-    """All programs. Blocks for some 20 ms; FailedPrecondition: a kernel without a field, or another machine."""
+    """Those in libraries. Blocks for some 20 ms; FailedPrecondition: a kernel without a field, or another machine."""
     machine = platform.machine()
     if machine == "aarch64":
         arguments = _ARM_ARGUMENTS
@@ -77,6 +97,17 @@ def spec() -> loader.ProgramSpec:
     )
 
 
+def kernel_spec() -> loader.ProgramSpec:
+    """Those of the kernel's own TLS. As spec."""
+    return loader.ProgramSpec(
+        source=Path("sockaccel/ktls.c"),
+        functions=dict(zip(KERNEL, ("sock_ops", "sk_msg"), strict=True)),
+        service=SERVICE,
+        maps={name: MAPS[name] for name in ("tls_ports", "tls_stats", "tls_records")},
+        defines=btf.offsets(KERNEL_FIELDS),
+    )
+
+
 def path(instance: Instance, name: str) -> Path:
     """Where a program is pinned."""
     return instance.pin_dir / "prog" / SERVICE / name
@@ -85,3 +116,8 @@ def path(instance: Instance, name: str) -> Path:
 async def load(instance: Instance) -> None:
     """Load the programs anew, adopting what maps there are. Raises what loader.load raises."""
     await loader.load([await asyncio.to_thread(spec)], instance.pin_dir)
+
+
+async def load_kernel(instance: Instance) -> None:
+    """As load, those of the kernel's own TLS."""
+    await loader.load([await asyncio.to_thread(kernel_spec)], instance.pin_dir)

@@ -130,9 +130,10 @@ class Pods:
     def run(self, pod: str, *words: str, **options: Any) -> subprocess.Popen[str]:
         return self.stack.enter_context(self.lab.started(NODE, "fibril", "pod", "exec", pod, "--", *words, **options))
 
-    def client(self, pod: str) -> Client:
+    def client(self, pod: str, env: dict[str, str] | None = None) -> Client:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return Client(self.run(pod, sys.executable, "-u", "-c", CLIENT, self.address, **pipes))
+        words = [*("env", *(f"{name}={value}" for name, value in (env or {}).items())), sys.executable, "-u", "-c", CLIENT]
+        return Client(self.run(pod, *words, self.address, **pipes))
 
     def fibril(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         return self.lab.command("-i", f"{self.lab.name}-{NODE}", *words, code=code)
@@ -192,6 +193,61 @@ def test_lines_of_chosen_pods_are_seen_named_and_cut(target: Pods) -> None:
     assert "hidden" not in json.dumps(target.messages()) and "word" not in json.dumps(target.messages())
 
 
+def test_a_library_is_seen_that_was_replaced_under_its_process(target: Pods, tmp_path: Path) -> None:
+    loaded = next(line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/libssl" in line)
+    mine = tmp_path / Path(loaded).name
+    shutil.copy(loaded, mine)
+    client = target.client("p1", {"LD_LIBRARY_PATH": str(tmp_path)})
+    shutil.copy(loaded, tmp_path / "newer")
+    (tmp_path / "newer").rename(mine)
+    wait_for(lambda: [each for each in target.probes() if each["path"] == f"{mine} (deleted)" and each["functions"]], "a probe")
+    assert client.get("/replaced") == 200
+    assert ("p1", False) in {(each["pod"], each["received"]) for each in target.messages("/replaced")}
+
+
+def test_what_pods_make_up_hurts_nobody(target: Pods, tmp_path: Path) -> None:
+    program = tmp_path / "libssl.so.3"
+    program.write_bytes(b"\x7fELF\x02\x01\x01" + b"\xff" * 4096)
+    code = f"import mmap, time; f = open({str(program)!r}); m = mmap.mmap(f.fileno(), 0, prot=5, flags=2); time.sleep(60)"
+    target.run("p1", sys.executable, "-c", code)
+    seen = wait_for(lambda: [each for each in target.probes() if each["path"] == str(program)], "the file")
+    assert "make no sense" in seen[0]["problem"] and not seen[0]["functions"]
+    assert target.client("p1").get("/beside-it") == 200
+    assert len(target.messages("/beside-it")) == 2
+
+
+def test_messages_of_all_shapes(target: Pods) -> None:
+    """As processes write them: split, several in one, too long, in another protocol, no protocol at all."""
+    made = [
+        [b"GET /split-in-the-path", b"-for-good HTTP/1.1\r\nhost: x\r\n\r\n"],
+        [b"GET /split-behind-the-line HTTP/1.1\r\n", b"x-kind: late\r\nhost: x\r\n\r\n"],
+        [b"GET /pipelined-1 HTTP/1.1\r\nhost: x\r\n\r\nGET /pipelined-2 HTTP/1.1\r\nhost: x\r\n\r\n"],
+        [b"GET /" + b"long" * 400 + b" HTTP/1.1\r\nhost: x\r\n\r\n"],
+        [b"GET " + bytes(range(1, 250)) + b"\r\n\r\n"],
+        [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
+    ]
+    wait_for(lambda: target.probed("openssl"), "a probe")
+    code = f"""
+import socket, ssl
+context = ssl._create_unverified_context()
+for parts in {made!r}:
+    with context.wrap_socket(socket.create_connection(({target.address!r}, 8443), 10)) as made:
+        for part in parts:
+            made.sendall(part)
+        made.settimeout(1)
+        try:
+            made.recv(100)
+        except OSError:
+            pass
+"""
+    target.lab.pod_exec(NODE, "p1", sys.executable, "-c", code)
+    wrote = [each["path"] for each in target.messages() if each["pod"] == "p1" and not each["received"] and each["method"]]
+    assert "/split-behind-the-line" in wrote and "/pipelined-1" in wrote
+    assert not any(part in path for path in wrote for part in ("for-good", "pipelined-2", "longlong", "in-the-path"))
+    late = next(each for each in target.messages("/split-behind-the-line") if each["pod"] == "p1")
+    assert late["headers"] == {}
+
+
 def test_gnutls_is_seen_as_well(target: Pods) -> None:
     if shutil.which("wget") is None:
         pytest.skip("there is no wget")
@@ -246,7 +302,7 @@ def test_what_is_wrong_is_named(pods: Pods) -> None:
     for words, said in (
         (["target", "set", "a b", "--pod", "p1"], "no name of a target"),
         (["target", "set", "a"], "a target names pods"),
-        (["target", "set", "a", "--pod", "p1", "--header", "Cookie"], "holds credentials"),
+        (["target", "set", "a", "--pod", "p1", "--header", "Cookie"], "may hold credentials"),
         (["target", "set", "a", "--label", "x"], "KEY=VALUE"),
         (["target", "rm", "nobody"], "no target"),
     ):
