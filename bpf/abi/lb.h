@@ -198,23 +198,25 @@ _Static_assert(sizeof(struct lb_sock_key) == 32, "ABI");
 /* lb_sock.flags */
 #define LB_SOCK_CONNECTED 0x1 /* by connect(): bound to its backend; else each datagram is translated anew */
 #define LB_SOCK_DIRECT 0x2    /* has spoken to the backend itself since: answers come from there */
+#define LB_SOCK_FURTHER 0x4   /* what is behind LB_SOCK_HOT means something; else it is what was there before */
 
 struct lb_sock {
 	struct fib_addr vip;
 	struct fib_addr addr; /* backend */
-	struct fib_addr next; /* with nport: key of the next LB_SOCK_TO of this socket, newest first */
-	__u64 netns;          /* cookie */
-	__u32 backend;        /* id */
-	__u32 service;        /* index */
+	__u64 netns : 48;     /* cookie; they are given out one after the other */
+	__u64 flags : 8;      /* LB_SOCK_*, in LB_SOCK_OWN */
+	__u64 proto : 8;
+	__u32 backend; /* id */
 	__be16 vport;
-	__be16 port;  /* backend's */
-	__be16 nport; /* 0: no further one */
-	__u8 flags;   /* LB_SOCK_*, in LB_SOCK_OWN */
-	__u8 proto;
+	__be16 port; /* backend's */
+	struct fib_addr next; /* with nport: key of the next LB_SOCK_TO of this socket, newest first */
+	__be16 nport;         /* 0: no further one */
+	__u16 pad;
 	__u32 further; /* LB_SOCK_TO of this socket, in LB_SOCK_OWN */
-	__u32 reserved;
 };
-_Static_assert(sizeof(struct lb_sock) == 80, "ABI");
+_Static_assert(sizeof(struct lb_sock) == 72, "ABI");
+/* Bytes that a first connect() writes: with what comes before it in lb_socks_near, a line of the cache. */
+#define LB_SOCK_HOT 48
 
 /* In front of lb_socks: entries of kind LB_SOCK_OWN by the low bits of the cookie. Cookies are given out one after the
  * other, so that sockets that come and go use neighbouring slots, which the cache has; a place in the hash it seldom has.
@@ -225,8 +227,9 @@ struct lb_sock_near {
 	__u32 claims; /* 1: taken; more only while somebody sees that it is */
 	__u32 crowd;  /* entries in the hash that belong here */
 	struct lb_sock entry;
+	__u64 pad[5];
 };
-_Static_assert(sizeof(struct lb_sock_near) == 96, "ABI");
+_Static_assert(sizeof(struct lb_sock_near) == 128, "ABI");
 
 /* A client of a service with affinity: its address, or for sockets its namespace's cookie in q[0] and 0 in q[1]. */
 struct lb_client {

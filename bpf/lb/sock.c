@@ -112,6 +112,12 @@ static __always_inline bool is_for(const struct lb_sock *entry, const struct fib
 	return entry->vport == vport && fib_addr_same(&entry->vip, vip);
 }
 
+/* Of an entry of kind LB_SOCK_OWN. */
+static __always_inline bool has_further(const struct lb_sock *own)
+{
+	return own->flags & LB_SOCK_FURTHER;
+}
+
 static __always_inline void key_of(struct lb_sock_key *key, __u8 kind, const struct fib_addr *addr, __be16 port)
 {
 	key->kind = kind;
@@ -190,12 +196,10 @@ static __always_inline void put_over(struct lb_sock *there, struct lb_sock *entr
 {
 	__u32 backend = entry->backend;
 
-	entry->next = there->next;
-	entry->nport = there->nport;
-	entry->further = there->further;
+	entry->flags |= there->flags & LB_SOCK_FURTHER;
 	*(volatile __u32 *)&there->backend = 0;
 	entry->backend = 0;
-	*there = *entry;
+	__builtin_memcpy(there, entry, LB_SOCK_HOT);
 	entry->backend = backend;
 	*(volatile __u32 *)&there->backend = backend;
 }
@@ -221,6 +225,7 @@ static __always_inline void answers_from(struct lb_sock_key *key, struct lb_sock
 static __always_inline void note_further(struct lb_sock_key *key, struct lb_sock *own, struct lb_sock *entry)
 {
 	struct lb_sock *to, *from;
+	__u32 further;
 
 	key_of(key, LB_SOCK_TO, &entry->vip, entry->vport);
 	to = lb_socks.lookup(key);
@@ -231,23 +236,28 @@ static __always_inline void note_further(struct lb_sock_key *key, struct lb_sock
 			lb_socks.delete(key);
 		put_over(to, entry);
 	} else {
-		entry->next = own->next;
-		entry->nport = own->nport;
-		if (own->further >= FURTHER_MAX || lb_socks.update(key, entry)) {
+		further = has_further(own) ? own->further : 0;
+		if (further) {
+			entry->next = own->next;
+			entry->nport = own->nport;
+		}
+		if (further >= FURTHER_MAX || lb_socks.update(key, entry)) {
 			lb_count(LB_STAT_SOCK_FULL);
 			return;
 		}
 		own->next = entry->vip;
 		own->nport = entry->vport;
-		own->further++;
+		own->further = further + 1;
+		own->flags |= LB_SOCK_FURTHER;
 	}
 	answers_from(key, entry, true);
 }
 
 static __always_inline void note_slowly(struct lb_sock_key *key, const struct lb_sock *chosen)
 {
-	struct lb_sock entry = *chosen, *own;
+	struct lb_sock entry = {}, *own;
 
+	__builtin_memcpy(&entry, chosen, LB_SOCK_HOT);
 	own = own_of(key);
 	if (!own) {
 		if (own_put(key, &entry))
@@ -264,7 +274,7 @@ static __always_inline void note_slowly(struct lb_sock_key *key, const struct lb
 		note_further(key, own, &entry);
 }
 
-/* What has been chosen, for recvmsg and getpeername. Without room the connection works all the same, under the
+/* What has been chosen, as far as LB_SOCK_HOT, for recvmsg and getpeername. Without room the connection works all the same, under the
  * backend's name. */
 static __always_inline void note(struct lb_sock_key *key, const struct lb_sock *chosen)
 {
@@ -272,7 +282,7 @@ static __always_inline void note(struct lb_sock_key *key, const struct lb_sock *
 
 	/* Neither it nor another is there. */
 	if (likely(near && !near_busy(near)) && likely(near_claim(near))) {
-		near->entry = *chosen;
+		__builtin_memcpy(&near->entry, chosen, LB_SOCK_HOT);
 		*(volatile __u64 *)&near->cookie = key->cookie;
 		return;
 	}
@@ -297,11 +307,11 @@ static __always_inline bool known(struct lb_sock_key *key, const struct lb_front
 	if (is_for(own, &to->addr, to->port) && stays(own, front)) {
 		if (unlikely(own->flags & LB_SOCK_DIRECT))
 			own->flags &= ~LB_SOCK_DIRECT;
-		if (unlikely(own->nport))
+		if (unlikely(has_further(own)))
 			answers_from(key, own, false);
 		entry = own;
 	} else {
-		if (!own->nport)
+		if (!has_further(own))
 			return false;
 		key_of(key, LB_SOCK_TO, &to->addr, to->port);
 		entry = lb_socks.lookup(key);
@@ -325,7 +335,7 @@ static __always_inline void go_direct(struct lb_sock_key *key, const struct dest
 		return;
 	if (leads_to(own, &to->addr, to->port) && (connects || !(own->flags & LB_SOCK_CONNECTED)))
 		own->flags |= LB_SOCK_DIRECT;
-	if (own->nport) {
+	if (has_further(own)) {
 		key_of(key, LB_SOCK_FROM, &to->addr, to->port);
 		lb_socks.delete(key);
 	}
@@ -340,7 +350,7 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	struct lb_front *front = 0;
 	struct lb_backend *backend;
 	struct lb_service *service;
-	struct lb_sock entry = {};
+	struct lb_sock entry;
 	struct fib_addr client;
 	__u64 netns, hash = 0;
 
@@ -378,7 +388,6 @@ static __always_inline enum outcome translate(struct bpf_sock_addr *ctx, struct 
 	entry.port = lb_front_port(front, backend, to->port);
 	entry.netns = netns;
 	entry.backend = backend->id;
-	entry.service = front->service;
 	entry.flags = connects ? LB_SOCK_CONNECTED : 0;
 	entry.proto = to->proto;
 	to->addr = entry.addr;
@@ -401,7 +410,7 @@ static __always_inline bool translate_back(struct bpf_sock_addr *ctx, struct des
 	own = own_of(&key);
 	if (!own)
 		return false;
-	if (unlikely(own->nport) && !peer) {
+	if (unlikely(has_further(own)) && !peer) {
 		key_of(&key, LB_SOCK_FROM, &from->addr, from->port);
 		entry = lb_socks.lookup(&key);
 		if (entry) {
@@ -550,15 +559,18 @@ int fib_release(struct bpf_sock *ctx)
 {
 	struct lb_sock_key key = { .proto = ctx->protocol, .cookie = bpf_get_socket_cookie(ctx) };
 	struct lb_sock_near *near = near_of(key.cookie);
-	struct fib_addr next, backend;
+	struct fib_addr next = {}, backend;
 	__be16 nport, port;
 	struct lb_sock *entry;
 
 	entry = own_of(&key);
 	if (likely(!entry) || !near)
 		return 1;
-	next = entry->next;
-	nport = entry->nport;
+	nport = 0;
+	if (unlikely(has_further(entry))) {
+		next = entry->next;
+		nport = entry->nport;
+	}
 	if (near->cookie == key.cookie) {
 		*(volatile __u64 *)&near->cookie = 0;
 		__sync_fetch_and_add(&near->claims, -1);

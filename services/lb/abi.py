@@ -129,6 +129,7 @@ class SockFlag(enum.IntFlag):
 
     CONNECTED = 0x1
     DIRECT = 0x2
+    FURTHER = 0x4
 
 
 class ConfigFlag(enum.IntFlag):
@@ -267,16 +268,18 @@ class Sock(ct.Structure):
     """struct lb_sock."""
 
     _fields_ = (
-        ("vip", FibAddr), ("addr", FibAddr), ("next", FibAddr), ("netns", ct.c_uint64), ("backend", ct.c_uint32),
-        ("service", ct.c_uint32), ("vport", ct.c_uint16), ("port", ct.c_uint16), ("nport", ct.c_uint16),
-        ("flags", ct.c_uint8), ("proto", ct.c_uint8), ("further", ct.c_uint32), ("reserved", ct.c_uint32),
+        ("vip", FibAddr), ("addr", FibAddr), ("netns", ct.c_uint64, 48), ("flags", ct.c_uint64, 8),
+        ("proto", ct.c_uint64, 8), ("backend", ct.c_uint32), ("vport", ct.c_uint16), ("port", ct.c_uint16),
+        ("next", FibAddr), ("nport", ct.c_uint16), ("pad", ct.c_uint16), ("further", ct.c_uint32),
     )  # fmt: skip
 
 
 class SockNear(ct.Structure):
     """struct lb_sock_near: an element of lb_socks_near."""
 
-    _fields_ = (("cookie", ct.c_uint64), ("claims", ct.c_uint32), ("crowd", ct.c_uint32), ("entry", Sock))
+    _fields_ = (
+        ("cookie", ct.c_uint64), ("claims", ct.c_uint32), ("crowd", ct.c_uint32), ("entry", Sock), ("pad", ct.c_uint64 * 5),
+    )  # fmt: skip
 
 
 class Client(ct.Structure):

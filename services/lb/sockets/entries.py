@@ -22,10 +22,11 @@ from services.lb.model import TCP, UDP
 
 # Parts of keys and values that a look at all of them needs (abi.SockKey, abi.Sock).
 _KEYS: Final = struct.Struct("=Q16s2xBB4x")
-_STATES: Final = struct.Struct("=56xI10xB9x")
-_NEAR: Final = struct.Struct("=Q64xI10xB9x")
-_OWNERS: Final = struct.Struct("=48xQ24x")
-_NEAR_OWNERS: Final = struct.Struct("=Q56xQ24x")
+_STATES: Final = struct.Struct("=38xBxI28x")
+_NEAR: Final = struct.Struct("=Q46xBxI68x")
+_OWNERS: Final = struct.Struct("=32xQ32x")
+_NEAR_OWNERS: Final = struct.Struct("=Q40xQ72x")
+_NETNS: Final = (1 << 48) - 1
 _NEAR_ENTRY: Final = abi.SockNear.entry.offset
 _CONNECTED: Final = int(abi.SockFlag.CONNECTED)
 
@@ -61,9 +62,9 @@ class Entries:
     def backends(self) -> set[int]:
         """Ids of those that sockets are connected to."""
         near = bytes(self._near)
-        found = {ident for cookie, ident, flags in _NEAR.iter_unpack(near) if cookie and flags & _CONNECTED}
+        found = {ident for cookie, flags, ident in _NEAR.iter_unpack(near) if cookie and flags & _CONNECTED}
         for _, values in self._map.items_packed():
-            found.update(ident for ident, flags in _STATES.iter_unpack(values) if flags & _CONNECTED)
+            found.update(ident for flags, ident in _STATES.iter_unpack(values) if flags & _CONNECTED)
         return found
 
     def connected(self, backends: frozenset[int] | set[int]) -> list[Connected]:
@@ -72,13 +73,13 @@ class Entries:
 
     def _connected_near(self, backends: frozenset[int] | set[int]) -> Iterator[Connected]:
         near = bytes(self._near)
-        for index, (cookie, ident, flags) in enumerate(_NEAR.iter_unpack(near)):
+        for index, (cookie, flags, ident) in enumerate(_NEAR.iter_unpack(near)):
             if cookie and flags & _CONNECTED and ident in backends:
                 yield _connected(cookie, near, index * _NEAR.size + _NEAR_ENTRY)
 
     def _connected_far(self, backends: frozenset[int] | set[int]) -> Iterator[Connected]:
         for keys, values in self._map.items_packed():
-            for index, (ident, flags) in enumerate(_STATES.iter_unpack(values)):
+            for index, (flags, ident) in enumerate(_STATES.iter_unpack(values)):
                 if flags & _CONNECTED and ident in backends:
                     cookie, _, _, kind = _KEYS.unpack_from(keys, index * _KEYS.size)
                     if kind == abi.SockKind.OWN:
@@ -89,13 +90,13 @@ class Entries:
         found: defaultdict[int, set[int]] = defaultdict(set)
         for cookie, netns in _NEAR_OWNERS.iter_unpack(bytes(self._near)):
             if cookie:
-                found[netns].add(cookie)
+                found[netns & _NETNS].add(cookie)
         for keys, values in self._map.items_packed():
             for (cookie, _, _, kind), (netns,) in zip(
                 _KEYS.iter_unpack(keys), _OWNERS.iter_unpack(values), strict=True
             ):
                 if kind == abi.SockKind.OWN:
-                    found[netns].add(cookie)
+                    found[netns & _NETNS].add(cookie)
         return found
 
     def forget(self, cookies: set[int]) -> int:
