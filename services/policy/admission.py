@@ -5,6 +5,7 @@ Most are so small that no combination of them could fail; only what might is wor
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,15 +16,40 @@ from services.policy.model import CidrPeer, EndpointPeer, EntityPeer, Policy
 from services.policy.resolve.resolved import CELLS_MAX, Resolved, RuleRef
 
 _SURELY: Final = CELLS_MAX // 16
+TRIES_MAX: Final = 5_000_000
+"""New selectors times identities to try them on: some seconds."""
 
 
-def check(enforcer: Enforcer, policies: Sequence[Policy]) -> None:
-    """Raises ResourceExhausted, with the count and the limit, if an endpoint of this node could not have these policies."""
+async def check(enforcer: Enforcer, policies: Sequence[Policy]) -> None:
+    """Raises ResourceExhausted, with the count and the limit, if an endpoint of this node could not have these policies. Others have
+    their turn between one endpoint's and the next.
+    """
+    tries = enforcer.world.selectors.tries(
+        {
+            peer
+            for policy in policies
+            for rule in policy.rules
+            for peer in rule.peers or ()
+            if isinstance(peer, EndpointPeer)
+        }
+    )
+    if tries > TRIES_MAX:
+        raise ResourceExhausted(
+            f"selectors that demand no label's value would have to be tried {tries} times on identities, "
+            f"the limit is {TRIES_MAX}",
+            fix="have selectors name a label's value, or use fewer",
+        )
     peers = 0
-    for group in enforcer.groups.values():
+    seen = set()
+    for group in list(enforcer.groups.values()):
         refs = _selected(enforcer, group, policies)
         if refs is None or _bound(enforcer, refs) <= _SURELY:
             continue
+        alike = frozenset((ref.key, ref.index) for ref in refs), group.key[1]
+        if alike in seen:
+            continue
+        seen.add(alike)
+        await asyncio.sleep(0)
         resolved = Resolved(refs, dict(group.key[1]), enforcer.world)
         try:
             resolved.classify()

@@ -62,7 +62,7 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
                 "a revision is expected of several policies", field="expected_revision", fix="give one policy"
             )
         self._require_synced()
-        admission.check(self._enforcer, policies)
+        await admission.check(self._enforcer, policies)
         if request.dry_run:
             revision, result = 0, {policy.key: self._would(policy) for policy in policies}
         else:
@@ -133,7 +133,7 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
         self._require_synced()
         if request.delete:
             return await self._delete_documents(policies, request.dry_run)
-        admission.check(self._enforcer, policies)
+        await admission.check(self._enforcer, policies)
         if request.dry_run:
             shown = [_applied(policy.key, _RESULTS[self._would(policy)]) for policy in policies]
             return pb.ApplyDocumentsResponse(documents=shown)
@@ -289,7 +289,11 @@ async def parse(text: str, default_namespace: str) -> list[Policy]:
             f"{len(text)} characters of documents, the limit is {TEXT_MAX}", field="text", fix="apply them in parts"
         )
     # Large documents take seconds.
-    found = await asyncio.to_thread(documents.parse, text, default_namespace or "default")
+    return await asyncio.to_thread(_read, text, default_namespace or "default")
+
+
+def _read(text: str, default_namespace: str) -> list[Policy]:
+    found = documents.parse(text, default_namespace)
     return [convert.policy(each, f"document {at + 1}") for at, each in enumerate(found)]
 
 

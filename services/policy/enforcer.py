@@ -384,12 +384,14 @@ class Enforcer:
         # Two that are both in force cannot share a table of peers.
         old = before if before is not None and not before.groups and before.holders <= members else None
         serves = content if content.resolved is not None else old
-        resolved = Resolved(content.key[0], dict(content.key[1]), self.world)
+        resolved: Resolved | None = None
         try:
+            resolved = Resolved(content.key[0], dict(content.key[1]), self.world)
             same = resolved.classify(serves.resolved if serves is not None else None)
             published = writer.publish(resolved, serves.published if serves is not None else None, same)
         except FibrilError as error:
-            resolved.close()
+            if resolved is not None:
+                resolved.close()
             if str(error) != content.problem:
                 log.error("a policy does not fit", extra={"cause": str(error), "endpoints": self._pods(content)})
             content.problem = str(error)

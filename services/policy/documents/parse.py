@@ -39,12 +39,7 @@ _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Base):  # type: ignore[misc]
-    """Safe, and strict: no key twice, no aliases, of which a few lines could make millions."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not taken: write out what they stand for")
-        return super().compose_node(parent, index)
+    """Safe, and strict: no key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[Any] = set()
@@ -94,7 +89,7 @@ def parse(text: str, default_namespace: str) -> list[pb.Policy]:
 def _documents(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
-        _check_depth(text)
+        _check_shape(text)
         for loaded in yaml.load_all(text, Loader=_Loader):
             for document in _items(loaded):
                 number += 1
@@ -108,12 +103,14 @@ def _documents(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InvalidArgument(f"not YAML: {' '.join(str(error).split())[:300]}", field="text") from None
 
 
-def _check_depth(text: str) -> None:
-    """Before anything is made of it: nesting is what a parser in C runs out of stack by."""
+def _check_shape(text: str) -> None:
+    """Before anything is made of it: by nesting a parser in C runs out of stack, and of aliases a few lines make millions."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if count > NODES_MAX:
             raise yaml.YAMLError(f"more than {NODES_MAX} values")
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases are not taken: write out what they stand for")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEPTH_MAX:

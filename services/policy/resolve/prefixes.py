@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
 from typing import Final
 
+from services.common.errors import ResourceExhausted
 from services.policy.model import CidrPeer, IPNetwork
 
 _MAPPED: Final = ip_network("::ffff:0:0/96")
 _ALL_IPV4: Final = ip_network("0.0.0.0/0")
 
 
-def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, int]:
+def prefix_masks(peers: Iterable[tuple[CidrPeer, int]], limit: int) -> Mapping[IPNetwork, int]:
     """What each prefix named by the peers, holes included, means for the addresses that have no longer one: the bits of
-    all peers that they belong to.
+    all peers that they belong to. ResourceExhausted: these are more than the limit, all prefixes together.
     """
+    work = 0
     own: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
     holes: dict[IPNetwork, list[tuple[CidrPeer, int]]] = {}
     for peer, bits in peers:
@@ -41,6 +43,12 @@ def prefix_masks(peers: Iterable[tuple[CidrPeer, int]]) -> Mapping[IPNetwork, in
             inherited = [each for each in inherited if id(each[0]) not in left]
         here = [*inherited, *own[prefix]] if own[prefix] else inherited
         around.append((prefix, here))
+        work += len(here)
+        if work > limit:
+            raise ResourceExhausted(
+                f"prefixes are within each other {limit} times and more",
+                fix="name no prefix that a wider one of the same rule holds",
+            )
         mask = 0
         for _, bits in here:
             mask |= bits

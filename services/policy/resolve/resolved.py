@@ -34,6 +34,8 @@ from services.policy.resolve.world import IPAddress, NamedPort, World
 
 CELLS_MAX: Final = 1 << 20
 """Cells that the tables of one policy may take."""
+WORK_MAX: Final = 1 << 20
+"""Rules that may have to be looked at to make them, for all kinds of peers together: some seconds of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +112,18 @@ class Resolved:
         self._always = 0
         self._sides = [0, 0]
         """Bits of each direction."""
+        self._uncertain = 0
+        """Bits of rules that an identity may match, whatever its address is."""
+        self._defaults = tuple(self._default(direction) for direction in Direction)
+        self._enforced = tuple(any(ref.rule.direction is direction for ref in self.refs) for direction in Direction)
         for order, ref in enumerate(self.refs):
             self._enter(order, ref, named)
+        self._actions = {
+            action: sum(1 << at for at, bit in enumerate(self.bits) if bit.ref.rule.action is action) for action in Action
+        }
+        """Bits of each action."""
+        self._prefixes = prefix_masks(self._cidrs.items(), WORK_MAX)
         world.selectors.hold(self.terms)
-        self._prefixes = prefix_masks(self._cidrs.items())
         self.prefix_masks: list[int] = sorted({0, *self._prefixes.values()})
         self._ranges: dict[tuple[int, int], tuple[Range, ...]] = {}
         self.masks: list[int] = [0]
@@ -151,7 +161,9 @@ class Resolved:
                 bit = Bit(ref, order, spans_of(found))
                 self._restrict(self._bit(bit), rule, having)
                 if addresses:
-                    self._restricted.append(Restricted(self._bit(replace(bit, needs=addresses)), None, having))
+                    mask = self._bit(replace(bit, needs=addresses))
+                    self._uncertain |= mask
+                    self._restricted.append(Restricted(mask, None, having))
 
     def _bit(self, bit: Bit) -> int:
         mask = 1 << len(self.bits)
@@ -165,6 +177,7 @@ class Resolved:
             return
         for peer in rule.peers:
             if isinstance(peer, EndpointPeer | EntityPeer):
+                self._uncertain |= mask
                 self.terms[peer] = self.terms.get(peer, 0) | mask
         self._addresses(mask, rule)
 
@@ -184,6 +197,7 @@ class Resolved:
 
     def _restrict(self, mask: int, rule: Rule, having: set[int]) -> None:
         terms = None
+        self._uncertain |= mask
         if rule.peers is not None:
             terms = frozenset(peer for peer in rule.peers if isinstance(peer, EndpointPeer | EntityPeer))
             for term in terms:
@@ -275,9 +289,9 @@ class Resolved:
     # ---- what they say --------------------------------------------------------------------------------------
     def enforced(self, direction: Direction) -> bool:
         """Whether any rule is about this direction."""
-        return any(ref.rule.direction is direction for ref in self.refs)
+        return self._enforced[direction]
 
-    def default(self, direction: Direction) -> Default:
+    def _default(self, direction: Direction) -> Default:
         rules = [ref.rule for ref in self.refs if ref.rule.direction is direction and ref.rule.default_deny]
         return Default(
             bool(rules), any(rule.reject for rule in rules), any(rule.keep_established for rule in rules)
@@ -288,7 +302,7 @@ class Resolved:
         key = direction, (mask | self._always) & self._sides[direction]
         found = self._ranges.get(key)
         if found is None:
-            found = flatten([bit.asked() for bit in self._of(key[1])], self.default(direction))
+            found = flatten([bit.asked() for bit in self._of(key[1])], self._defaults[direction])
             self._ranges[key] = found
         return found
 
@@ -308,16 +322,16 @@ class Resolved:
         allowed whatever it turned out to be.
         """
         certain = (certain | self._always) & self._sides[direction]
+        possible = self._uncertain & self._sides[direction] & ~certain
         sure = self._of(certain)
-        possible = self._of(self._sides[direction] & ~certain, certain)
-        harmful = [bit for bit in possible if bit.ref.rule.action is Action.DENY]
+        harmful = self._of(possible & self._actions[Action.DENY], certain)
         # The last tier's leave nothing but to allow.
         passing = [
             bit
-            for bit in possible
-            if bit.ref.rule.action is Action.PASS and bit.ref.rule.tier is not Tier.BASELINE
+            for bit in self._of(possible & self._actions[Action.PASS], certain)
+            if bit.ref.rule.tier is not Tier.BASELINE
         ]
-        default = self.default(direction)
+        default = self._defaults[direction]
         # A rule that passes on may skip one that allows, or one that denies: whichever is worse.
         first = flatten([bit.asked() for bit in (*sure, *harmful)], default)
         if not passing:
@@ -352,6 +366,17 @@ class Resolved:
         sides = sum(self.enforced(direction) for direction in Direction)
         return sides * (len(self.masks) + 1) * len(self.prefix_masks)
 
+    def _work(self) -> int:
+        """Rules to look at for all kinds of peers, and for those that nothing is known of."""
+        work = 0
+        for direction in Direction:
+            side, always = self._sides[direction], self._always
+            open_ = self._uncertain & side & (self._actions[Action.DENY] | self._actions[Action.PASS])
+            work += len(self.prefix_masks) * open_.bit_count()
+            for mask in self.masks:
+                work += sum(((mask | prefix | always) & side).bit_count() for prefix in self.prefix_masks)
+        return work
+
     def tables(self) -> Tables:
         """ResourceExhausted, with the count, for what is too large."""
         needed = self.cells_needed()
@@ -359,6 +384,12 @@ class Resolved:
             raise ResourceExhausted(
                 f"{len(self.masks)} kinds of identities times {len(self.prefix_masks)} kinds of prefixes are "
                 f"{needed} combinations, the limit is {CELLS_MAX}",
+                fix="put peers with the same ports into one rule",
+            )
+        work = self._work()
+        if work > WORK_MAX:
+            raise ResourceExhausted(
+                f"{len(self.refs)} rules for {needed} kinds of peers are {work} combinations, the limit is {WORK_MAX}",
                 fix="put peers with the same ports into one rule",
             )
         classes: list[list[int]] = [[], []]
@@ -379,13 +410,13 @@ class Resolved:
                         ranges.extend(
                             each.protocol << 56 | each.port << 40 | each.verdict << 32 | each.number for each in found
                         )
+                        if needed + len(ranges) > CELLS_MAX:
+                            raise ResourceExhausted(
+                                f"more than {CELLS_MAX} ranges of ports for {needed} kinds of peers together",
+                                fix="use ranges instead of single ports, fewer of them, or fewer kinds of peers",
+                            )
                     classes[direction].append(len(found) << 32 | place)
         base = len(classes[0]) + len(classes[1])
-        if base + len(ranges) > CELLS_MAX:
-            raise ResourceExhausted(
-                f"{len(ranges)} ranges of ports and {base} kinds of peers, the limit is {CELLS_MAX} together",
-                fix="use ranges instead of single ports, fewer of them, or fewer kinds of peers",
-            )
         # Ranges follow the class tables.
         cells = [cell + base for side in classes for cell in side] + ranges
         place_of = {mask: index for index, mask in enumerate(self.prefix_masks)}

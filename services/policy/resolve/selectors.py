@@ -1,6 +1,6 @@
 """Which identities each selector selects: kept as identities and selectors come and go, each at the cost of what it concerns.
 
-A selector that demands a label's value is found by that value; the few others are tried on every identity.
+A selector that demands one of some values of a label is found by these; the few others are tried on every identity.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Selectors:
             known = self._terms.get(term)
             if known is None:
                 known = self._terms[term] = _Known()
-                self._index(term).add(term)
+                for index in self._indexes(term):
+                    index.add(term)
                 known.numbers.update(self._find(term))
             known.users += 1
 
@@ -110,24 +111,29 @@ class Selectors:
             known.users -= 1
             if not known.users:
                 del self._terms[term]
-                self._index(term).discard(term)
+                for index in self._indexes(term):
+                    index.discard(term)
 
     def numbers(self, term: Term) -> set[int]:
         """Identities that a term that is held matches; not to be changed."""
         return self._terms[term].numbers
 
-    def _index(self, term: Term) -> set[Term]:
-        wanted = _demands(term)
-        return self._by_label.setdefault(wanted, set()) if wanted is not None else self._others
+    def tries(self, terms: Iterable[Term]) -> int:
+        """How often terms that are not kept up to date yet would have to be tried on identities, at most."""
+        return sum(len(self.labels) for term in terms if term not in self._terms and not demands(term))
+
+    def _indexes(self, term: Term) -> list[set[Term]]:
+        wanted = demands(term)
+        return [self._by_label.setdefault(each, set()) for each in wanted] if wanted else [self._others]
 
     def _find(self, term: Term) -> set[int]:
-        wanted = _demands(term)
-        candidates: Iterable[int] = self.labels if wanted is None else self._with.get(wanted, ())
+        wanted = demands(term)
         found = set()
-        for number in candidates:
-            self.tried += 1
-            if matches(term, number, self.labels[number]):
-                found.add(number)
+        for candidates in [self._with.get(each, ()) for each in wanted] if wanted else [self.labels]:
+            for number in candidates:
+                self.tried += 1
+                if matches(term, number, self.labels[number]):
+                    found.add(number)
         return found
 
     # ---- identities -----------------------------------------------------------------------------------------
@@ -177,10 +183,11 @@ class Selectors:
         return found
 
 
-def _demands(term: Term) -> tuple[str, str] | None:
-    """A label without which the term matches nobody."""
+def demands(term: Term) -> list[tuple[str, str]]:
+    """Labels without one of which the term matches nobody; none: there are no such."""
+    found: list[tuple[str, str]] = []
     if isinstance(term, EndpointPeer):
         for each in term.selector.expressions:
-            if each.operator is Operator.IN and len(each.values) == 1:
-                return each.key, each.values[0]
-    return None
+            if each.operator is Operator.IN and (not found or len(each.values) < len(found)):
+                found = [(each.key, value) for value in each.values]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -408,6 +409,25 @@ def test_what_is_no_policy_is_refused_quickly(text: str) -> None:
     with pytest.raises(InvalidArgument):
         read(text)
     assert time.monotonic() - began < 2
+
+
+def test_aliases_are_refused_before_anything_is_made_of_them() -> None:
+    """Each line has nine of the one before: a gigabyte, written out."""
+    names = "abcdefghi"
+    lines = [f"  {one}: &{one} [{', '.join([f'*{before}'] * 9)}]" for before, one in pairwise(names)]
+    text = "\n".join(
+        [
+            "apiVersion: networking.k8s.io/v1",
+            "kind: NetworkPolicy",
+            "metadata:",
+            "  name: p",
+            f"  a: &a [{', '.join('x' * 9)}]",
+            *lines,
+            "spec: {podSelector: {}}",
+        ]
+    )
+    with pytest.raises(InvalidArgument, match="line 6: aliases"):
+        read(text)
 
 
 def test_lists_json_and_twice_the_same() -> None:

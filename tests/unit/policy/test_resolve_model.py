@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from services.common.errors import ResourceExhausted
 from services.identity.numbers import Reserved
 from services.policy import abi
 from services.policy.model import (
@@ -16,11 +19,15 @@ from services.policy.model import (
     Action,
     CidrPeer,
     Direction,
+    EndpointPeer,
     Entity,
     EntityPeer,
+    Expression,
     Kind,
+    Operator,
     Policy,
     PolicyKey,
+    Port,
     Rule,
     Selector,
     Tier,
@@ -157,6 +164,48 @@ def of_rules(*rules: Rule) -> tuple[Resolved, Tables, Prefixes]:
     resolved.classify()
     tables = resolved.tables()
     return resolved, tables, Prefixes(tables.prefixes)
+
+
+def test_what_many_rules_make_of_many_peers_is_refused_before_it_is_worked_out() -> None:
+    """Thousands of rules that could each deny an identity that nothing is known of, whatever its address."""
+    rules = [
+        Rule(
+            Selector(),
+            Direction.INGRESS,
+            Action.DENY,
+            (EndpointPeer(Selector.of({"a": str(at)})), CidrPeer(ip_network(10 << 24 | at))),
+            (Port(6, at + 1, at + 1),),
+        )
+        for at in range(3000)
+    ]
+    refs = [RuleRef(KEY, at, rule, numbers.number(KEY, at)) for at, rule in enumerate(rules)]
+    began = time.monotonic()
+    resolved = Resolved(refs, {}, World())
+    resolved.classify()
+    with pytest.raises(ResourceExhausted, match="9006000 combinations"):
+        resolved.tables()
+    # If they allow, little has to be looked at.
+    allowing = [RuleRef(ref.key, ref.index, replace(ref.rule, action=Action.ALLOW), ref.number) for ref in refs]
+    resolved = Resolved(allowing, {}, World())
+    resolved.classify()
+    assert resolved.tables().prefix_classes == 3001
+    assert time.monotonic() - began < 15
+
+
+def test_selectors_of_several_values_are_found_by_each() -> None:
+    selectors = Selectors()
+    term = EndpointPeer(Selector.of({}, Expression("app", Operator.IN, ("a", "b"))))
+    for number, app in enumerate("abc" * 30, 1000):
+        selectors.add(number, {"app": app})
+    selectors.hold([term])
+    assert len(selectors.numbers(term)) == 60 == selectors.tried
+    selectors.add(2000, {"app": "b"})
+    selectors.add(2001, {"app": "c"})
+    assert 2000 in selectors.numbers(term) and selectors.tried == 61
+    selectors.remove(1000)
+    assert 1000 not in selectors.numbers(term)
+    selectors.drop([term])
+    assert selectors.add(2002, {"app": "a"}) == [] and selectors.tried == 61
 
 
 @pytest.mark.parametrize("prefix", ["::/0", "::/80", "::ffff:0:0/96", "::ffff:c000:200/120"])
