@@ -21,8 +21,8 @@ TRIES_MAX: Final = 5_000_000
 
 
 async def check(enforcer: Enforcer, policies: Sequence[Policy]) -> None:
-    """Raises ResourceExhausted, with the count and the limit, if an endpoint of this node could not have these policies. Others have
-    their turn between one endpoint's and the next.
+    """Raises ResourceExhausted, with the count and the limit, if an endpoint of this node could not have these policies.
+    Others have their turn between one endpoint's and the next.
     """
     tries = enforcer.world.selectors.tries(
         {
