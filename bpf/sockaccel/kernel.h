@@ -47,6 +47,14 @@ static __always_inline bool sa_is_layered(void *tcp)
 	return *(volatile __u64 *)(tcp + AT_ULP_OPS);
 }
 
+/* Whether TCP is short of memory (sysctl tcp_mem): what cannot be had to hand something over is an error of send(), where TCP would wait. */
+static __always_inline bool sa_is_short(void *tcp)
+{
+	__u64 proto = *(volatile __u64 *)(tcp + AT_SK_PROTO);
+
+	return sa_read64(*(volatile __u64 *)(proto + AT_PROTO_PRESSURE), 0);
+}
+
 /* Whether a socket has something about it that the short way does not know. */
 static __always_inline bool sa_is_special(const struct sa_end *end)
 {

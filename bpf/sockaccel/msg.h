@@ -133,6 +133,10 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 			sa_finish(pair, SA_OPTION);
 			return false;
 		}
+		if (unlikely(sa_is_short(tcp))) {
+			sa_back(pair);
+			return false;
+		}
 		if (unlikely(bpf_ktime_get_coarse_ns() - pair->beat > config->beat_ns)) {
 			pair->beat = bpf_ktime_get_coarse_ns();
 			sa_back(pair);
@@ -143,7 +147,8 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	if (!turn)
 		return false;
 	__sync_fetch_and_add(&pair->proofs, 1);
-	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_others_wait(other))
+	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_others_wait(other) ||
+	    sa_is_short(tcp))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);

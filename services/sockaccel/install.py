@@ -40,6 +40,8 @@ FIELDS: Final = {
     "AT_TASK_PID": "task_struct.pid",
     "AT_SK_OWNED": "sock.sk_lock.owned",
     "AT_SK_WQ": "sock.sk_wq",
+    "AT_SK_PROTO": "sock.__sk_common.skc_prot",
+    "AT_PROTO_PRESSURE": "proto.memory_pressure",
     "AT_WQ_HEAD": "socket_wq.wait.head",
     "AT_WAIT_ENTRY": "wait_queue_entry.entry",
     "AT_WAIT_PRIVATE": "wait_queue_entry.private",

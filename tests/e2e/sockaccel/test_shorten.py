@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from accelrig import A4, A6, B4, B6, Rig, until
 
@@ -266,6 +268,33 @@ assert take(d, 100) == bytes([120]) * 100
 """)
     (pair,) = rig.pairs()
     assert not pair.ended and pair.ends[0].sends > 3100
+
+
+def test_while_tcp_is_short_of_memory_nothing_is_handed_over(rig: Rig) -> None:
+    """Pressure is what comes long before the limit, at which handing over would be an error."""
+    process = rig.process()
+    limits = Path("/proc/sys/net/ipv4/tcp_mem")
+    before = limits.read_text()
+    pair_up(process)
+    process.do("talk(20)")
+    sends = rig.pairs()[0].ends[0].sends
+    try:
+        limits.write_text(f"0 0 {before.split()[2]}")
+        # Somebody has to notice it.
+        process.do("""
+a = socket.create_server(("127.0.0.1", 0)); b = socket.create_connection(a.getsockname()); e, _ = a.accept()
+b.setblocking(False)
+try:
+    while True: b.send(bytes(65536))
+except BlockingIOError: pass
+talk(20)
+""")
+        pair = min(rig.pairs(), key=lambda each: each.made)
+        assert not pair.ended and pair.ends[0].sends <= sends + 1
+    finally:
+        limits.write_text(before)
+    process.do("e.close(); b.close(); a.close(); talk(20)")
+    assert min(rig.pairs(), key=lambda each: each.made).ends[0].sends > sends + 10
 
 
 def test_who_speaks_at_once_with_the_other_stays_shortened(rig: Rig) -> None:
