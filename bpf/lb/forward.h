@@ -114,7 +114,8 @@ static __always_inline bool forward_record(struct __sk_buff *skb, struct pkt_ctx
 	work->key.lport = way->state.port;
 	if (!work->key.lport) {
 		work->key.lport = pkt->sport;
-		if (nat & LB_NAT_SNAT)
+		/* SCTP's ports cannot be changed. */
+		if (nat & LB_NAT_SNAT && pkt->proto != IPPROTO_SCTP)
 			work->key.lport = bpf_htons(nat_port(config, nat_first(way->sig, nat_ports(config))));
 	}
 	result = NAT_TAKEN;
@@ -126,7 +127,7 @@ static __always_inline bool forward_record(struct __sk_buff *skb, struct pkt_ctx
 		return true;
 	}
 	if (result == NAT_TAKEN) {
-		/* SCTP's ports cannot be changed, and a fragment's are not its own. */
+		/* A fragment's ports are not its own. */
 		if (pkt->proto != IPPROTO_SCTP && !(pkt->flags & PKT_FRAG_LATER) && !nat_exhausted(config, &work->key))
 			lb_tails.call(skb, LB_TAIL_SEARCH);
 		*action = verdict_drop(skb, pkt, REASON_LB_NO_PORT);

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, IPv6
 from scapy.layers.l2 import Ether
+from scapy.layers.sctp import SCTP, SCTPChunkData
 
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
@@ -108,6 +109,27 @@ def test_a_server_on_the_network(uplink: Uplink, family: int, layer: Any) -> Non
         assert bytes(back[1]) == rewritten(Ether(arriving(reply)), VIP[family], CLIENT[family], 80, sport)
 
     check()
+
+
+@BOTH
+def test_sctp_is_answered_at_the_port_it_came_from(uplink: Uplink, family: int) -> None:
+    """Its ports cannot be changed: so a second client with the same one, towards the same backend, is refused."""
+    uplink.lab.tables.service([(VIP[family], 80)], [(SERVER[family], 80)], 132)
+
+    def sctp(packet: Any, **ends: int) -> Any:
+        made = packet / SCTP(**ends) / SCTPChunkData(data=b"abc")
+        if family == 6:
+            made[IPv6].nh = 132
+        return made
+
+    for _ in range(2):
+        there = uplink.sends(sctp(outside(family), sport=70, dport=80))
+        assert (there[1].src, there[1].dst) == (NODE[family], SERVER[family])
+        assert (there[SCTP].sport, there[SCTP].dport) == (70, 80)
+        back = uplink.sends(sctp(ip(NODE[family], family, SERVER[family]), sport=80, dport=70))
+        assert (back[1].src, back[1].dst, back[SCTP].dport) == (VIP[family], CLIENT[family], 70)
+    other = "192.0.2.77" if family == 4 else "2001:db8:1::77"
+    assert uplink.drops(sctp(outside(family, src=other), sport=70, dport=80)) == Reason.LB_NO_PORT
 
 
 @BOTH
