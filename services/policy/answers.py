@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 
 from fibril.policy.v1 import policy_pb2 as pb
 from fibril.types.v1 import reasons_pb2
@@ -17,13 +17,17 @@ from services.policy.explain import Explainer, Found, Match, Who, rule_name
 from services.policy.kernel import replay
 from services.policy.kernel.connections import Connection, Connections
 from services.policy.kernel.tables import Tables
-from services.policy.model import PORT_MAX, TCP, Direction, Entity
+from services.policy.model import ICMP, ICMPV6, PORT_MAX, TCP, Direction, Entity
 from services.policy.resolve.selectors import entity_matches
 
 _REASONS = {
     abi.Verdict.DENY: reasons_pb2.DROP_REASON_POLICY_DENIED,
     abi.Verdict.DEFAULT: reasons_pb2.DROP_REASON_POLICY_DEFAULT,
 }
+
+
+PROTOCOL_MAX = 255
+TYPE_MAX = 255
 
 
 class Answers:
@@ -46,8 +50,7 @@ class Answers:
         # "from" is a word of Python's.
         client, server = self._party(getattr(request, "from"), "from"), self._party(request.to, "to")
         protocol, port = int(request.protocol) or TCP, request.port
-        if port > PORT_MAX:
-            raise errors.InvalidArgument(f"{port} is outside 0..{PORT_MAX}", field="port")
+        _require_port(protocol, port, "port")
         if client.endpoint is not None and client.endpoint == server.endpoint and client.endpoint != HOST:
             own = pb.Decision(allowed=True, reason="allowed: an endpoint may reach itself")
             return pb.TraceResponse(allowed=True, egress=own, ingress=own)
@@ -125,9 +128,9 @@ class Answers:
         if source.version != destination.version:
             raise errors.InvalidArgument("source and destination are of two families", field="destination")
         protocol = request.protocol or TCP
-        for name in ("source_port", "destination_port"):
-            if getattr(request, name) > PORT_MAX:
-                raise errors.InvalidArgument(f"{getattr(request, name)} is outside 0..{PORT_MAX}", field=name)
+        if request.source_port > PORT_MAX:
+            raise errors.InvalidArgument(f"{request.source_port} is outside 0..{PORT_MAX}", field="source_port")
+        _require_port(protocol, request.destination_port, "destination_port")
         tables = self._tables()
         if tables is None:
             raise errors.FailedPrecondition("this node has no tables of policies", fix="see: fibril status")
@@ -225,8 +228,21 @@ def connection_message(found: Connection) -> pb.Connection:
     )
 
 
+def _require_port(protocol: int, port: int, at: str) -> None:
+    if protocol > PROTOCOL_MAX:
+        raise errors.InvalidArgument(f"{protocol} is outside 0..{PROTOCOL_MAX}", field="protocol")
+    if protocol in (ICMP, ICMPV6) and port > TYPE_MAX:
+        raise errors.InvalidArgument(f"{port} is no type of ICMP", field=at, fix=f"give 0 to {TYPE_MAX}")
+    if port > PORT_MAX:
+        raise errors.InvalidArgument(f"{port} is outside 0..{PORT_MAX}", field=at)
+
+
 def _address(text: str, at: str) -> IPAddress:
     try:
-        return ip_address(text)
+        if "%" in text:
+            raise ValueError
+        found = ip_address(text)
     except ValueError:
         raise errors.InvalidArgument(f"{text[:60]!r} is no address", field=at, fix="as 10.0.0.1 or fd00::1") from None
+    # What the kernel takes for IPv4 is IPv4.
+    return (found.ipv4_mapped if isinstance(found, IPv6Address) else None) or found

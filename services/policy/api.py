@@ -62,6 +62,7 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
                 "a revision is expected of several policies", field="expected_revision", fix="give one policy"
             )
         self._require_synced()
+        self._store.require_room(policies)
         await admission.check(self._enforcer, policies)
         if request.dry_run:
             revision, result = 0, {policy.key: self._would(policy) for policy in policies}
@@ -133,6 +134,8 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
         self._require_synced()
         if request.delete:
             return await self._delete_documents(policies, request.dry_run)
+        for policy in policies:
+            self._store.require_room([policy])
         await admission.check(self._enforcer, policies)
         if request.dry_run:
             shown = [_applied(policy.key, _RESULTS[self._would(policy)]) for policy in policies]
@@ -185,9 +188,9 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
     ) -> pb.ListEndpointPoliciesResponse:
         size, after = _page_size(request.page), -1
         if request.page.token:
-            if not request.page.token.isdigit():
+            after = _decimal(request.page.token)
+            if after < 0:
                 raise errors.InvalidArgument("that is no token of an earlier page", field="page.token")
-            after = int(request.page.token)
         numbers = heapq.nsmallest(size + 1, (number for number in self._enforcer.endpoints if number > after))
         return pb.ListEndpointPoliciesResponse(
             endpoints=[self._endpoint(number) for number in numbers[:size]],
@@ -334,6 +337,11 @@ def _after(token: str) -> PolicyKey | None:
     if not token:
         return None
     kind, *rest = token.split("/", 2)
-    if len(rest) != 2 or not kind.isdigit() or int(kind) not in Kind.__members__.values():
+    if len(rest) != 2 or _decimal(kind) not in Kind.__members__.values():
         raise errors.InvalidArgument("that is no token of an earlier page", field="page.token")
     return PolicyKey(Kind(int(kind)), *rest)
+
+
+def _decimal(text: str) -> int:
+    """A number of few plain digits; -1: it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1

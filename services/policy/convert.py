@@ -48,6 +48,7 @@ PRIORITY_MAX: Final = 1000
 E = TypeVar("E", Action, Tier, Operator, Entity)
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]{0,251}[A-Za-z0-9])?")
 PORT_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_PREFIX: Final = re.compile(r"[0-9A-Fa-f:.]+(/[0-9]{1,3})?")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _SOURCES: Final = ("k8s:", "any:", "container:")
 
@@ -296,6 +297,9 @@ def is_within(hole: IPNetwork, whole: IPNetwork) -> bool:
 def network(text: str, at: str) -> IPNetwork:
     """A prefix; an address is one of its own."""
     try:
+        if not _PREFIX.fullmatch(text):
+            # Python also knows zones and masks.
+            raise ValueError("an address, or an address and a length")
         found = ipaddress.ip_network(text)
     except ValueError as error:
         raise InvalidArgument(f"{text[:60]!r} is no prefix: {error}", field=at, fix="as 10.0.0.0/8") from None

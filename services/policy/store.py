@@ -125,13 +125,7 @@ class Store:
         expected: 0, or the revision that the one policy must have: else FailedPrecondition. Aborted: too many others change
         the same; ResourceExhausted: too large to be changed together. Unavailable: etcd is away.
         """
-        values = {key_text(policy.key): encode(policy) for policy in policies}
-        if len(values) > ATOMIC_MAX or sum(map(len, values.values())) > BYTES_MAX:
-            raise ResourceExhausted(
-                f"{len(values)} policies of {sum(map(len, values.values()))} bytes cannot be changed together",
-                field="policies",
-                fix=f"give at most {ATOMIC_MAX}, and {BYTES_MAX} bytes",
-            )
+        values = self.require_room(policies)
         for _ in range(RETRIES):
             listing = await self._etcd.get_many([self._root + text for text in values])
             there = {kv.key.removeprefix(self._root): kv for kv in listing.kvs}
@@ -159,6 +153,20 @@ class Store:
             if done is not None:
                 return result, done
         raise Aborted("others keep changing the same policies", fix="try again")
+
+    @staticmethod
+    def require_room(policies: Sequence[Policy]) -> dict[str, bytes]:
+        """What is recorded of policies that are changed together. ResourceExhausted: it is too much."""
+        values = {key_text(policy.key): encode(policy) for policy in policies}
+        size = sum(map(len, values.values()))
+        if len(values) > ATOMIC_MAX or size > BYTES_MAX:
+            one = f"{policies[0].key} takes" if len(policies) == 1 else f"{len(policies)} policies take"
+            raise ResourceExhausted(
+                f"{one} {size} bytes, the limits are {BYTES_MAX} bytes and {ATOMIC_MAX} policies at once",
+                field="policies",
+                fix="make several of it",
+            )
+        return values
 
     async def delete(self, keys: Sequence[PolicyKey]) -> int:
         """Remove these; etcd's revision. All or none. NotFound names the first that is not there."""

@@ -23,6 +23,8 @@ ENTITIES: Final = (
     "world", "host", "remote-node", "init", "health", "kube-apiserver", "unmanaged",
 )  # fmt: skip
 _LONG_S: Final = 60.0
+TEXT_MAX: Final = (4 << 20) - 1024
+"""Bytes of documents that fit into a request."""
 
 
 def stub(channel: Any) -> Any:
@@ -162,7 +164,10 @@ def _read(files: Sequence[Path]) -> str:
             texts.append(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise click.ClickException(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from None
-    return "\n---\n".join(texts)
+    joined = "\n---\n".join(texts)
+    if len(joined.encode()) > TEXT_MAX:
+        raise click.ClickException(f"{len(joined.encode())} bytes of documents, the limit is {TEXT_MAX}; apply them in parts")
+    return joined
 
 
 _FILES = click.option(

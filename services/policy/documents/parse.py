@@ -110,7 +110,8 @@ def _check_shape(text: str) -> None:
         if count > NODES_MAX:
             raise yaml.YAMLError(f"more than {NODES_MAX} values")
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: aliases are not taken: write out what they stand for")
+            line = event.start_mark.line + 1 if event.start_mark is not None else 0
+            raise yaml.YAMLError(f"line {line}: aliases are not taken: write out what they stand for")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEPTH_MAX:
