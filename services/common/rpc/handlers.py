@@ -54,7 +54,7 @@ class Layers:
                 else grpc.unary_stream_rpc_method_handler
             )
         else:
-            wrapped = self._wrap_unary(method, behavior)
+            wrapped = self._wrap_unary(method, behavior, handler.request_streaming)
             make = (
                 grpc.stream_unary_rpc_method_handler
                 if handler.request_streaming
@@ -72,8 +72,8 @@ class Layers:
         for task in self._streams:
             task.cancel()
 
-    def _wrap_unary(self, method: str, behavior: Unary) -> Unary:
-        call = _deadline(method, behavior, self._max_deadline_s)
+    def _wrap_unary(self, method: str, behavior: Unary, in_parts: bool) -> Unary:
+        call = (_deadline_of_parts if in_parts else _deadline)(method, behavior, self._max_deadline_s)
         if self._check_roles:
             call = _role_unary(method, call)
         if self._telemetry.tracing or self._telemetry.metering:
@@ -152,6 +152,28 @@ def _deadline(method: str, behavior: Unary, limit_s: float) -> Unary:
             if not scope.expired():
                 raise
             raise DeadlineExceeded(f"{method} took longer than the server's limit of {limit_s:g} s") from None
+
+    return call
+
+
+def _deadline_of_parts(method: str, behavior: Unary, limit_s: float) -> Unary:
+    """Of requests that come in parts: how many there are is the client's affair, so each has the time that others have whole."""
+
+    async def call(request: Any, context: Any) -> Any:
+        async def parts() -> AsyncIterator[Any]:
+            async for part in request:
+                scope.reschedule(asyncio.get_running_loop().time() + limit_s)
+                yield part
+
+        try:
+            async with asyncio.timeout(limit_s) as scope:
+                return await behavior(parts(), context)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded(
+                f"{method} went without progress for longer than the server's limit of {limit_s:g} s"
+            ) from None
 
     return call
 

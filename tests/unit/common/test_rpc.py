@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -27,6 +28,7 @@ from services.common.errors import (
     from_rpc_error,
 )
 from services.common.rpc.client import channel
+from services.common.rpc.handlers import _deadline_of_parts
 from services.common.rpc.server import RpcConfig
 from tests.unit.common.rig import Start, failure
 
@@ -117,6 +119,26 @@ async def test_the_server_bounds_a_call_whose_deadline_is_later_or_absent(
     assert isinstance(from_rpc_error(error), DeadlineExceeded)
     assert "server's limit of 0.1 s" in error.details()
     assert rig.servicer.cancelled.is_set()
+
+
+async def test_what_comes_in_parts_may_take_longer_as_long_as_it_goes_on() -> None:
+    got: list[int] = []
+
+    async def take(request: AsyncIterator[int], context: Any) -> int:
+        async for part in request:
+            got.append(part)
+            await asyncio.sleep(0.05)
+        return len(got)
+
+    async def parts(pause: float) -> AsyncIterator[int]:
+        for part in range(8):
+            yield part
+        await asyncio.sleep(pause)
+
+    call = _deadline_of_parts("/x", take, 0.3)
+    assert await call(parts(0), None) == 8
+    with pytest.raises(DeadlineExceeded, match="server's limit of 0.3 s"):
+        await call(parts(3600), None)
 
 
 async def test_a_timeout_of_the_handlers_own_is_not_taken_for_the_deadline(start: Start) -> None:
