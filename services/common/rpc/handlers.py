@@ -157,7 +157,7 @@ def _deadline(method: str, behavior: Unary, limit_s: float) -> Unary:
 
 
 def _deadline_of_parts(method: str, behavior: Unary, limit_s: float) -> Unary:
-    """Of requests that come in parts: how many there are is the client's affair, so each has the time that others have whole."""
+    """Of requests that come in parts: how many there are is the client's affair, so each has as long as others have in all."""
 
     async def call(request: Any, context: Any) -> Any:
         async def parts() -> AsyncIterator[Any]:

@@ -137,7 +137,7 @@ async def test_what_comes_in_parts_may_take_longer_as_long_as_it_goes_on() -> No
 
     call = _deadline_of_parts("/x", take, 0.3)
     assert await call(parts(0), None) == 8
-    with pytest.raises(DeadlineExceeded, match="server's limit of 0.3 s"):
+    with pytest.raises(DeadlineExceeded, match="without progress"):
         await call(parts(3600), None)
 
 
