@@ -18,6 +18,7 @@ from services.policy.model import (
     CidrPeer,
     Direction,
     EndpointPeer,
+    Entity,
     EntityPeer,
     IPNetwork,
     NodePeer,
@@ -172,10 +173,10 @@ class Resolved:
         return mask
 
     def _peers(self, mask: int, rule: Rule) -> None:
-        if rule.peers is None:
+        if _is_everybody(rule):
             self._always |= mask
             return
-        for peer in rule.peers:
+        for peer in rule.peers or ():
             if isinstance(peer, EndpointPeer | EntityPeer):
                 self._uncertain |= mask
                 self.terms[peer] = self.terms.get(peer, 0) | mask
@@ -198,8 +199,8 @@ class Resolved:
     def _restrict(self, mask: int, rule: Rule, having: set[int]) -> None:
         terms = None
         self._uncertain |= mask
-        if rule.peers is not None:
-            terms = frozenset(peer for peer in rule.peers if isinstance(peer, EndpointPeer | EntityPeer))
+        if not _is_everybody(rule):
+            terms = frozenset(peer for peer in rule.peers or () if isinstance(peer, EndpointPeer | EntityPeer))
             for term in terms:
                 self.terms.setdefault(term, 0)
         self._restricted.append(Restricted(mask, terms, having))
@@ -430,6 +431,11 @@ class Resolved:
             len(self.masks),
             {prefix: place_of[mask] for prefix, mask in self._prefixes.items()},
         )
+
+
+def _is_everybody(rule: Rule) -> bool:
+    """Whoever it is, known or not."""
+    return rule.peers is None or EntityPeer(Entity.ALL) in rule.peers
 
 
 def _number(port: Port, stands_for: NamedPort | None) -> list[Port]:

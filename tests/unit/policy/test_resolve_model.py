@@ -166,6 +166,17 @@ def of_rules(*rules: Rule) -> tuple[Resolved, Tables, Prefixes]:
     return resolved, tables, Prefixes(tables.prefixes)
 
 
+def test_entity_all_is_everybody_also_who_is_not_known() -> None:
+    """One class, however many identities there are."""
+    resolved, tables, _ = of_rules(
+        Rule(Selector(), Direction.INGRESS, Action.ALLOW, (EntityPeer(Entity.ALL),), (Port(6, 80, 80),), default_deny=True)
+    )
+    assert not resolved.classes
+    for kind in (0, tables.unknown):
+        assert look_up(tables, Direction.INGRESS, kind, 0, 6, 80).allowed
+        assert not look_up(tables, Direction.INGRESS, kind, 0, 6, 81).allowed
+
+
 def test_what_many_rules_make_of_many_peers_is_refused_before_it_is_worked_out() -> None:
     """Thousands of rules that could each deny an identity that nothing is known of, whatever its address."""
     rules = [
