@@ -62,8 +62,7 @@ class PrefilterPart:
     # -- life
 
     async def start(self) -> None:
-        """Adopt what there is. FailedPrecondition when what was declared cannot be read."""
-        self._state = await self._run(State, self._instance, self._sources)
+        """Adopt what there is. What was declared and cannot be read stays in force, is named in status and tried again."""
         gauge = metrics().gauge
         gauge("fibril.prefilter.prefixes", self._entries, description="prefixes of a set")
         metrics().sum(
@@ -106,9 +105,9 @@ class PrefilterPart:
 
     @property
     def state(self) -> State:
-        """Unavailable before `start`."""
+        """Unavailable before `start`, and while what was declared cannot be read."""
         if self._state is None:
-            raise errors.Unavailable("the prefilter has not started yet", fix="ask again in a moment")
+            raise errors.Unavailable(f"the prefilter: {self._problem}", fix="see: fibril status")
         return self._state
 
     async def change(self, call: Callable[Concatenate[State, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -162,8 +161,10 @@ class PrefilterPart:
 
     async def _install(self, wanted: bool = False) -> None:
         """Have the maps, if there is anything for them. wanted: also if there is nothing yet."""
-        state = self.state
         try:
+            if self._state is None:
+                self._state = await self._run(State, self._instance, self._sources)
+            state = self._state
             if wanted or state.declared or install.complete(self._instance):
                 features.ensure_bpffs(self._instance.bpffs)
                 await install.install(self._instance)
@@ -191,11 +192,12 @@ class PrefilterPart:
             try:
                 if self._problem:
                     await self._install()
-                await self._run(self._protect)
-                next_expiry = await self._run(self.state.expire)
-                if next_expiry:
-                    wait = min(wait, max(_BUNCH_S, next_expiry - time.time()))
-                self._tell()
+                if self._state is not None:
+                    await self._run(self._protect)
+                    next_expiry = await self._run(self._state.expire)
+                    if next_expiry:
+                        wait = min(wait, max(_BUNCH_S, next_expiry - time.time()))
+                    self._tell()
             except (errors.FibrilError, OSError) as error:
                 log.warning("the prefilter is behind", extra={"cause": str(error)})
             with contextlib.suppress(TimeoutError):
@@ -207,11 +209,13 @@ class PrefilterPart:
     # -- metrics
 
     def _entries(self) -> list[tuple[int, dict[str, str]]]:
-        return [(len(each), {"set": name}) for name, each in self.state.own.items()]
+        if self._state is None:
+            return []
+        return [(len(each), {"set": name}) for name, each in self._state.own.items()]
 
     def _packets(self) -> list[tuple[int, dict[str, str]]]:
-        state = self.state
-        if not state.ready:
+        state = self._state
+        if state is None or not state.ready:
             return []
         found = [
             (state.counters.count(each.ident).packets, {"set": each.name, "limit": ""})

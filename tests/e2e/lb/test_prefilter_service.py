@@ -163,6 +163,36 @@ async def node(wire: Wire, instance: Instance, tmp_path: Path) -> AsyncIterator[
         await made.stop()
 
 
+async def test_what_cannot_be_read_stays_in_force_and_stops_nothing(wire: Wire, instance: Instance, tmp_path: Path) -> None:
+    mine = replace(instance, state_root=tmp_path)
+    node = await Node(mine).start()
+    await node.stub.SetPrefixes(messages(pb.SetPrefixesRequest, "bad", [BAD[4]]))
+    await node.attached()
+    await node.stop()
+    (file,) = tmp_path.rglob("prefilter.db")
+    whole = file.read_bytes()
+    file.write_bytes(b"no database" * 1000)
+    node = await Node(mine).start()
+    try:
+        (status,) = node.part.status()
+        assert status.state == "degraded" and "cannot be used" in status.message
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await node.stub.ListSets(pb.ListSetsRequest())
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE and "cannot be used" in str(refused.value.details())
+        assert not wire.arrives(BAD[4]) and wire.arrives(GOOD[4])
+        # Restored, it goes on without a restart.
+        file.write_bytes(whole)
+        node.part.protect([])
+        for _ in range(200):
+            if node.part.status()[0].state == "ok":
+                break
+            await asyncio.sleep(0.05)
+        await node.stub.DeleteSet(pb.DeleteSetRequest(set="bad"))
+        assert wire.arrives(BAD[4])
+    finally:
+        await node.stop()
+
+
 def messages(kind: type[Any], name: str, *batches: list[str], **first: Any) -> Iterator[Any]:
     yield kind(set=name, prefixes=batches[0], **first)
     for batch in batches[1:]:
