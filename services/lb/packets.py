@@ -99,6 +99,9 @@ class Packets:
             return [ComponentStatus("packets", loaded.state, loaded.message)]
         if hooks.problem:
             return [ComponentStatus("packets", "degraded", hooks.problem)]
+        if hooks.needed is None:
+            text = "pods; who outside is to be served is not known yet, and what is there stays"
+            return [ComponentStatus("packets", "ok", text)]
         if not hooks.needed:
             return [ComponentStatus("packets", "ok", "pods; nothing is reached from outside")]
         if wrong := hooks.problems():

@@ -79,8 +79,9 @@ class DeviceHooks:
         self._following = Following("devices", _GROUPS, self._concerns, self._work, resync_s=RESYNC_S)
 
     @property
-    def needed(self) -> bool:
-        return bool(self._needed)
+    def needed(self) -> bool | None:
+        """None: not known yet, and what is there stays."""
+        return self._needed
 
     @property
     def ready(self) -> bool:

@@ -94,6 +94,8 @@ class Xdp:
             return [ComponentStatus("xdp", "ok", "off (lb.xdp)")]
         if self._problem:
             return [ComponentStatus("xdp", "degraded", f"{self._problem}; packets are balanced by tc")]
+        if self.wanted is None:
+            return [ComponentStatus("xdp", "ok", "not known yet whether it is needed; what is there stays")]
         if not self.wanted:
             return [ComponentStatus("xdp", "ok", "not attached: nothing is reached from outside")]
         wrong = [hook for hook in self._found if hook.problem]
