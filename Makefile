@@ -13,6 +13,8 @@ PYTEST = $(BIN)/python -m pytest -q
 APT_NODE := etcd-server iproute2 libbpf1 linux-libc-dev nftables python3 python3-bpfcc python3-venv
 APT_TEST := busybox-static containerd containernetworking-plugins curl ethtool gcc iperf3 iptables iputils-ping \
 	libc6-dev openssl podman runc tcpdump wrk
+# What virtual machines with another kernel need.
+APT_VM := busybox-static file kmod qemu-system-x86
 
 .PHONY: help
 help: ## Show this help
@@ -26,7 +28,7 @@ install: install-node build/.apt-test ## Install what the node, its tests and it
 
 build/.apt-%: Makefile
 	@mkdir -p build
-	@scripts/apt-install.sh $(if $(findstring node,$*),$(APT_NODE),$(APT_TEST))
+	@scripts/apt-install.sh $(APT_$(shell echo $* | tr a-z A-Z))
 	@touch $@
 
 $(VENV)/.stamp: requirements.lock pyproject.toml build/.apt-node
@@ -53,10 +55,10 @@ status: install-node ## Show the health of every part of the node
 
 # ---- test ----------------------------------------------------------------------------------------------------------
 E2E_SERVICES := tests/e2e/lb tests/e2e/policy tests/e2e/sockaccel
-.PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop soak-identity soak-lb soak-sockaccel lint
+.PHONY: test test-unit test-datapath test-e2e test-e2e-nodes test-e2e-services test-interop test-vm soak-identity soak-lb soak-sockaccel lint
 test: lint ## Install what is missing and run everything CI runs
 	@# Most of what they do is wait: two side by side take little more than half the time. Each is shown when it ends.
-	@$(MAKE) --no-print-directory -j2 -O -k test-e2e-nodes test-e2e-services test-datapath test-interop test-unit
+	@$(MAKE) --no-print-directory -j2 -O -k test-e2e-nodes test-e2e-services test-vm test-datapath test-interop test-unit
 
 test-unit: install ## Pure Python; no root
 	$(PYTEST) tests/unit
@@ -74,6 +76,11 @@ test-e2e-services: install
 
 test-interop: install ## Real etcd, podman, containerd, CNI plugins and Envoy
 	$(PYTEST) tests/interop
+
+# Not the kernel this runs on: Debian's newest for this release, emulated.
+test-vm: install build/.apt-vm ## What the kernel here may lack (TLS in the kernel), in a virtual machine
+	@scripts/vm-kernel.sh build/vm
+	$(BIN)/python -m tests.vm.run build/vm/kernel tests/vm
 
 soak-identity: install ## Identities in a storm and under faults for SOAK_S seconds (300), every answer recorded and checked
 	FIBRIL_SOAK_S=$(or $(SOAK_S),300) $(PYTEST) -s tests/interop/identity/test_identity_history.py \

@@ -1,0 +1,105 @@
+"""A shortened connection whose ends turn the kernel's TLS on, on a kernel that has it."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from services.common import errors
+from services.sockaccel import abi, install
+from tests.e2e.lb.sockrig import Process, forget, make_instance
+from tests.e2e.sockaccel.accelrig import B4, Rig, at_work, two_spaces, until
+from tests.vm.run import PAIRS
+from tests.vm.test_ktls import PORT, SIDES
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = make_instance()
+    try:
+        try:
+            asyncio.run(install.load(made, PAIRS))
+        except errors.FailedPrecondition as error:
+            pytest.skip(f"nothing is shortened on this kernel: {error}")
+        with two_spaces() as spaces, at_work(made, f"fibril-test-{made.name}") as group:
+            rig = Rig(made, group, spaces)
+            try:
+                yield rig
+            finally:
+                rig.close()
+    finally:
+        forget(made)
+
+
+def shortened(rig: Rig) -> tuple[Process, Process]:
+    """Client and server with a connection that is."""
+    subprocess.run(["modprobe", "tls"], check=True)
+    client, server = rig.process(0), rig.process(1)
+    for end in (client, server):
+        end.do(SIDES)
+    server.do(f"l = socket.create_server(({B4!r}, {PORT}))")
+    client.do(f"c = socket.create_connection(({B4!r}, {PORT}), 20)")
+    server.do("c = l.accept()[0]; c.settimeout(20); l.close()")
+    turns(client, server, 12)
+    assert rig.stat(abi.Stat.SENDS) > 0
+    return client, server
+
+
+def turns(client: Process, server: Process, count: int) -> None:
+    for number in range(count):
+        word = b"%08d" % number
+        server.send("", "c.recv(8).decode()")
+        client.do(f"c.sendall({word!r})")
+        assert server.receive() == word.decode()
+        client.send("", "c.recv(8).decode()")
+        server.do(f"c.sendall({word!r})")
+        assert client.receive() == word.decode()
+
+
+def record(text: bytes) -> bytes:
+    """The first of TLS 1.3 with the key of SIDES, as a library makes it."""
+    head = b"\x17\x03\x03" + struct.pack(">H", len(text) + 17)
+    return head + AESGCM(bytes(range(16))).encrypt(bytes(12), text + b"\x17", head)
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="where the kernel lets sockets in a map turn TLS on, what was handed over before is not decrypted",
+)
+def test_what_waits_to_be_read_is_decrypted_when_its_reader_turns_tls_on(rig: Rig) -> None:
+    client, server = shortened(rig)
+    sends = rig.stat(abi.Stat.SENDS)
+    server.do(f"c.sendall({record(b'hello')!r})")
+    assert rig.stat(abi.Stat.SENDS) > sends
+    try:
+        client.do("key(c, 2)")
+    except OSError:
+        return  # This kernel lets no socket of a map turn it on.
+    assert client.give("c.recv(100).decode('latin-1')") == "hello"
+
+
+def test_what_its_ends_encrypt_goes_by_tcp_byte_by_byte(rig: Rig) -> None:
+    client, server = shortened(rig)
+    try:
+        for end, first, second in ((client, 1, 2), (server, 2, 1)):
+            end.do(f"key(c, {first}); key(c, {second})")
+        refused = False
+    except OSError:
+        refused = True
+    sends = rig.stat(abi.Stat.SENDS)
+    turns(client, server, 4)
+    if refused:
+        # Neither end has TLS: the connection is what it was.
+        assert rig.stat(abi.Stat.SENDS) > sends
+        return
+    assert rig.stat(abi.Stat.SENDS) == sends
+    server.send("", "digest(c, len(BULK))")
+    client.do("at = 0\nwhile at < len(BULK): at += c.send(BULK[at : at + 1 + at * 7 % 50000])")
+    assert server.receive() == client.give("hashlib.sha256(BULK).hexdigest()")
+    assert rig.stat(abi.Stat.SENDS) == sends
+    until(lambda: rig.ended(abi.EndReason.OPTION) or all(pair.ended for pair in rig.pairs()), 20)
