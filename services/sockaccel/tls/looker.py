@@ -41,6 +41,8 @@ KEPT: Final = 1024
 _PAUSE_S: Final = 0.1
 _BEHIND_MAX: Final = 4096
 _THREADS_MAX: Final = 4096
+_TURN: Final = 128
+"""Records taken in before others have a turn."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ class Looker:
                 async with self._turn:
                     records = await self._run(self._poll)
                 offset = clock_offset()
-                for record in records:
+                for number, record in enumerate(records):
                     self._take(record, offset)
+                    if number % _TURN == _TURN - 1:
+                        await asyncio.sleep(0)
             await asyncio.sleep(_PAUSE_S)
 
     def _poll(self) -> list[programs.Record]:

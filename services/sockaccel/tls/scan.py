@@ -33,7 +33,8 @@ LIBRARIES: Final = {"SSL_write": "openssl", "gnutls_record_send": "gnutls", "cry
 _LIBRARY: Final = re.compile(r"lib(ssl|gnutls)[.\d-].*")
 _GO: Final = b"\xff Go buildinf:"
 _GO_TLS: Final = b"crypto/tls"
-_BUILT_IN: Final = (b"BoringSSL", b"OpenSSL 1.", b"OpenSSL 3.")
+_BUILT_IN: Final = (b"BoringSSL", b"ssl/ssl_lib.c")
+"""OpenSSL names its sources where it reports errors; a program that only uses it does not."""
 GO_READS: Final = "what it reads is not seen: a probe where a Go function returns would break its stack"
 _SIZE_MAX: Final = 512 << 20
 

@@ -216,6 +216,28 @@ def test_what_pods_make_up_hurts_nobody(target: Pods, tmp_path: Path) -> None:
     assert len(target.messages("/beside-it")) == 2
 
 
+def test_a_process_behind_a_strict_filter_goes_on(target: Pods) -> None:
+    """Where a probed function returns, kernels from 6.11 on make a system call that filters of containers do not know."""
+    code = f"""
+import ctypes, http.client, ssl, struct
+UNKNOWN = 335  # uretprobe, x86-64
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, UNKNOWN), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+held = ctypes.create_string_buffer(code)
+filter = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(held))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(filter), 0, 0) == 0
+made = http.client.HTTPSConnection({target.address!r}, 8443, context=ssl._create_unverified_context(), timeout=10)
+made.request("GET", "/filtered")
+print(made.getresponse().status)
+"""
+    wait_for(lambda: target.probed("openssl"), "a probe")
+    assert target.lab.pod_exec(NODE, "p1", sys.executable, "-c", code).strip() == "200"
+    found = {(each["pod"], each["received"]) for each in target.messages("/filtered")}
+    assert found == {("p1", False), ("p2", True)}
+
+
 def test_messages_of_all_shapes(target: Pods) -> None:
     """As processes write them: split, several in one, too long, in another protocol, no protocol at all."""
     made = [
