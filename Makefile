@@ -144,9 +144,10 @@ bench-lb: install ## Connections to 1 to 50,000 services, programming them; agai
 bench-policy: install ## Changes of policies until enforced, identities, memory
 	@$(BIN)/python -m bench.policy
 
-bench-sockaccel: install ## Connections within the node, handed over: against loopback, pods with policy, unix sockets
+bench-sockaccel: install ## Connections within the node, handed over: against loopback, pods with policy, unix sockets; HTTPS looked into
 	@$(BIN)/python -m bench.sockaccel
 	@$(BIN)/python -m bench.sidecar
+	@$(BIN)/python -m bench.tls
 
 bench: bench-datapath bench-ipam bench-cni bench-identity bench-lb bench-policy bench-sockaccel \
 	bench-pod ## All benchmarks, one JSON object a line
