@@ -178,8 +178,7 @@ class Explainer:
         if direction is Direction.INGRESS and peer.identity == Reserved.HOST and self._allow_local_host:
             return Found(direction, True, True, None, (), local_host=True)
         rules = self._selecting(subject, direction, self._enforcer.policies.values() if policies is None else policies)
-        server = subject if direction is Direction.INGRESS else peer
-        matching = tuple(each for each in rules if self._matches(each.rule, peer, server, protocol, port))
+        matching = tuple(each for each in rules if self._matches(each.rule, subject, peer, protocol, port))
         decided, allowed, selecting = _by_tiers(rules, matching)
         return Found(direction, allowed, bool(rules), decided, matching, selecting)
 
@@ -192,13 +191,23 @@ class Explainer:
             for index, rule in enumerate(policy.rules)
             if rule.direction is direction and rule.subject_is_node == node and rule.subject.matches(labels)
         ]
-        # Priority counts in two tiers only, and is 0 in the other.
-        return sorted(found, key=lambda each: (each.rule.tier, each.rule.priority, each.key, each.index))
+        return sorted(found, key=_order)
 
-    def _matches(self, rule: Rule, peer: Who, server: Who, protocol: int, port: int) -> bool:
+    def _matches(self, rule: Rule, subject: Who, peer: Who, protocol: int, port: int) -> bool:
         if rule.peers is not None and not any(self._is(each, peer) for each in rule.peers):
             return False
-        return rule.ports is None or any(_is_port(each, server, protocol, port) for each in rule.ports)
+        return rule.ports is None or any(
+            self._is_named(rule, each, subject, peer, protocol, port) if each.name else _is_port(each, protocol, port)
+            for each in rule.ports
+        )
+
+    def _is_named(self, rule: Rule, wanted: Port, subject: Who, peer: Who, protocol: int, port: int) -> bool:
+        if wanted.protocol not in (0, protocol):
+            return False
+        if rule.direction is Direction.INGRESS:
+            return subject.named.get(wanted.name) == (protocol, port)
+        # Of peers it is known by identity what they call their ports, wherever they are.
+        return peer.identity in self.world.named.get(wanted.name, {}).get((protocol, port), ())
 
     def _is(self, term: Peer, peer: Who) -> bool:
         match term:
@@ -212,16 +221,18 @@ class Explainer:
                 return any(_holds(each, peer.address) for each in self.world.node(term))
 
 
+def _order(each: Match) -> tuple[int, int, PolicyKey, int]:
+    # Priority does not count in the tier between.
+    return each.rule.tier, 0 if each.rule.tier is Tier.NORMAL else each.rule.priority, each.key, each.index
+
+
 def _holds(cidr: CidrPeer, address: IPAddress | None) -> bool:
     if address is None or address.version != cidr.prefix.version or address not in cidr.prefix:
         return False
     return not any(address in hole for hole in cidr.excepted)
 
 
-def _is_port(wanted: Port, server: Who, protocol: int, port: int) -> bool:
-    if wanted.name:
-        found = server.named.get(wanted.name)
-        return found == (protocol, port) and wanted.protocol in (0, protocol)
+def _is_port(wanted: Port, protocol: int, port: int) -> bool:
     protocols = (wanted.protocol,) if wanted.protocol else (6, 17, 132)
     return protocol in protocols and wanted.first <= port <= wanted.last
 
