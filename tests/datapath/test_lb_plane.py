@@ -626,6 +626,35 @@ async def test_what_a_full_table_took_of_a_service_goes_with_it(clean: Instance,
     await plane.stop()
 
 
+async def test_what_cannot_be_written_after_a_restart_is_served_as_it_was(clean: Instance) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    spec = web(front("10.96.0.1:80"), front("10.96.0.2:1000", last=1003), front("[::]:30080", FrontendType.NODE_PORT))
+    first = (backend("10.0.0.1"), backend("fd00::9"))
+    declared.put(spec, *first)
+    await plane.settled()
+    await plane.stop()
+    later = Declared()
+    plane, _ = await begin(clean, later)
+    assert plane.program is not None
+    plane.program._backend_indexes._limit = 8
+    later.synced.set()
+    later.put(spec, *first, *(backend(f"10.1.0.{i}") for i in range(1, 20)), *(backend(f"fd00:1::{i}") for i in range(1, 20)))
+    await plane.settled()
+    assert "in use" in plane.service_state("web").problem
+    kernel = Reader(plane)
+    assert {("10.96.0.1", 80, TCP), ("::", 30080, TCP)} <= kernel.fronts().keys()
+    assert kernel.served("10.96.0.1", 80) == ["10.0.0.1:80"] and kernel.served("::", 30080) == ["fd00::9:80"]
+    assert kernel.hint("10.96.0.1") & abi.Hint.VIP and kernel.hint("::") & abi.Hint.VIP
+    assert kernel.hint("10.96.0.2") & (abi.Hint.VIP | abi.Hint.RANGE) == abi.Hint.VIP | abi.Hint.RANGE
+    later.drop("web")
+    await plane.settled()
+    assert not any(kernel.hint(address) & (abi.Hint.VIP | abi.Hint.RANGE) for address in ("10.96.0.1", "10.96.0.2", "::"))
+    kernel.close()
+    await plane.stop()
+
+
 async def test_sources_are_admitted_before_they_count(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
     declared = Declared()
     declared.synced.set()

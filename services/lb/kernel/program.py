@@ -24,7 +24,7 @@ from services.lb.kernel.hints import Hints
 from services.lb.kernel.numbers import next_id
 from services.lb.kernel.slots import Stretch
 from services.lb.kernel.tables import Tables
-from services.lb.model import BackendKey, Frontend, FrontendType, IPNetwork
+from services.lb.model import ANY_V6, BackendKey, Frontend, FrontendType, IPNetwork
 from services.lb.plan import FamilyPlan
 from services.lb.plan import Stretch as Wanted
 
@@ -78,6 +78,17 @@ def _front_flags(front: Frontend) -> int:
     """LB_FRONT_* of a frontend."""
     flags = abi.FrontFlag.OUTSIDE if front.outside else abi.FrontFlag(0)
     return flags | abi.FrontFlag.EVERY if front.type is FrontendType.NODE_PORT else flags
+
+
+def _hinted(held: Held) -> dict[tuple[IPAddress, abi.Hint], None]:
+    """The hints that frontends in the kernel need."""
+    found: dict[tuple[IPAddress, abi.Hint], None] = {}
+    for raw in held.fronts:
+        found[abi.FrontKey.from_buffer_copy(raw).addr.ip() or ANY_V6, abi.Hint.VIP] = None
+    for raw in held.ranges:
+        address = FibAddr.from_buffer_copy(raw, abi.RangeKey.addr.offset).ip() or ANY_V6
+        found |= dict.fromkeys(((address, abi.Hint.VIP), (address, abi.Hint.RANGE)))
+    return found
 
 
 def _by_service(held: Mapping[bytes, bytes]) -> dict[int, dict[bytes, bytes]]:
@@ -159,6 +170,10 @@ class Program:
         held.fronts = self._left_fronts.pop(index, {})
         held.ranges = self._left_ranges.pop(index, {})
         held.sources = frozenset(self._left_sources.pop(index, ()))
+        # Frontends stay reachable also where what is wanted now cannot be written.
+        held.vips = tuple(_hinted(held))
+        for address, bit in held.vips:
+            self.hints.add(address, bit)
         return held
 
     @property

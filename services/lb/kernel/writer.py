@@ -352,25 +352,29 @@ class Plane:
         assert self.program is not None
         spec = self._services.specs.get(name)
         plans: dict[int, FamilyPlan] = {}
-        try:
-            if spec is not None:
-                backends = self._services.backends.get(name, {})
-                plans = plan(spec, backends, self._verdict, self._here(), self._defaults)
-                for family, each in plans.items():
-                    sources = tuple(p for p in spec.sources if p.version == family)
+        failed: list[errors.FibrilError] = []
+        if spec is not None:
+            backends = self._services.backends.get(name, {})
+            plans = plan(spec, backends, self._verdict, self._here(), self._defaults)
+        for family in (4, 6):
+            # What there is no room for in one family is no reason to leave the other as it was.
+            try:
+                if spec is not None and family in plans:
                     # A service with source ranges of the other family only admits nobody of this one.
-                    self.program.apply((name, family), each, sources)
-            if spec is not None or self._services.synced.is_set():
-                for family in (4, 6):
-                    if family not in plans:
-                        self.program.remove((name, family))
-        except errors.FibrilError as error:
-            if self._problems.get(name) != str(error):
+                    sources = tuple(p for p in spec.sources if p.version == family)
+                    self.program.apply((name, family), plans[family], sources)
+                elif spec is not None or self._services.synced.is_set():
+                    self.program.remove((name, family))
+            except errors.FibrilError as error:
+                failed.append(error)
+        if failed:
+            problem = str(failed[0])
+            if self._problems.get(name) != problem:
                 log.error(
                     "a service is not in the kernel as it should be",
-                    extra={"service": name, "error": str(error)},
+                    extra={"service": name, "error": problem},
                 )
-            self._problems[name] = str(error)
+            self._problems[name] = problem
             return
         self._problems.pop(name, None)
         if spec is not None:
