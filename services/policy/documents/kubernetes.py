@@ -156,6 +156,8 @@ def _ranked(
             action = each.take("action", str, "")
             if action not in _ACTIONS:
                 raise each.refuse("action", f"is {action!r}", "Accept (Allow), Deny or Pass")
+            if kind == pb.POLICY_KIND_BASELINE_ADMIN and _ACTIONS[action] == pb.RULE_ACTION_PASS:
+                raise each.refuse("action", "is Pass, and there is nothing to pass to", "Allow or Deny")
             name = each.take("name", str, "") or f"{section} {at + 1}"
             rule = draft.rule(pods, direction, _ACTIONS[action], tier=tier, priority=priority, name=name)
             peers = list(each.children("from" if direction == INGRESS else "to"))

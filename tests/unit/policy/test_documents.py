@@ -287,6 +287,15 @@ spec: {subject: {namespaces: {}}, ingress: [{action: Deny, from: [{namespaces: {
     assert ingress(policies, web, WORLD, 9100)
 
 
+def test_a_baseline_passes_nothing_on() -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        read(
+            "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: BaselineAdminNetworkPolicy\nmetadata: {name: default}\n"
+            "spec: {subject: {namespaces: {}}, ingress: [{action: Pass, from: [{namespaces: {}}]}]}"
+        )
+    assert refused.value.field == "spec.ingress[0].action"
+
+
 def test_a_cluster_network_policy() -> None:
     policies = read("""
 apiVersion: policy.networking.k8s.io/v1alpha2
