@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as ct
+import math
 import os
 import socket
 import struct
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -39,6 +41,11 @@ _CRYPTO: Final = struct.pack("HH8s16s4s8s", 0x0304, 51, bytes(8), bytes(range(16
 """struct tls12_crypto_info_aes_gcm_128: TLS 1.3, cipher 51, with a key that protects nothing."""
 _WORD: Final = b"GET /fibril HTTP/1.1\r\n\r\n"
 _PATIENCE_S: Final = 5.0
+_RETRY_S: Final = 30.0
+
+
+class Refused(errors.FailedPrecondition):
+    """This kernel will not, however often it is asked."""
 
 
 class KernelTls:
@@ -48,7 +55,7 @@ class KernelTls:
         self._instance = instance
         self._hooks: _Hooks | None = None
         self._wanted: set[tuple[int, int]] = set()
-        self._refused = ""
+        self._not_before = 0.0
         self.problem = ""
         """Why nothing is seen of what is wanted; empty: it is seen."""
 
@@ -61,16 +68,22 @@ class KernelTls:
 
         run: has it done by the one thread that may. What the kernel lacks is not an error: see `problem`.
         """
-        if not wanted:
-            self._refused = ""
         self._wanted = wanted
+        if not wanted:
+            self._not_before = 0.0
+        elif self._hooks is None and not available():
+            self.problem = ABSENT
+            return
+        elif self._hooks is None and time.monotonic() < self._not_before:
+            return
         try:
-            if wanted and self._hooks is None and available() and not self._refused:
+            if wanted and self._hooks is None:
                 await programs.load_kernel(self._instance)
             await run(self._agree)
+            self.problem = ""
         except (errors.FibrilError, OSError) as error:
-            # It will refuse again.
-            self.problem = self._refused = str(error)
+            self.problem = str(error)
+            self._not_before = math.inf if isinstance(error, Refused) else time.monotonic() + _RETRY_S
 
     def close(self) -> None:
         """The programs go."""
@@ -81,13 +94,9 @@ class KernelTls:
     def _agree(self) -> None:
         if not self._wanted:
             self.close()
-            self.problem = ""
         elif self._hooks is not None:
             self._hooks.choose(self._wanted)
-            self.problem = ""
-        elif not available():
-            self.problem = ABSENT
-        elif not self._refused:
+        else:
             hooks = _Hooks(self._instance)
             try:
                 _try(hooks)
@@ -95,7 +104,7 @@ class KernelTls:
             except BaseException:
                 hooks.close()
                 raise
-            self._hooks, self.problem = hooks, ""
+            self._hooks = hooks
 
 
 def available() -> bool:
@@ -164,7 +173,7 @@ class _Hooks:
 
 
 def _try(hooks: _Hooks) -> None:
-    """Whether a connection that is looked at can turn TLS on and gets through. FailedPrecondition if not."""
+    """That a connection that is looked at can turn TLS on, and gets through. Refused if not."""
     with NetNs.current() as own, contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         listener.settimeout(_PATIENCE_S)
@@ -178,7 +187,7 @@ def _try(hooks: _Hooks) -> None:
                 end.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
                 end.setsockopt(_SOL_TLS, way, _CRYPTO)
         except OSError:
-            raise errors.FailedPrecondition(REFUSED) from None
+            raise Refused(REFUSED) from None
         client.sendall(_WORD)
         if server.recv(len(_WORD), socket.MSG_WAITALL) != _WORD:
-            raise errors.FailedPrecondition("TLS of a socket in a map of sockets does not get through")
+            raise Refused("TLS of a socket in a map of sockets does not get through")

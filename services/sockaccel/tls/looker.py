@@ -131,7 +131,9 @@ class Looker:
         if self._probes is None:
             self._probes = Probes(self._instance)
             self._ring = RingBuffer.open(self._instance.pin_dir / programs.MAPS["tls_records"])
-        self._probes.choose(set(list(self._chosen)[: programs.SPACES_MAX]))
+        if len(self._chosen) > programs.SPACES_MAX:
+            raise errors.ResourceExhausted(f"{len(self._chosen)} pods are chosen, the limit is {programs.SPACES_MAX}")
+        self._probes.choose(set(self._chosen))
         self._files = self._scanner.look({inode: chosen.name for inode, chosen in self._chosen.items()})
         self._refused = dict(self._probes.agree(self._files))
 

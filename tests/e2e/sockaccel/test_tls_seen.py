@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from services.sockaccel.tls import ktls
 from tests.e2e.modes.modelab import ModeLab, lab, wait_for
 
 NODE = "c1n1"
@@ -302,6 +303,22 @@ def test_a_program_that_hides_its_tls_is_named(target: Pods) -> None:
     target.run("p1", etcd, "--data-dir", str(target.lab.root / "etcd-of-pod"), stderr=subprocess.DEVNULL)
     seen = wait_for(lambda: [each for each in target.probes() if each["path"] == os.path.realpath(etcd)], "etcd")
     assert "Go program without symbols" in seen[0]["problem"] and not seen[0]["functions"]
+
+
+def test_a_kernel_without_tls_is_named_and_libraries_are_seen_all_the_same(pods: Pods) -> None:
+    if ktls.available():
+        pytest.skip("this kernel has it: see tests/vm")
+    pods.fibril("tls", "target", "set", "t", "--pod", "p1", "--kernel-port", "8443")
+    try:
+        assert [each["problem"] for each in pods.probes() if each["library"] == "kernel"] == [ktls.ABSENT]
+        parts = json.loads(pods.fibril("-o", "json", "status", code=None).stdout)["parts"]
+        assert [ktls.ABSENT in each["message"] for each in parts if each["name"] == "tls.kernel"] == [True]
+        client = pods.client("p1")
+        wait_for(lambda: pods.probed("openssl"), "a probe")
+        assert client.get("/without-the-kernel") == 200
+        assert len(pods.messages("/without-the-kernel")) == 1
+    finally:
+        pods.fibril("tls", "target", "rm", "t")
 
 
 def test_probes_go_with_the_last_target_and_come_back_with_the_service(pods: Pods) -> None:
