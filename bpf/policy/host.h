@@ -35,6 +35,7 @@ static __always_inline bool host_is_reserved(struct __sk_buff *skb, const struct
 					     const struct pol_work *work)
 {
 	__u32 peer = work->end == POL_EGRESS ? pkt->dst_identity : pkt->src_identity, zero = 0;
+	__be16 here = work->end == POL_EGRESS ? pkt->sport : pkt->dport;
 	struct network_config *network;
 
 	if (host_is_message(pkt))
@@ -45,7 +46,8 @@ static __always_inline bool host_is_reserved(struct __sk_buff *skb, const struct
 		return true;
 	if (peer != IDENTITY_REMOTE_NODE)
 		return false;
-	if (config->probe_port && (bpf_ntohs(pkt->dport) == config->probe_port || bpf_ntohs(pkt->sport) == config->probe_port))
+	/* Nodes ask from the port they answer on: whoever only says that he asks from there reaches no other. */
+	if (config->probe_port && bpf_ntohs(here) == config->probe_port)
 		return true;
 	network = nd_config.lookup(&zero);
 	return network && network->overlay_ifindex && pkt->dport == network->overlay_port;

@@ -216,7 +216,7 @@ def test_what_passes_whatever_policy_says(rig: Rig, family: int) -> None:
     passing = [
         kit.header(NODE[family], OWN[family]) / UDP(sport=40000, dport=OVERLAY_PORT),
         kit.header(NODE[family], OWN[family]) / UDP(sport=40000, dport=PROBE),
-        kit.header(NODE[family], OWN[family]) / UDP(sport=PROBE, dport=40000),
+        kit.header(NODE[family], OWN[family]) / UDP(sport=PROBE + 1, dport=PROBE),
         kit.header(WORLD[family], OWN[family]) / unreachable,
     ]
     client, server = (68, 67) if family == 4 else (546, 547)
@@ -230,6 +230,7 @@ def test_what_passes_whatever_policy_says(rig: Rig, family: int) -> None:
         kit.header(WORLD[family], OWN[family]) / UDP(sport=40000, dport=OVERLAY_PORT),
         kit.header(WORLD[family], OWN[family]) / UDP(sport=40000, dport=PROBE),
         kit.header(NODE[family], OWN[family]) / UDP(sport=40000, dport=53),
+        kit.header(NODE[family], OWN[family]) / UDP(sport=PROBE, dport=53),
         kit.header(WORLD[family], OWN[family]) / UDP(sport=client, dport=server) / bytes(64),
     ]
     for packet in refused:
