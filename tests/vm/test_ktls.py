@@ -189,6 +189,8 @@ def test_what_the_kernel_encrypts_is_seen(looking: Looking, ends: Ends) -> None:
         assert looking.tell()["probes"]["kernel"]["sockets"] >= "2"
     assert "word" not in json.dumps(looking.tell()) and "hidden" not in json.dumps(looking.tell())
     ends.bulk()
+    if problem:
+        pytest.skip(f"nothing is seen: {problem}")
 
 
 def test_connections_to_other_ports_are_left_alone(looking: Looking, ends: Ends) -> None:
