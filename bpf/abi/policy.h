@@ -131,6 +131,7 @@ _Static_assert(sizeof(struct ct_key) == 40, "ABI");
 #define CT_ALLOWED 0x40     /* << enum pol_direction: that policy has allowed it at some time */
 
 #define CT_PASSES 0x100 /* the host's policy is not asked: forwarded for others, or older than that policy */
+#define CT_PASSES_S 30  /* but for TCP: netfilter may have forgotten by then for whom, and what comes is the host's */
 
 /* A connection. One entry for both directions and, where both ends are pods of this node, for both policies. */
 struct ct_entry {

@@ -100,7 +100,7 @@ static __always_inline __u32 ct_limit(const struct pol_config *config, const str
 	__u32 both = CT_CLIENT_FIN | CT_SERVER_FIN;
 
 	if (proto != IPPROTO_TCP)
-		return config->any_s;
+		return entry->flags & CT_PASSES && config->any_s > CT_PASSES_S ? CT_PASSES_S : config->any_s;
 	if (entry->flags & CT_RESET || (entry->flags & both) == both)
 		return config->close_s;
 	return entry->flags & CT_ANSWERED ? config->tcp_s : config->syn_s;

@@ -106,6 +106,10 @@ class CtFlag(enum.IntFlag):
     PASSES = 0x100
 
 
+PASSES_S: Final = 30
+"""CT_PASSES_S."""
+
+
 class Side(ct.Structure):
     """struct pol_side."""
 

@@ -73,6 +73,7 @@ def test_connections_flags_are_the_headers() -> None:
 
 def test_limits_and_rules_are_the_headers() -> None:
     assert numbers("policy.h", r"^#define (CT_NEW_MAX) (\d+)") == {"CT_NEW_MAX": abi.CT_NEW_MAX}
+    assert numbers("policy.h", r"^#define CT_(PASSES_S) (\d+)") == {"PASSES_S": abi.PASSES_S}
     assert numbers("policy.h", r"^#define POL_(VERDICT) (0x\w+)") == {"VERDICT": abi.VERDICT}
     rules = numbers("policy.h", r"^#define POL_RULE_(NONE|HOST) (\d+)")
     assert rules == {"NONE": abi.RULE_NONE, "HOST": abi.RULE_HOST}

@@ -155,6 +155,21 @@ def test_what_is_masqueraded_is_noted_and_answered(rig: Rig, family: int) -> Non
 
 
 @BOTH
+def test_what_answers_late_is_the_hosts(rig: Rig, family: int) -> None:
+    """A pod and somebody outside must not open a port of the host by a datagram that was masqueraded."""
+    rig.policy(0, NONE, NONE)
+    rig.configure(any_s=120)
+    there = kit.header(OWN[family], WORLD[family]) / UDP(sport=53, dport=4000)
+    here = kit.header(WORLD[family], OWN[family]) / UDP(sport=4000, dport=53)
+    assert leaves(rig, there).passed and comes(rig, here).passed
+    assert leaves(rig, there).passed and rig.entry()[1]
+    rig.age(30)
+    assert comes(rig, here).passed
+    rig.age(31)
+    assert not comes(rig, here).passed
+
+
+@BOTH
 def test_what_is_not_the_hosts_is_left_alone(rig: Rig, family: int) -> None:
     rig.policy(0, refuse(), refuse())
     assert comes(rig, kit.header(WORLD[family], kit.own(rig.a, family)) / TCP(dport=80)).passed

@@ -133,7 +133,7 @@ def is_alive(tables: Tables, entry: abi.CtEntry, protocol: int) -> bool:
     config, flags = tables.config, entry.flags
     both = abi.CtFlag.CLIENT_FIN | abi.CtFlag.SERVER_FIN
     if protocol != TCP:
-        limit = config.any_s
+        limit = min(config.any_s, abi.PASSES_S) if flags & abi.CtFlag.PASSES else config.any_s
     elif flags & abi.CtFlag.RESET or flags & both == both:
         limit = config.close_s
     else:
