@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -165,6 +166,43 @@ def test_nobody_but_nodes_is_believed(uplink: Uplink, family: int) -> None:
     uplink.lab.tables.node_address(NODE[family])
     packet = tunnel(family, CLIENT[family], NODE[family], 8080) / outside(family) / TCP(dport=81)
     assert uplink.drops(packet) == Reason.LB_DSR_SOURCE
+
+
+@BOTH
+@EACH
+def test_one_port_of_a_client_to_several_frontends_of_a_backend(uplink: Uplink, family: int, layer: Any) -> None:
+    """The backend would take that for one connection: it sees other ports, and the client does not."""
+    cluster, balancer = uplink.lab.cluster, BALANCER[ROUTED][family]
+    cluster.know(host(balancer), Reserved.REMOTE_NODE, ROUTED)
+    for port in (80, 81, 82):
+        uplink.lab.serve(family, [(own(A, family), 8080)], layer, port, flags=DSR)
+
+    def said(port: int, **flags: str) -> Any:
+        packet = outside(family, ttl=9) / layer(sport=700, dport=port, **flags)
+        frame = inner() / tunnel(family, balancer, own(A, family), 8080) / packet
+        frame.dst = "00:00:00:00:00:00"
+        got = cluster.run(bytes(frame), FROM_UPLINK)
+        assert got.verdict == pipeline.Verdict.DELIVERED and exact(got.data) == got.data
+        return Ether(got.data)
+
+    seen = {}
+    for flags in ("S", "A") if layer is TCP else ("",):
+        for port in (80, 81, 82):
+            there = said(port, **({"flags": flags} if flags else {}))
+            assert seen.setdefault(port, there[layer].sport) == there[layer].sport
+            back = Ether(uplink.from_pod(ether() / answer(bytes(there), layer)).data)
+            assert (back[1].src, back[layer].sport, back[layer].dport) == (VIP[family], port, 700)
+    assert seen[80] == 700 and len(set(seen.values())) == 3
+    # An error about an answer names the port that the backend knows.
+    frame = bytes(Ether(said(81, **({"flags": "A"} if layer is TCP else {}))))
+    reply = answer(frame, layer)
+    sent = Ether(uplink.from_pod(ether() / reply).data)
+    about = error(sent[1], CLIENT[family])
+    tunnelled = inner() / tunnel(family, balancer, own(A, family), 8080) / about
+    tunnelled.dst = "00:00:00:00:00:00"
+    got = cluster.run(bytes(tunnelled), FROM_UPLINK)
+    at = 14 + 2 * (20 if family == 4 else 40) + 8
+    assert struct.unpack_from("!2H", got.data, at) == (8080, seen[81])
 
 
 @BOTH
