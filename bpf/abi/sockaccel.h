@@ -105,7 +105,7 @@ struct sa_end {
 	__u32 reader;         /* task (thread id) that has read last; 0: none */
 	__u32 stuck;          /* enum sa_stuck */
 	__u32 seq;            /* tcp_sock.write_seq when it began to hand over */
-	__u32 pad;
+	__u32 readers;        /* how often that has been another */
 };
 _Static_assert(sizeof(struct sa_end) == 144, "ABI");
 

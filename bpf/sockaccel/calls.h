@@ -82,7 +82,12 @@ int fib_sa_recv(__u64 *ctx)
 		sa_note_splicer();
 		sa_finish(pair, SA_READS);
 	} else {
-		mine->reader = me->reader = task;
+		me->reader = task;
+		mine->reader = task;
+		__sync_fetch_and_add(&me->readers, 1); /* and a barrier */
+		/* Two at once: whoever comes next. */
+		if (unlikely(*(volatile __u32 *)&me->reader != *(volatile __u32 *)&mine->reader))
+			mine->reader = me->reader = 0;
 		me->reads = process;
 	}
 	return 0;

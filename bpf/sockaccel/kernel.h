@@ -89,25 +89,33 @@ static __always_inline __u32 sa_waiting(const struct sa_end *end)
 	return counted ? counted + messages * SA_MESSAGE : end->unread;
 }
 
-/* Whether somebody waits there who would not see what is handed over: of two that were woken by what came by TCP one has taken it, and the
- * other waits on for TCP. Who has read last does not; and whoever polls will look at both. */
-static __always_inline bool sa_others_wait(const struct sa_end *end)
-{
-	__u64 head = sa_read64(end->sock, AT_SK_WQ) + AT_WQ_HEAD, at = sa_read64(head, 0), entry, task;
+enum sa_waiters {
+	SA_KNOWN,    /* nobody, but for who has read last */
+	SA_STRANGER, /* somebody else does, or may be about to */
+	SA_SEVERAL,
+};
 
-	/* Somebody is about to read, and may come too late. */
-	if (sa_read32(end->sock, AT_SK_OWNED))
-		return true;
+/* Which tasks wait in recv(). Of two that are woken by one word that came by TCP one takes it, and the other is too late: it waits on for TCP, and
+ * would not see what is handed over. Who has read last is not that one; and whoever polls looks at both. */
+static __always_inline enum sa_waiters sa_waiters(const struct sa_end *end)
+{
+	__u64 queue = sa_read64(end->sock, AT_SK_WQ), head = queue + AT_WQ_HEAD, at = sa_read64(head, 0), entry, task;
+	__u32 strangers = sa_read32(end->sock, AT_SK_OWNED) ? 1 : 0, tasks = 0;
+
+	if (!queue) /* not accepted yet */
+		return SA_KNOWN;
 #pragma unroll
 	for (int number = 0; number < SA_WAITERS; number++) {
 		if (at == head)
-			return false;
+			return tasks > 1 ? SA_SEVERAL : strangers ? SA_STRANGER : SA_KNOWN;
 		entry = at - AT_WAIT_ENTRY;
 		task = sa_read64(entry, AT_WAIT_PRIVATE);
 		/* A task that waits itself does so on its own stack. */
-		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK_MAX && sa_read32(task, AT_TASK_PID) != end->reader)
-			return true;
+		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK_MAX) {
+			tasks++;
+			strangers += sa_read32(task, AT_TASK_PID) != end->reader;
+		}
 		at = sa_read64(at, 0);
 	}
-	return true;
+	return SA_STRANGER;
 }

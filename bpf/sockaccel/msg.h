@@ -78,6 +78,18 @@ static __always_inline void sa_judge(struct sa_pair *pair, const struct sa_confi
 		pair->flags |= SA_PAIR_OFF;
 }
 
+#define SA_WATCHED_TURNS 1000
+
+/* Whether nobody but who has read last waits at an end. Two at once are left to TCP for good. */
+static __always_inline bool sa_reader_is_alone(struct sa_pair *pair, const struct sa_end *end)
+{
+	enum sa_waiters waiters = sa_waiters(end);
+
+	if (unlikely(waiters == SA_SEVERAL))
+		sa_finish(pair, SA_READS);
+	return waiters == SA_KNOWN;
+}
+
 /* Whether `size` bytes of ends[side] may be handed over. Its socket, `tcp`, is locked. */
 static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *tcp, __u32 size)
 {
@@ -137,6 +149,12 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 			sa_back(pair);
 			return false;
 		}
+		/* One that was too late may get to wait only now. */
+		if (unlikely(pair->proofs < config->proofs + SA_WATCHED_TURNS)) {
+			__sync_fetch_and_add(&pair->proofs, 1);
+			if (!sa_reader_is_alone(pair, other))
+				return false;
+		}
 		if (unlikely(bpf_ktime_get_coarse_ns() - pair->beat > config->beat_ns)) {
 			pair->beat = bpf_ktime_get_coarse_ns();
 			sa_back(pair);
@@ -147,8 +165,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	if (!turn)
 		return false;
 	__sync_fetch_and_add(&pair->proofs, 1);
-	if (pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_others_wait(other) ||
-	    sa_is_short(tcp))
+	if (!sa_reader_is_alone(pair, other) || pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_is_short(tcp))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);

@@ -138,7 +138,7 @@ class End(ct.Structure):
         ("tcp_sends", ct.c_uint64), ("bytes", ct.c_uint64), ("sends", ct.c_uint64), ("policy", ct.c_uint64),
         ("policy_flags", ct.c_uint32), ("reads", ct.c_uint32), ("unread", ct.c_uint32), ("settled", ct.c_uint32),
         ("task", ct.c_uint64), ("tasks", ct.c_uint32), ("judged", ct.c_uint32),
-        ("reader", ct.c_uint32), ("stuck", ct.c_uint32), ("seq", ct.c_uint32), ("pad", ct.c_uint32),
+        ("reader", ct.c_uint32), ("stuck", ct.c_uint32), ("seq", ct.c_uint32), ("readers", ct.c_uint32),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from calltools import (
     pattern,
     ready,
     tell,
+    turn,
     waiting,
 )
 
@@ -74,10 +75,15 @@ def waitall_of_what_is_there(w: socket.socket, r: socket.socket) -> Any:
 
 @case
 def waitall_in_parts(w: socket.socket, r: socket.socket) -> Any:
-    with beside(lambda: r.recv(9, socket.MSG_WAITALL)) as found:
+    turn(w, r)
+
+    def speak() -> None:
         for word in (b"abc", b"def", b"ghi"):
-            w.sendall(word)
             time.sleep(PAUSE_S)
+            w.sendall(word)
+
+    with beside(speak):
+        found = got(r, 9, socket.MSG_WAITALL)
     return found
 
 

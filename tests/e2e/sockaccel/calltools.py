@@ -105,6 +105,13 @@ def beside(work: Callable[[], Any]) -> Iterator[list[Any]]:
         found.append("hangs")
 
 
+def turn(w: socket.socket, r: socket.socket) -> None:
+    """One each, read by this thread: another that waits for the next is not known yet, and gets it by TCP."""
+    for one, other in ((w, r), (r, w)):
+        one.sendall(b".")
+        exactly(other, 1)
+
+
 def pattern(size: int, seed: int = 1) -> bytes:
     return hashlib.shake_128(bytes([seed])).digest(size)
 

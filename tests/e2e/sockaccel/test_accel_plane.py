@@ -47,10 +47,8 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
 
 
 def attached(rig: Rig) -> bool:
-    """Whether the programs behind recv() and send() are."""
-    found = set(hooks.missing(rig.instance, rig.group.name)) & set(install.CALLS)
-    assert found in (set(), set(install.CALLS))
-    return not found
+    """Whether the programs behind recv() and send() are, all of them."""
+    return not set(hooks.missing(rig.instance, rig.group.name)) & set(install.CALLS)
 
 
 async def test_calls_are_watched_only_while_there_are_pairs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +114,9 @@ async def test_who_cannot_go_on_is_told_so(rig: Rig, monkeypatch: pytest.MonkeyP
         process.do(STUCK + "c.sendall(b'one')")
         assert process.give("spliced()") == "EAGAIN"
         await until(lambda: not rig.pairs())
-        assert process.give("[why(c), spliced(), why(d)]") == ["ECONNABORTED", "ECONNRESET", "one"]
+        assert process.give("why(d)") == "one"
+        # Whichever of the two was ended first.
+        assert sorted(process.give("[why(c), spliced()]")) == ["ECONNABORTED", "ECONNRESET"]
         pair_up(process, family, family, host, host)
         process.do("talk(20)")
         process.do("c.sendall(b'two'); time.sleep(0.05)")
