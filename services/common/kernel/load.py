@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.common import errors
 from services.common.kernel import bpf, btf, compiled
 from services.common.kernel.source import SourceError, flatten
 
@@ -206,8 +207,14 @@ class Loader:
         target = 0
         if kind == "tp_btf":
             # Its arguments are the tracepoint's, with the kernel's own types.
-            with btf.Btf() as types:
-                target = types.typedef(f"btf_trace_{attach}")
+            try:
+                with btf.Btf() as types:
+                    target = types.typedef(f"btf_trace_{attach}")
+            except errors.FailedPrecondition as error:
+                raise LoadError(
+                    "FAILED_PRECONDITION",
+                    f"this kernel has no tracepoint {attach}, which {name} of {source.name} is for: {error}",
+                ) from None
             kind, attach = "tracing", "trace_raw_tp"
         if kind not in bpf.PROG_TYPES or (attach and attach not in bpf.ATTACH_TYPES):
             raise LoadError(

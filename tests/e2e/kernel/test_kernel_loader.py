@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes as ct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,12 @@ async def test_a_compiler_error_names_file_and_line(pin_dir: Path) -> None:
 async def test_a_wrong_spec_says_what_is_wrong(pin_dir: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(errors.InvalidArgument, match=words):
         await load_counter(pin_dir, **changes)
+
+
+async def test_a_tracepoint_the_kernel_lacks_is_named(pin_dir: Path) -> None:
+    with pytest.raises(errors.FailedPrecondition, match="has no tracepoint no_such_one") as caught:
+        await load([replace(counter_spec(), functions={"second": "tp_btf/no_such_one"}, slots={})], pin_dir)
+    assert "Traceback" not in str(caught.value) and pins(pin_dir) == set()
 
 
 async def test_two_instances_do_not_share_maps(pin_dir: Path) -> None:
