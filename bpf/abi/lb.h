@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Map family `lb`, version 1: services, their backends, and the connections that go through them.
+/* Map family `lb`, version 2: services, their backends, and the connections that go through them.
  *
  * Frontends are in a hash; all else that a packet needs are lines of 64 bytes in arrays, which user space writes
  * through shared memory: changing one backend of ten thousand is one store, and no lookup but the first hashes.

@@ -1,4 +1,4 @@
-"""The contract of bpf/abi/lb.h in ctypes: map family `lb`, version 1.
+"""The contract of bpf/abi/lb.h in ctypes: map family `lb`, version 2.
 
 Structures carry the C names' fields, sizes and offsets; tests/datapath compares them with what the compiler
 made. Fields the C header calls __be16 or __be32 hold network order.
@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from services.common.pipeline.abi import FibAddr, IPAddress
 
-FAMILY: Final = "lb/v1"
+FAMILY: Final = "lb/v2"
 MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
