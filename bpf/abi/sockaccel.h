@@ -26,6 +26,7 @@
 #define SA_SPACES_MAX 65536
 #define SA_SPLICERS_MAX 4096
 #define SA_MESSAGE 256      /* what a send that waits unread counts for besides its bytes: the kernel keeps some 1000 bytes for each */
+#define SA_WAITS (1U << 31)
 #define SA_MESSAGES_MAX 256 /* so many may wait, whatever their size */
 
 /* sa_config.flags */
@@ -102,7 +103,7 @@ struct sa_end {
 	__u64 task;           /* that hands over; an address in the kernel */
 	__u32 tasks;          /* how often it has been another */
 	__u32 judged;         /* times it was sent back to TCP */
-	__u32 reader;         /* task (thread id) that has read last; 0: none */
+	__u32 reader;         /* task (thread id) that has read last, SA_WAITS if its call waits; 0: none */
 	__u32 stuck;          /* enum sa_stuck */
 	__u32 seq;            /* tcp_sock.write_seq when it began to hand over */
 	__u32 readers;        /* how often that has been another */

@@ -16,6 +16,7 @@
 
 #define SA_MSG_OOB 0x1
 #define SA_MSG_TRUNC 0x20
+#define SA_MSG_DONTWAIT 0x40
 #define SA_MSG_WAITALL 0x100
 #define SA_MSG_ZEROCOPY 0x4000000
 #define SA_MUCH 512 /* bytes */
@@ -56,7 +57,7 @@ int fib_sa_recv(__u64 *ctx)
 {
 	__u32 special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
 	__u64 task = bpf_get_current_pid_tgid();
-	__u32 process = task >> 32;
+	__u32 process = task >> 32, reader = (__u32)task | (ctx[2] & SA_MSG_DONTWAIT ? 0 : SA_WAITS);
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 	struct sa_end *me;
@@ -65,7 +66,7 @@ int fib_sa_recv(__u64 *ctx)
 		return 0;
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
 	/* Looked at again when another reads, or much is read, which may be the end of the pair. */
-	if (!mine || (mine->reader == (__u32)task && !special && (int)ctx[1] < SA_MUCH))
+	if (!mine || (mine->reader == reader && !special && (int)ctx[1] < SA_MUCH))
 		return 0;
 	pair = sa_pairs.lookup(&mine->pair);
 	if (!pair)
@@ -82,8 +83,8 @@ int fib_sa_recv(__u64 *ctx)
 		sa_note_splicer();
 		sa_finish(pair, SA_READS);
 	} else {
-		me->reader = task;
-		mine->reader = task;
+		me->reader = reader;
+		mine->reader = reader;
 		__sync_fetch_and_add(&me->readers, 1); /* and a barrier */
 		/* Two at once: whoever comes next. */
 		if (unlikely(*(volatile __u32 *)&me->reader != *(volatile __u32 *)&mine->reader))

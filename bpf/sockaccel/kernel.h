@@ -90,7 +90,8 @@ static __always_inline __u32 sa_waiting(const struct sa_end *end)
 }
 
 enum sa_waiters {
-	SA_KNOWN,    /* nobody, but for who has read last */
+	SA_NOBODY,
+	SA_KNOWN,    /* who has read last, and nobody else */
 	SA_STRANGER, /* somebody else does, or may be about to */
 	SA_SEVERAL,
 };
@@ -103,17 +104,17 @@ static __always_inline enum sa_waiters sa_waiters(const struct sa_end *end)
 	__u32 strangers = sa_read32(end->sock, AT_SK_OWNED) ? 1 : 0, tasks = 0;
 
 	if (!queue) /* not accepted yet */
-		return SA_KNOWN;
+		return SA_NOBODY;
 #pragma unroll
 	for (int number = 0; number < SA_WAITERS; number++) {
 		if (at == head)
-			return tasks > 1 ? SA_SEVERAL : strangers ? SA_STRANGER : SA_KNOWN;
+			return tasks > 1 ? SA_SEVERAL : strangers ? SA_STRANGER : tasks ? SA_KNOWN : SA_NOBODY;
 		entry = at - AT_WAIT_ENTRY;
 		task = sa_read64(entry, AT_WAIT_PRIVATE);
 		/* A task that waits itself does so on its own stack. */
 		if (task && entry - sa_read64(task, AT_TASK_STACK) < SA_STACK_MAX) {
 			tasks++;
-			strangers += sa_read32(task, AT_TASK_PID) != end->reader;
+			strangers += sa_read32(task, AT_TASK_PID) != (end->reader & ~SA_WAITS);
 		}
 		at = sa_read64(at, 0);
 	}

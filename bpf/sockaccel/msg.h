@@ -79,6 +79,7 @@ static __always_inline void sa_judge(struct sa_pair *pair, const struct sa_confi
 }
 
 #define SA_WATCHED_TURNS 1000
+#define SA_SEEN_TURNS 8
 
 /* Whether nobody but who has read last waits at an end. Two at once are left to TCP for good. */
 static __always_inline bool sa_reader_is_alone(struct sa_pair *pair, const struct sa_end *end)
@@ -87,6 +88,19 @@ static __always_inline bool sa_reader_is_alone(struct sa_pair *pair, const struc
 
 	if (unlikely(waiters == SA_SEVERAL))
 		sa_finish(pair, SA_READS);
+	return waiters < SA_STRANGER;
+}
+
+/* The same before anything is handed over. Where calls wait, it is better to see the reader do so than to see nobody, for some turns. */
+static __always_inline bool sa_reader_is_known(struct sa_pair *pair, const struct sa_end *end, const struct sa_config *config)
+{
+	enum sa_waiters waiters = sa_waiters(end);
+	__u32 me = bpf_get_current_pid_tgid();
+
+	if (unlikely(waiters == SA_SEVERAL))
+		sa_finish(pair, SA_READS);
+	if (waiters == SA_NOBODY)
+		return !(end->reader & SA_WAITS) || (end->reader & ~SA_WAITS) == me || pair->proofs > config->proofs + SA_SEEN_TURNS;
 	return waiters == SA_KNOWN;
 }
 
@@ -165,7 +179,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 	if (!turn)
 		return false;
 	__sync_fetch_and_add(&pair->proofs, 1);
-	if (!sa_reader_is_alone(pair, other) || pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_is_short(tcp))
+	if (!sa_reader_is_known(pair, other, config) || pair->proofs <= config->proofs || !other->reads || !(config->flags & SA_CFG_CALLS) || !sa_all_read(me, other) || sa_is_short(tcp))
 		return false;
 	if (sa_is_special(me) || sa_is_special(other)) {
 		sa_finish(pair, SA_OPTION);
