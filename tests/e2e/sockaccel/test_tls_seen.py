@@ -57,6 +57,18 @@ for line in sys.stdin:
     print(json.dumps(answer.status), flush=True)
 """
 
+FILTER = """
+import ctypes, struct
+UNKNOWN = 335  # uretprobe, x86-64
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, UNKNOWN), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
+held = ctypes.create_string_buffer(code)
+filter = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(held))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(filter), 0, 0) == 0
+"""
+
 
 GO = """
 package main
@@ -220,15 +232,8 @@ def test_what_pods_make_up_hurts_nobody(target: Pods, tmp_path: Path) -> None:
 def test_a_process_behind_a_strict_filter_goes_on(target: Pods) -> None:
     """Where a probed function returns, kernels from 6.11 on make a system call that filters of containers do not know."""
     code = f"""
-import ctypes, http.client, ssl, struct
-UNKNOWN = 335  # uretprobe, x86-64
-rules = [(0x20, 0, 0, 0), (0x15, 0, 1, UNKNOWN), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
-code = b"".join(struct.pack("HBBI", *rule) for rule in rules)
-held = ctypes.create_string_buffer(code)
-filter = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(held))
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, ctypes.c_char_p(filter), 0, 0) == 0
+{FILTER}
+import http.client, ssl
 made = http.client.HTTPSConnection({target.address!r}, 8443, context=ssl._create_unverified_context(), timeout=10)
 made.request("GET", "/filtered")
 print(made.getresponse().status)
