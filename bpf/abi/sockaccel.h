@@ -129,7 +129,7 @@ enum sa_end_reason {
 	SA_NOT_ENDED = 0,
 	SA_CLOSED = 1,   /* the connection is */
 	SA_BULK = 2,     /* one end sends much without a word of the other */
-	SA_READS = 3,    /* recv() with flags that the short way does not know, or a process that splices */
+	SA_READS = 3,    /* recv() with flags that the short way does not know, a process that splices, two that read at once */
 	SA_SENDS = 4,    /* send() with such flags: urgent data, zero copy */
 	SA_OPTION = 5,   /* SO_RCVLOWAT, a protocol on top (TLS) */
 	SA_BEHIND = 6,   /* a reader that leaves more unread than one end may send without a word of the other */
