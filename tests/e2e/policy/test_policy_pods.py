@@ -317,6 +317,7 @@ def test_an_upgrade_and_the_way_back_open_nothing_and_close_nothing(
             for client, server in load:
                 reached.append(client("reach", server, 8080, 5.0))
                 reached.append(client("talk", server, 8080, 5.0))
+            time.sleep(0.02)
         settle(landscape)
     assert reached and set(reached) == {True}
     for client, server in load:
