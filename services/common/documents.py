@@ -11,7 +11,6 @@ import yaml
 from services.common.errors import InvalidArgument
 
 DEPTH_MAX: Final = 64
-VALUES_MAX: Final = 10_000_000
 NUMBER_MAX: Final = 40
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -48,10 +47,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _number(_Base.construct_yaml_in
 _Loader.add_constructor("tag:yaml.org,2002:float", _number(_Base.construct_yaml_float))
 
 
-def read(text: str, field: str) -> list[Any]:
-    """The documents, empty ones left out. InvalidArgument with `field`."""
+def read(text: str, field: str, values_max: int) -> list[Any]:
+    """The documents, empty ones left out. InvalidArgument with `field`: no YAML or JSON, or more than so many values."""
     try:
-        _check(text)
+        _check(text, values_max)
         documents = [doc for doc in yaml.load_all(text, Loader=_Loader) if doc is not None]
         # All of its text is Unicode.
         json.dumps(documents, ensure_ascii=False, default=str).encode()
@@ -69,16 +68,17 @@ def read(text: str, field: str) -> list[Any]:
     return documents
 
 
-def _check(text: str) -> None:
+def _check(text: str, values_max: int) -> None:
     """Before anything is made of it: nesting is what a parser in C runs out of stack by, and of aliases a few lines could make
     millions of values.
     """
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        if count > VALUES_MAX:
-            raise yaml.YAMLError(f"more than {VALUES_MAX} values")
+        if count > values_max:
+            raise yaml.YAMLError(f"more than {values_max} values")
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not taken: write out what they stand for")
+            line = event.start_mark.line + 1 if event.start_mark is not None else 0
+            raise yaml.YAMLError(f"line {line}: aliases are not taken: write out what they stand for")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEPTH_MAX:

@@ -26,6 +26,7 @@ _TOPOLOGIES: Final = {
     "PreferSameZone": pb.TOPOLOGY_SAME_ZONE,
     "PreferSameNode": pb.TOPOLOGY_SAME_NODE,
 }
+VALUES_MAX: Final = 10_000_000
 _AFFINITY_S: Final = 10800
 _KINDS: Final = frozenset({"ClusterIP", "NodePort", "LoadBalancer", "ExternalName"})
 _KNOWN: Final = (("Service", "v1"), ("EndpointSlice", "discovery.k8s.io/v1"), ("Endpoints", "v1"))
@@ -71,7 +72,7 @@ class Parsed:
 def parse(text: str) -> Parsed:
     """YAML or JSON, several documents and v1 Lists included. InvalidArgument names document and field."""
     parsed = Parsed()
-    for number, doc in enumerate(documents.read(text, "file")):
+    for number, doc in enumerate(documents.read(text, "file", VALUES_MAX)):
         for where, each in _flat(doc, f"documents[{number}]"):
             _document(parsed, each, where)
     return parsed

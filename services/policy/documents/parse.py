@@ -6,19 +6,16 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import yaml
-
 from fibril.policy.v1 import policy_pb2 as pb
-from services.common.errors import FibrilError, InvalidArgument
+from services.common import documents
+from services.common.errors import InvalidArgument
 from services.policy import convert
 from services.policy.documents import cilium, kubernetes
 from services.policy.documents.fields import Fields
 
 Reader = Callable[[Fields, str], pb.Policy]
 DOCUMENTS_MAX: Final = 10_000
-DEPTH_MAX: Final = 64
-NODES_MAX: Final = 2_000_000
-NUMBER_MAX: Final = 40
+VALUES_MAX: Final = 2_000_000
 _KINDS: Final[dict[tuple[str, str], Reader]] = {
     ("networking.k8s.io", "NetworkPolicy"): kubernetes.network_policy,
     ("policy.networking.k8s.io", "AdminNetworkPolicy"): kubernetes.admin,
@@ -35,37 +32,6 @@ _VERSIONS: Final = {
     ("cilium.io", "CiliumNetworkPolicy"): ("v2",),
     ("cilium.io", "CiliumClusterwideNetworkPolicy"): ("v2",),
 }
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(_Base):  # type: ignore[misc]
-    """Safe, and strict: no key twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[Any] = set()
-        for name, _ in node.value:
-            key = self.construct_object(name, deep=True)
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.YAMLError(f"line {name.start_mark.line + 1}: a key must be text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {name.start_mark.line + 1}: {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _number(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """No number is that long; YAML's sixties (1:30:00) take the square of their length to work out."""
-
-    def made(loader: Any, node: Any) -> Any:
-        if len(loader.construct_scalar(node)) > NUMBER_MAX:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a number of more than {NUMBER_MAX} characters")
-        return make(loader, node)
-
-    return made
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _number(_Base.construct_yaml_int))
-_Loader.add_constructor("tag:yaml.org,2002:float", _number(_Base.construct_yaml_float))
 
 
 def parse(text: str, default_namespace: str) -> list[pb.Policy]:
@@ -88,36 +54,12 @@ def parse(text: str, default_namespace: str) -> list[pb.Policy]:
 
 def _documents(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
-    try:
-        _check_shape(text)
-        for loaded in yaml.load_all(text, Loader=_Loader):
-            for document in _items(loaded):
-                number += 1
-                if number > DOCUMENTS_MAX:
-                    raise InvalidArgument(f"more than {DOCUMENTS_MAX} documents", field="text", fix="apply them in parts")
-                yield f"document {number}", document
-    except FibrilError:
-        raise
-    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # Values that do not fit a tag of their own (!!bool maybe) make the library stumble in all these ways.
-        raise InvalidArgument(f"not YAML: {' '.join(str(error).split())[:300]}", field="text") from None
-
-
-def _check_shape(text: str) -> None:
-    """Before anything is made of it: by nesting a parser in C runs out of stack, and of aliases a few lines make millions."""
-    depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        if count > NODES_MAX:
-            raise yaml.YAMLError(f"more than {NODES_MAX} values")
-        if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1 if event.start_mark is not None else 0
-            raise yaml.YAMLError(f"line {line}: aliases are not taken: write out what they stand for")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > DEPTH_MAX:
-                raise yaml.YAMLError(f"nested deeper than {DEPTH_MAX}")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
+    for loaded in documents.read(text, "text", VALUES_MAX):
+        for document in _items(loaded):
+            number += 1
+            if number > DOCUMENTS_MAX:
+                raise InvalidArgument(f"more than {DOCUMENTS_MAX} documents", field="text", fix="apply them in parts")
+            yield f"document {number}", document
 
 
 def _items(loaded: Any) -> Iterator[dict[str, Any]]:
