@@ -172,6 +172,19 @@ static __always_inline void sa_connected(struct bpf_sock_ops *ctx, const struct 
 	sa_opening.update(&key, &opening);
 }
 
+/* Whether a server has an address that nobody has here: the connection was meant for another, and given to it (TPROXY). */
+static __always_inline bool sa_is_transparent(struct sa_end *server)
+{
+	struct endpoint *pod;
+
+	if (sa_is_loopback(&server->addr))
+		return false;
+	if (!server->endpoint)
+		return !sa_hosts.lookup(&server->addr);
+	pod = endpoint_by_address(&server->addr, fib_addr_is_v4(&server->addr) ? 4 : 6);
+	return !pod || pod->id != server->endpoint;
+}
+
 /* The class of a pair, or SA_CLASSES. */
 static __always_inline __u32 sa_class_of(const struct sa_config *config, const struct sa_pair *opening, const struct sa_space *space,
 					 const struct sa_end *server, bool redirected)
@@ -233,7 +246,8 @@ static __always_inline void sa_accepted(struct bpf_sock_ops *ctx, const struct s
 	if (!opening)
 		return;
 	sa_local(ctx, &me.addr);
-	redirected = me.port != opening->ends[1].port || !fib_addr_same(&me.addr, &opening->ends[1].addr);
+	redirected = me.port != opening->ends[1].port || !fib_addr_same(&me.addr, &opening->ends[1].addr) ||
+		     (opening->ends[0].netns == netns && sa_is_transparent(&me));
 	class = sa_class_of(config, opening, space, &me, redirected);
 	if (class < SA_CLASSES) {
 		mine.pair = opening->ends[0].cookie;

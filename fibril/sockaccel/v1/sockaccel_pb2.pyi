@@ -97,7 +97,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_BULK: _EndReason.ValueType  # 2
     """One end sent more than the configured number of bytes without a word of the other: TCP is faster."""
     END_REASON_READS: _EndReason.ValueType  # 3
-    """A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC."""
+    """A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket."""
     END_REASON_SENDS: _EndReason.ValueType  # 4
     """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
     END_REASON_OPTION: _EndReason.ValueType  # 5
@@ -115,7 +115,7 @@ END_REASON_CLOSED: EndReason.ValueType  # 1
 END_REASON_BULK: EndReason.ValueType  # 2
 """One end sent more than the configured number of bytes without a word of the other: TCP is faster."""
 END_REASON_READS: EndReason.ValueType  # 3
-"""A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC."""
+"""A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket."""
 END_REASON_SENDS: EndReason.ValueType  # 4
 """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
 END_REASON_OPTION: EndReason.ValueType  # 5

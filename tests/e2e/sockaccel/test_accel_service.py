@@ -96,7 +96,7 @@ class Agent:
 def landscape() -> Iterator[ModeLab]:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    with lab("--nodes", "1", "--pods", "2", "--services", "ipam,identity,policy,sockaccel") as made:
+    with lab("--nodes", "1", "--pods", "2", "--services", "ipam,identity,lb,policy,sockaccel") as made:
         yield made
 
 
@@ -300,6 +300,26 @@ def test_pairs_of_a_deleted_class_are_nobody_elses(declared: ModeLab, pods: tupl
     client(f"hold('b', {server.ipv4!r}, 7700)")
     client("talk('b')")
     assert sum(shortened(record) for record in pairs(declared)) > before + 20
+
+
+@pytest.mark.parametrize(("family", "vip"), [("ipv4", "10.96.0.7"), ("ipv6", "fd96::7")])
+def test_connections_to_a_service_are_shortened_as_those_to_its_backend(
+    declared: ModeLab, pods: tuple[Agent, Agent], family: str, vip: str
+) -> None:
+    client, server = pods
+    address = getattr(server, family)
+    front, backend = (f"[{host}]" if ":" in host else host for host in (vip, address))
+    server(f"echo({address!r}, 7700)")
+    fibril(declared, "service", "add", "between", "--vip", f"{front}:80", "--backend", f"{backend}:7700")
+    try:
+        client(f"hold('s', {vip!r}, 80)")
+        assert client("talk('s')") == 30
+        assert client("held['s'].getpeername()[:2]") == [vip, 80]
+        (record,) = pairs(declared)
+        assert (record["client"]["pod"], record["server"]["pod"], record["server"]["port"]) == ("p1", "p2", 7700)
+        assert record["class_name"] == "between" and shortened(record) > 40
+    finally:
+        fibril(declared, "service", "rm", "between")
 
 
 def test_an_application_and_its_proxy_are_shortened_by_default(landscape: ModeLab, pods: tuple[Agent, Agent]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from accelrig import B4, Rig, until
+from accelrig import A4, A6, B4, Rig, ip, until
 from test_calls import KNOWS
 
 from services.sockaccel import abi
@@ -192,3 +192,59 @@ for each in them: each.join(20)
 """, "[wrong, sum(each.is_alive() for each in them)]") == [[], 0]  # fmt: skip
     assert rig.stat(abi.Stat.SHORTENED) > before + 80
     until(lambda: not rig.pairs())
+
+
+# Addresses nobody has: what is sent there meets the rules of a mesh.
+ELSEWHERE = {"ip": "198.51.100.7", "ip6": "2001:db8:7::7"}
+TO = "{family} daddr {to} tcp dport 80"
+RULES = {
+    "redirect": f"chain out {{{{ type nat hook output priority -100; {TO} redirect to :15001; }}}}",
+    "dnat": f"chain out {{{{ type nat hook output priority -100; {TO} dnat {{family}} to {{home}}:15001; }}}}",
+    "tproxy": f"chain out {{{{ type route hook output priority -150; {TO} meta mark set 1; }}}}\n"
+    f"chain pre {{{{ type filter hook prerouting priority -150; {TO} tproxy {{family}} to :15001; }}}}",
+}
+
+
+@pytest.fixture(params=list(ELSEWHERE))
+def rerouted(rig: Rig, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Family of addresses; what has mark 1 is for this host."""
+    family: str = request.param
+    space, flag = rig.spaces[0].name, {"ip": "-4", "ip6": "-6"}[family]
+    ways = [
+        ("rule", "fwmark", "1", "table", "100"),
+        ("route", "local", "default", "dev", "lo", "table", "100"),
+        ("route", ELSEWHERE[family], "dev", "east"),
+    ]
+    for what, *words in ways:
+        ip("-n", space, flag, what, "add", *words)
+    try:
+        yield family
+    finally:
+        for what, *words in reversed(ways):
+            ip("-n", space, flag, what, "del", *words)
+
+
+@pytest.mark.parametrize("way", list(RULES))
+def test_a_proxy_that_is_given_connections_to_others(rig: Rig, process: Process, rerouted: str, way: str) -> None:
+    """The two ends disagree about who speaks with whom: they are found by their sequence numbers."""
+    family, home = ("AF_INET", A4) if rerouted == "ip" else ("AF_INET6", f"[{A6}]")
+    chains = RULES[way].format(family=rerouted, to=ELSEWHERE[rerouted], home=home)
+    rules = f"table inet mesh {{\n{chains}\n}}"
+    before = handed(rig)
+    rig.write(proxies=1, ports={15001: (1, True)})  # who listens there is seen to be a proxy
+    try:
+        assert process.do(f"""
+import subprocess
+subprocess.run(["nft", {rules!r}], check=True)
+l = bound_to(15001, socket.{family}, "")
+if {way == "tproxy"}:
+    l.setsockopt(*{{"AF_INET": (socket.SOL_IP, 19), "AF_INET6": (socket.IPPROTO_IPV6, 75)}}["{family}"], 1)  # transparent
+l.listen()
+c = socket.socket(socket.{family}); c.connect(({ELSEWHERE[rerouted]!r}, 80)); d, _ = l.accept()
+""", "[c.getpeername()[:2] == d.getsockname()[:2], converse(c, d)]") == [way == "tproxy", "fine"]  # fmt: skip
+        assert handed(rig) - before > 40
+        (pair,) = rig.pairs()
+        assert pair.ends[0].netns == pair.ends[1].netns == rig.cookies[0]
+    finally:
+        rig.write(proxies=0, ports={})
+        process.do('c = d = l = None; gc.collect(); subprocess.run(["nft", "delete table inet mesh"], check=True)')
