@@ -15,7 +15,7 @@ enum lb_tail {
 	LB_TAILS = 8,
 };
 
-/* Holds for one packet, as struct pkt_ctx does. */
+/* Holds for one packet, as struct pkt_ctx does. Pinned: while programs are replaced, those of before leave it to those that go on. */
 struct lb_work {
 	struct lb_tuple key;
 	struct lb_nat nat;
@@ -27,7 +27,9 @@ struct lb_work {
 	__u32 quote[ANSWER_QUOTE_WORDS];
 };
 
+/* enum lb_tail -> program. Writer: the lb service. */
 FIB_MAP("prog", __u32, __u32, lb_tails, LB_TAILS, 0);
+/* Writers and readers: programs of this unit. */
 FIB_MAP("percpu_array", __u32, struct lb_work, lb_works, 1, 0);
 
 static __always_inline struct lb_work *lb_work(void)

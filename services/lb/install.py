@@ -38,6 +38,8 @@ SOCK_RELEASE: Final = "fib_release"
 LB_ANSWER: Final = "fib_lb_answer"
 SLOTS: Final = {pipeline.Slot.LB: LB, pipeline.Slot.LB_ANSWER: LB_ANSWER}
 TAILS_MAP: Final = "lb_tails"
+WORKS_MAP: Final = "lb_works"
+"""What programs leave to each other: pinned, for those of two versions go on to each other while they are replaced."""
 TAILS: Final = (UPLINK, "fib_lb_search", "fib_lb_reject", "fib_lb_icmp", "fib_lb_decap")
 """Programs that others go on to, in order of enum lb_tail."""
 MAPS: Final = {**pipeline.MAPS, **abi.MAPS}
@@ -71,7 +73,7 @@ def packets() -> loader.ProgramSpec:
         source=Path("lb/lb.c"),
         service=SERVICE,
         functions=dict.fromkeys((*SLOTS.values(), UPLINK_OUT, *TAILS), "sched_cls"),
-        maps={**MAPS, TAILS_MAP: f"{abi.FAMILY}/{TAILS_MAP}"},
+        maps={**MAPS, **{name: f"{abi.FAMILY}/{name}" for name in (TAILS_MAP, WORKS_MAP)}},
         slots={
             pipeline.SLOTS_MAP: {int(slot): name for slot, name in SLOTS.items()},
             TAILS_MAP: dict(enumerate(TAILS)),

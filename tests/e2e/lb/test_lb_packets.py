@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from services.common.instance import Instance
-from services.common.kernel import attach, features, netns, tc_classic
+from services.common.kernel import attach, bpf, features, netns, progs, tc_classic
 from services.common.kernel import netlink as nl
 from services.common.kernel.netlink import Netlink, Rtnl
 from services.common.kernel.netns import NetNs
 from services.identity.network import programs
-from services.lb import install, packets, teardown
+from services.lb import abi, install, packets, teardown
 from services.lb.packets import Packets
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -114,6 +114,33 @@ async def test_on_the_default_route_while_needed(space: Rtnl, instance: Instance
         await wait(lambda: len(there(space, instance, "fbx0")) == 2)
     assert await teardown.remove(instance) and not there(space, instance, "fbx0")
     assert not await teardown.remove(instance)
+
+
+async def test_programs_of_two_versions_leave_each_other_what_they_know(space: Rtnl, instance: Instance) -> None:
+    """While they are replaced, one of before goes on to one of now: both have the same scratch map."""
+
+    def shared() -> set[int]:
+        uses = []
+        for name in (install.LB, *install.TAILS):
+            fd = progs.open_prog(install.program_path(instance, name))
+            try:
+                info = bpf.prog_info(fd)
+            finally:
+                os.close(fd)
+            assert info.id not in seen, "it was loaded anew"
+            seen.add(info.id)
+            uses.append(set(info.map_ids))
+        return set.intersection(*uses)
+
+    seen: set[int] = set()
+    async with running(instance):
+        before = shared()
+        await install.install_packets(instance)
+        fd = bpf.get(str(instance.pin_dir / abi.FAMILY / install.WORKS_MAP))
+        try:
+            assert bpf.map_info(fd).id in before & shared()
+        finally:
+            os.close(fd)
 
 
 async def test_put_back_and_moved_with_the_devices(space: Rtnl, instance: Instance) -> None:
