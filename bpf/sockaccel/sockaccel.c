@@ -4,6 +4,7 @@
  * fib_sa_ops   sock_ops: pairs are made where connections begin, and end
  * fib_sa_msg   sk_msg: each send() of a socket of a pair, with the socket's lock held
  * fib_sa_recv, fib_sa_reading  tracepoints behind and within recv(): reads that the short way does not know end it
+ * fib_sa_ulp   setsockopt(): a protocol on top of a socket ends the pair
  * fib_sa_waits  asked by user space whether anything is unread
  *
  * Everything begins on TCP and passes all hooks there. A pair is handed over once its two ends have taken turns several times, at a moment
@@ -25,3 +26,4 @@
 #include "sockaccel/msg.h"
 #include "sockaccel/ops.h"
 #include "sockaccel/ask.h"
+#include "sockaccel/ulp.h"

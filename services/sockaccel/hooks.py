@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Final
 from services.common import errors
 from services.common.kernel import attach, bpf, cgroup, progs
 from services.sockaccel import abi, install
+from services.sockaccel.tls import ktls
 
 if TYPE_CHECKING:
     from services.common.instance import Instance
 
-_KIND: Final = "cgroup_sock_ops"
+_KINDS: Final = {install.ULP: "cgroup_setsockopt", install.OPS: "cgroup_sock_ops"}
+"""Programs of the control group, in the order they are attached in."""
+_MODULES: Final = Path("/proc/modules")
 
 
 def attach_all(instance: Instance, group: str, calls: bool = True, before: frozenset[int] = frozenset()) -> None:
@@ -34,18 +37,30 @@ def attach_all(instance: Instance, group: str, calls: bool = True, before: froze
             _attach_call(instance, name)
     path = cgroup.create(group)
     known = marks(instance) | before
-    with progs.opened(install.program_path(instance, install.OPS)) as fd:
-        attach.attach_cgroup(path, _KIND, fd, known)
+    for name in _of_group():
+        with progs.opened(install.program_path(instance, name)) as fd:
+            attach.attach_cgroup(path, _KINDS[name], fd, known)
     _detach_groups(known, keep=path)
+
+
+def may_do_tls() -> bool:
+    """Whether the kernel has TLS, or modules: it loads that one whenever a process asks that may (CAP_NET_ADMIN)."""
+    return ktls.available() or _MODULES.exists()
+
+
+def _of_group() -> list[str]:
+    """The programs that belong on the control group: setsockopt() passes through one only where there is need."""
+    return [name for name in _KINDS if name != install.ULP or may_do_tls()]
 
 
 def missing(instance: Instance, group: str, calls: bool = True) -> list[str]:
     """Which programs do not hang where they belong."""
     found = []
-    wanted = progs.info(install.program_path(instance, install.OPS)).id
     path = cgroup.path_of(group)
-    if not path.exists() or all(entry.prog_id != wanted for entry in attach.attached_cgroup(path, _KIND)):
-        found.append(install.OPS)
+    for name in _of_group():
+        wanted = progs.info(install.program_path(instance, name)).id
+        if not path.exists() or all(entry.prog_id != wanted for entry in attach.attached_cgroup(path, _KINDS[name])):
+            found.append(name)
     if attached_msg(instance) != progs.info(install.program_path(instance, install.MSG)).id:
         found.append(install.MSG)
     return found + [name for name in install.CALLS if calls and not _link_path(instance, name).exists()]
@@ -185,6 +200,6 @@ def _detach_groups(known: frozenset[int], keep: Path | None = None) -> list[Path
         path = Path(directory)
         # Groups come and go.
         with contextlib.suppress(errors.NotFound):
-            if path != keep and attach.detach_cgroup(path, _KIND, install.OPS, known):
+            if path != keep and any([attach.detach_cgroup(path, kind, name, known) for name, kind in _KINDS.items()]):
                 gone.append(path)
     return gone

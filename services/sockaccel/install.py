@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SERVICE: Final = "sockaccel"
 OPS: Final = "fib_sa_ops"
 MSG: Final = "fib_sa_msg"
+ULP: Final = "fib_sa_ulp"
 CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_reading": "tcp_rcv_space_adjust"}
 """Programs at tracepoints."""
 FIELDS: Final = {
@@ -45,6 +46,7 @@ FIELDS: Final = {
     "AT_WQ_HEAD": "socket_wq.wait.head",
     "AT_WAIT_ENTRY": "wait_queue_entry.entry",
     "AT_WAIT_PRIVATE": "wait_queue_entry.private",
+    "AT_SOCKOPT_SK": "bpf_sockopt_kern.sk",
 }
 """What the programs read of the kernel's own structures; all there since Linux 5.12."""
 
@@ -110,6 +112,7 @@ def spec(pairs: int = 0) -> loader.ProgramSpec:
         functions={
             OPS: "sock_ops",
             MSG: "sk_msg",
+            ULP: "cgroup_sockopt/cgroup_setsockopt",
             WAITS: "raw_tracepoint",
             **{name: f"tp_btf/{where}" for name, where in CALLS.items()},
         },
@@ -131,7 +134,7 @@ def program_path(instance: Instance, name: str) -> Path:
 def complete(instance: Instance) -> bool:
     """Whether all is pinned."""
     pins = [instance.pin_dir / path for path in MAPS.values()]
-    pins += [program_path(instance, name) for name in (OPS, MSG, WAITS, *CALLS)]
+    pins += [program_path(instance, name) for name in (OPS, MSG, ULP, WAITS, *CALLS)]
     return all(path.exists() for path in pins)
 
 

@@ -76,6 +76,7 @@ ATTACH_TYPES: Final = {
     "cgroup_udp6_sendmsg": 15,
     "cgroup_udp4_recvmsg": 19,
     "cgroup_udp6_recvmsg": 20,
+    "cgroup_setsockopt": 22,
     "trace_raw_tp": 23,
     "cgroup_inet4_getpeername": 29,
     "cgroup_inet6_getpeername": 30,
