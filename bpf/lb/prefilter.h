@@ -29,6 +29,7 @@ struct pf_from {
 	__u64 hi; /* IPv6: upper half in host order; IPv4: the address */
 	__u64 lo;
 	bool v4;
+	bool odd; /* it is not known for whom: pf_parse */
 };
 
 static __always_inline void *pf_line(__u32 generation, __u32 table, __u32 index)
@@ -228,7 +229,8 @@ passed:
 	return XDP_PASS;
 }
 
-/* The source of an IP packet behind at most two VLAN tags. */
+/* The source of an IP packet behind at most two VLAN tags. More of them are odd: the host's stack takes off all that are mere
+ * priorities, so what is behind them may be for it. */
 static __always_inline bool pf_parse(struct xdp_md *ctx, struct pf_from *from)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, *ip = data + ETH_HLEN;
@@ -253,6 +255,7 @@ static __always_inline bool pf_parse(struct xdp_md *ctx, struct pf_from *from)
 		from->hi = bpf_ntohl(((struct iphdr *)ip)->saddr);
 		return true;
 	}
+	from->odd = type == bpf_htons(ETH_P_8021Q) || type == bpf_htons(ETH_P_8021AD);
 	if (type != bpf_htons(ETH_P_IPV6) || ip + sizeof(struct ipv6hdr) > end)
 		return false;
 	from->v4 = false;
@@ -270,8 +273,10 @@ static __always_inline int prefilter_check(struct xdp_md *ctx)
 	struct pf_from from = {};
 	struct pf_set *set;
 
-	if (likely(!config || !config->flags) || !pf_parse(ctx, &from))
+	if (likely(!config || !config->flags))
 		return XDP_PASS;
+	if (unlikely(!pf_parse(ctx, &from)))
+		return from.odd ? pf_drop(REASON_MALFORMED, bytes) : XDP_PASS;
 	generation = config->generation & 1;
 	if (likely(from.v4)) {
 		if (config->flags & PF_V4)

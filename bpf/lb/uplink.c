@@ -12,6 +12,7 @@
 #include "lb/forward.h"
 #include "lb/reverse.h"
 #include "lb/route.h"
+#include "lib/vlan.h"
 
 /* Where the packet comes from and goes to, by the fixed headers alone. */
 static __always_inline bool uplink_addresses(const struct cursor *at, struct fib_addr *src, struct fib_addr *dst, __u32 *family)
@@ -181,7 +182,7 @@ int fib_lb_uplink(struct __sk_buff *skb)
 	struct lb_nat *nat;
 	struct cursor at;
 
-	if (skb->pkt_type != PACKET_HOST || skb->vlan_present || !config)
+	if (skb->pkt_type != PACKET_HOST || !config || unlikely(vlan_of(skb) != VLAN_NONE))
 		return TC_ACT_UNSPEC;
 	at = parse_begin(skb);
 	if (!uplink_addresses(&at, &src, &dst, &family))

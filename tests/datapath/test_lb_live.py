@@ -18,6 +18,8 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
+from scapy.layers.inet import UDP
+from scapy.layers.l2 import Dot1Q, Ether
 
 from services.common.instance import Instance
 from services.common.kernel import netlink as nl
@@ -27,6 +29,7 @@ from services.common.kernel.netns import NetNs
 from services.lb import abi, install
 from tests.datapath.lbkit import CLIENT, NODE, SERVER, VIP
 from tests.datapath.lbtables import LbTables
+from tests.datapath.policykit import header
 from tests.datapath.test_live import Live
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
@@ -175,6 +178,26 @@ def test_a_pod_and_a_server(net: Outside, family: int) -> None:
     """There by the stack; back by to_pod."""
     net.serve(family, 85, SERVER[family])
     assert net.talk(family, "a", 85, "server") == (net.address("a", family), VIP[family])
+
+
+@BOTH
+@pytest.mark.parametrize("tags", [1, 3])
+def test_a_frame_with_a_priority_is_balanced_as_any(net: Outside, family: int, tags: int) -> None:
+    """A tag of VLAN 0 is no more than that to the stack."""
+    net.tables_.service([(VIP[family], 87)], {(net.address("b", family), 8087): 0}, 17)
+    frame = Ether(src="02:00:00:00:03:30", dst="02:00:00:00:02:30")
+    for _ in range(tags):
+        frame /= Dot1Q(vlan=0, prio=5)
+    frame /= header(CLIENT[family], VIP[family]) / UDP(sport=4000, dport=87) / b"hello"
+    with net.socket("b", family, socket.SOCK_DGRAM) as server, net.spaces["client"].socket(
+        socket.AF_PACKET, socket.SOCK_RAW
+    ) as raw:
+        server.bind(("", 8087))
+        server.settimeout(5)
+        raw.bind(("up0x", 0))
+        raw.send(bytes(frame))
+        data, peer = server.recvfrom(10)
+    assert (data, peer[:2]) == (b"hello", (CLIENT[family], 4000))
 
 
 @BOTH
