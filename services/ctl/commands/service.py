@@ -365,3 +365,5 @@ def trace(ctl: Ctl, client: str, to: str) -> None:
         return
     for number, step in enumerate(answer.steps, 1):
         click.echo(f"{number:2}. {step}")
+    for backend in answer.candidates:
+        click.echo(f"    it may be {balancing.shown_endpoint(backend.address, backend.port)}")

@@ -80,6 +80,8 @@ def test_kubernetes_objects_are_applied_as_they_are(landscape: ModeLab, tmp_path
     trace = landscape.json(NODE, "service", "trace", "203.0.113.9:4444", "172.30.1.1:30707")
     assert trace["service"] == "shop/web:http" and trace["backend"]["address"] in ("10.1.0.3", "10.1.0.4")
     assert trace["translation"] == "snat"
+    possible = run("service", "trace", landscape.pod(NODE, "p1")["ipv4"], "172.30.1.1:30707")
+    assert "it may be 10.1.0.3:" in possible and "it may be 10.1.0.4:" in possible
     assert "is no frontend" in run("service", "trace", "203.0.113.9", "10.96.7.1:81")
     usage = landscape.json(NODE, "lb", "usage")
     assert next(each for each in usage["tables"] if each["name"] == "services")["used"] == 1
