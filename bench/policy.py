@@ -1,7 +1,8 @@
 """Policies on a node: milliseconds from a change to its being enforced, and what many identities and rules cost.
 
 policy_apply_p99 is an upsert of a rule that concerns all 200 pods of a node, through gRPC, etcd and the watch, until
-WaitEnforced says that the kernel has it; policy_apply_one_p99 one that concerns a single pod. Then with 10,000 identities,
+WaitEnforced says that the kernel has it; policy_apply_one_p99 one that concerns a single pod. policy_changes: of eight clients
+at once, a second. Then with 10,000 identities,
 given by the identity service, and 1,000 rules in force: policy_add_identity is from the answer of AllocateIdentity to the
 new number's entry in the kernel; policy_resolve_all all of the policies' tables, worked out and written from nothing (by the
 service's own code in this process); policy_pss the memory of the service's process.
@@ -52,6 +53,7 @@ IDENTITIES = quick(2000, 10_000)
 RULES = quick(200, 1000)
 SAMPLES = quick(30, 200)
 APPS, TIERS, STAGES = 300, 10, 20
+CHANGES, CLIENTS = quick(400, 2000), 8
 
 
 def p99(values: Sequence[float]) -> float:
@@ -96,8 +98,7 @@ def messages() -> list[pb.Policy]:
     return made
 
 
-async def apply(stub: policy_pb2_grpc.PolicyServiceStub, name: str, subject: dict[str, str], port: int) -> float:
-    """ms until a rule is enforced."""
+def one_rule(name: str, subject: dict[str, str], port: int) -> pb.Policy:
     policy = pb.Policy(key=pb.PolicyKey(name=name))
     policy.rules.add(
         subject=pb.LabelSelector(match_labels=subject),
@@ -107,6 +108,31 @@ async def apply(stub: policy_pb2_grpc.PolicyServiceStub, name: str, subject: dic
         ports=[pb.Port(protocol=pb.PORT_PROTOCOL_TCP, first=port)],
         default_deny=True,
     )
+    return policy
+
+
+async def storm(stub: policy_pb2_grpc.PolicyServiceStub) -> float:
+    """Changes a second from eight clients at once, each of a rule that concerns one pod, until the last is enforced."""
+
+    async def client(number: int) -> int:
+        revision = 0
+        for at in range(CHANGES // CLIENTS):
+            policy = one_rule(f"storm{number}-{at % 5}", {"pod": str(number * 5 + at % 5)}, 1000 + at)
+            revision = (await stub.UpsertPolicies(pb.UpsertPoliciesRequest(policies=[policy]))).revision
+        return revision
+
+    began = time.perf_counter()
+    last = max(await asyncio.gather(*(client(number) for number in range(CLIENTS))))
+    await stub.WaitEnforced(pb.WaitEnforcedRequest(revision=last))
+    took = time.perf_counter() - began
+    names = [f"storm{number}-{at}" for number in range(CLIENTS) for at in range(5)]
+    await stub.DeletePolicies(pb.DeletePoliciesRequest(keys=[pb.PolicyKey(name=name) for name in names]))
+    return CHANGES / took
+
+
+async def apply(stub: policy_pb2_grpc.PolicyServiceStub, name: str, subject: dict[str, str], port: int) -> float:
+    """ms until a rule is enforced."""
+    policy = one_rule(name, subject, port)
     began = time.perf_counter()
     answer = await stub.UpsertPolicies(pb.UpsertPoliciesRequest(policies=[policy]))
     await stub.WaitEnforced(pb.WaitEnforcedRequest(revision=answer.revision))
@@ -137,6 +163,7 @@ async def changes(bench: Bench, fresh: Node) -> None:
         await stub.DeletePolicies(
             pb.DeletePoliciesRequest(keys=[pb.PolicyKey(name=name) for name in ("policy_apply_p99", "policy_apply_one_p99")])
         )
+        bench.emit("policy_changes", "1/s", await storm(stub), "target", 200.0)
         identities = identity_pb2_grpc.IdentityServiceStub(to_identity)
         began = time.perf_counter()
         for at in range(0, IDENTITIES, 100):
