@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from services.common import errors
 from services.common.kernel import attach, bpf, cgroup, progs
-from services.sockaccel import abi, install
-from services.sockaccel.tls import ktls
+from services.sockaccel import abi, install, ulp
 
 if TYPE_CHECKING:
     from services.common.instance import Instance
 
 _KINDS: Final = {install.ULP: "cgroup_setsockopt", install.OPS: "cgroup_sock_ops"}
 """Programs of the control group, in the order they are attached in."""
-_MODULES: Final = Path("/proc/modules")
 
 
 def attach_all(instance: Instance, group: str, calls: bool = True, before: frozenset[int] = frozenset()) -> None:
@@ -37,29 +35,28 @@ def attach_all(instance: Instance, group: str, calls: bool = True, before: froze
             _attach_call(instance, name)
     path = cgroup.create(group)
     known = marks(instance) | before
-    for name in _of_group():
+    for name, kind in _KINDS.items():
+        if not _belongs(name):
+            attach.detach_cgroup(path, kind, name, known)
+            continue
         with progs.opened(install.program_path(instance, name)) as fd:
-            attach.attach_cgroup(path, _KINDS[name], fd, known)
+            attach.attach_cgroup(path, kind, fd, known)
     _detach_groups(known, keep=path)
 
 
-def may_do_tls() -> bool:
-    """Whether the kernel has TLS, or modules: it loads that one whenever a process asks that may (CAP_NET_ADMIN)."""
-    return ktls.available() or _MODULES.exists()
-
-
-def _of_group() -> list[str]:
-    """The programs that belong on the control group: setsockopt() passes through one only where there is need."""
-    return [name for name in _KINDS if name != install.ULP or may_do_tls()]
+def _belongs(name: str) -> bool:
+    """Whether a program of the control group is to hang there: setsockopt() passes through one only where there is need."""
+    return name != install.ULP or ulp.possible()
 
 
 def missing(instance: Instance, group: str, calls: bool = True) -> list[str]:
-    """Which programs do not hang where they belong."""
+    """Which programs do not hang where they belong, or do where they do not."""
     found = []
     path = cgroup.path_of(group)
-    for name in _of_group():
+    for name, kind in _KINDS.items():
         wanted = progs.info(install.program_path(instance, name)).id
-        if not path.exists() or all(entry.prog_id != wanted for entry in attach.attached_cgroup(path, _KINDS[name])):
+        there = path.exists() and any(entry.prog_id == wanted for entry in attach.attached_cgroup(path, kind))
+        if there != _belongs(name):
             found.append(name)
     if attached_msg(instance) != progs.info(install.program_path(instance, install.MSG)).id:
         found.append(install.MSG)

@@ -24,6 +24,7 @@ import pytest
 
 from services.common.instance import Instance
 from services.common.kernel import bpf
+from services.sockaccel import ulp
 from services.sockaccel.tls import ktls
 from tests.e2e.lb.sockrig import Process, cookie_of, forget, make_instance
 from tests.e2e.sockaccel.accelrig import B4, two_spaces
@@ -167,12 +168,14 @@ def test_that_a_kernel_without_tls_is_named_and_nothing_is_attached(looking: Loo
     assert not ktls.available(), "the module is loaded already"
     found = looking.tell(target=TARGET)
     assert found["probes"]["kernel"]["problem"] == ktls.ABSENT
+    assert ulp.possible(), "it has modules"
     assert programs() == []
 
 
 def test_what_the_kernel_encrypts_is_seen(looking: Looking, ends: Ends) -> None:
     subprocess.run(["modprobe", "tls"], check=True)
     problem = looking.tell()["probes"]["kernel"].get("problem", "")
+    assert ulp.possible() is (problem != ktls.REFUSED)
     ends.connect()
     ends.turn_on()
     ends.ask("/kernel?secret=word")

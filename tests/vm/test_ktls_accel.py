@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import struct
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from services.common import errors
-from services.sockaccel import abi, install
+from services.sockaccel import abi, install, ulp
 from tests.e2e.lb.sockrig import Process, forget, make_instance
 from tests.e2e.sockaccel.accelrig import B4, Rig, at_work, two_spaces, until
+from tests.e2e.sockaccel.test_tls_seen import certificate
 from tests.vm.run import PAIRS
 from tests.vm.test_ktls import PORT, SIDES
 
@@ -27,6 +28,7 @@ def rig() -> Iterator[Rig]:
             asyncio.run(install.load(made, PAIRS))
         except errors.FailedPrecondition as error:
             pytest.skip(f"nothing is shortened on this kernel: {error}")
+        subprocess.run(["modprobe", "tls"], check=True)
         with two_spaces() as spaces, at_work(made, f"fibril-test-{made.name}") as group:
             rig = Rig(made, group, spaces)
             try:
@@ -39,7 +41,6 @@ def rig() -> Iterator[Rig]:
 
 def connected(rig: Rig) -> tuple[Process, Process]:
     """Client and server with a connection."""
-    subprocess.run(["modprobe", "tls"], check=True)
     client, server = rig.process(0), rig.process(1)
     for end in (client, server):
         end.do(SIDES)
@@ -77,15 +78,26 @@ def record(text: bytes) -> bytes:
 
 def turn_on(end: Process, *ways: int) -> None:
     """TLS at an end: 1 as it writes, 2 as it reads."""
-    try:
-        for way in ways:
-            end.do(f"key(c, {way})")
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    for way in ways:
+        end.do(f"key(c, {way})")
+
+
+@pytest.fixture
+def allowed(rig: Rig) -> None:
+    if not ulp.possible():
         pytest.skip("this kernel lets no socket in a map of sockets turn TLS on")
 
 
+def test_who_is_refused_by_the_kernel_itself_goes_on(rig: Rig) -> None:
+    if ulp.possible():
+        pytest.skip("it does not")
+    client, server = shortened(rig)
+    with pytest.raises(OSError, match="Invalid"):
+        client.do("key(c, 1)")
+    turns(client, server, 4)
+
+
+@pytest.mark.usefixtures("allowed")
 def test_nobody_turns_tls_on_before_something_that_was_handed_over(rig: Rig) -> None:
     client, server = shortened(rig)
     sends = rig.stat(abi.Stat.SENDS)
@@ -103,6 +115,7 @@ def test_nobody_turns_tls_on_before_something_that_was_handed_over(rig: Rig) -> 
     assert client.give("c.recv(100).decode('latin-1')") == "hello"
 
 
+@pytest.mark.usefixtures("allowed")
 def test_tls_is_turned_on_where_nothing_was_handed_over(rig: Rig) -> None:
     client, server = connected(rig)
     sends = rig.stat(abi.Stat.SENDS)
@@ -112,6 +125,29 @@ def test_tls_is_turned_on_where_nothing_was_handed_over(rig: Rig) -> None:
     assert rig.stat(abi.Stat.SENDS) == sends
 
 
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize("asks", [("client",), ("server",), ("client", "server")], ids="+".join)
+def test_openssl_that_is_refused_goes_on_without(rig: Rig, tmp_path: Path, asks: tuple[str, ...]) -> None:
+    """As with STARTTLS: a connection that is shortened when TLS begins."""
+    pem = certificate(tmp_path / "b.pem")
+    client, server = shortened(rig)
+    ended = rig.ended(abi.EndReason.OPTION)
+    server.do(f"context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); context.load_cert_chain({str(pem)!r})")
+    client.do("context = ssl._create_unverified_context()")
+    for name, end in (("client", client), ("server", server)):
+        if name in asks:
+            end.do("context.options |= 8")  # SSL_OP_ENABLE_KTLS
+    server.send("c = context.wrap_socket(c, server_side=True)", "c.recv(5).decode()")
+    # Its last word of the handshake and its first of what follows may wait together.
+    client.do("c = context.wrap_socket(c); c.sendall(b'first')")
+    assert server.receive() == "first"
+    turns(client, server, 12)
+    option = abi.EndReason.OPTION
+    until(lambda: rig.ended(option) > ended or any(pair.ended == option for pair in rig.pairs()), 20)
+
+
+@pytest.mark.usefixtures("allowed")
 def test_what_its_ends_encrypt_goes_by_tcp_byte_by_byte(rig: Rig) -> None:
     client, server = shortened(rig)
     ended = rig.ended(abi.EndReason.OPTION)

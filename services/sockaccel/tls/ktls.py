@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 ABSENT: Final = "the kernel does no TLS: it has no such module, or nobody has loaded it (modprobe tls)"
 REFUSED: Final = "this kernel lets no socket in a map of sockets turn TLS on (the remedy of CVE-2026-93824)"
 _LAYERS: Final = Path("/proc/sys/net/ipv4/tcp_available_ulp")
-_TCP_ULP, _SOL_TLS, _TLS_TX, _TLS_RX = 31, 282, 1, 2
+_TCP_ULP, _SOL_TLS = 31, 282
+TX, RX = 1, 2
 _CRYPTO: Final = struct.pack("HH8s16s4s8s", 0x0304, 51, bytes(8), bytes(range(16)), bytes(4), bytes(8))
 """struct tls12_crypto_info_aes_gcm_128: TLS 1.3, cipher 51, with a key that protects nothing."""
 _WORD: Final = b"GET /fibril HTTP/1.1\r\n\r\n"
@@ -115,6 +116,12 @@ def available() -> bool:
         return False
 
 
+def turn_on(end: socket.socket, way: int) -> None:
+    """TLS of the kernel, with a key of ours, for what is written or read (TX, RX). OSError: the kernel refuses."""
+    end.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+    end.setsockopt(_SOL_TLS, way, _CRYPTO)
+
+
 class _Hooks:
     """The programs, attached."""
 
@@ -183,9 +190,8 @@ def _try(hooks: _Hooks) -> None:
         server = stack.enter_context(listener.accept()[0])
         server.settimeout(_PATIENCE_S)
         try:
-            for end, way in ((client, _TLS_TX), (server, _TLS_RX)):
-                end.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
-                end.setsockopt(_SOL_TLS, way, _CRYPTO)
+            turn_on(client, TX)
+            turn_on(server, RX)
         except OSError:
             raise Refused(REFUSED) from None
         client.sendall(_WORD)

@@ -17,7 +17,7 @@ from test_shorten import TALK, pair_up
 
 from services.common.instance import Instance
 from services.common.kernel import attach, progs
-from services.sockaccel import abi, hooks, install, teardown
+from services.sockaccel import abi, hooks, install, teardown, ulp
 from tests.e2e.lb.sockrig import Process
 
 TURNS = 7
@@ -33,7 +33,7 @@ def ask(s):
 @pytest.fixture
 def asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     """A process whose sockets may have TLS, as far as the service knows."""
-    monkeypatch.setattr(hooks, "may_do_tls", lambda: True)
+    monkeypatch.setattr(ulp, "possible", lambda: True)
     hooks.attach_all(rig.instance, rig.group.name)
     process = rig.process()
     process.do(ASK)
@@ -130,15 +130,21 @@ def test_it_is_attached_where_there_may_be_tls_and_taken_off(
     instance: Instance, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = rig.group.name
-    monkeypatch.setattr(hooks, "may_do_tls", lambda: False)
+    monkeypatch.setattr(ulp, "possible", lambda: False)
     hooks.detach_all(instance)
     hooks.attach_all(instance, name)
     assert on_group(rig.group) == [] and not hooks.missing(instance, name)
-    monkeypatch.setattr(hooks, "may_do_tls", lambda: True)
+    monkeypatch.setattr(ulp, "possible", lambda: True)
     assert hooks.missing(instance, name) == [install.ULP]
     hooks.attach_all(instance, name)
     assert on_group(rig.group) == [progs.info(install.program_path(instance, install.ULP)).id]
     assert not hooks.missing(instance, name)
+    monkeypatch.setattr(ulp, "possible", lambda: False)
+    assert hooks.missing(instance, name) == [install.ULP]
+    hooks.attach_all(instance, name)
+    assert on_group(rig.group) == [] and not hooks.missing(instance, name)
+    monkeypatch.setattr(ulp, "possible", lambda: True)
+    hooks.attach_all(instance, name)
     # Of a newer version: in the place of the older one.
     asyncio.run(install.load(instance))
     assert install.ULP in hooks.missing(instance, name)
