@@ -89,4 +89,4 @@ async def test_storage_of_sockets_keeps_its_types(pin_dir: Path, kept: Path) -> 
     spec = await asyncio.to_thread(sockets.spec, 64)
     assert was_compiled(await loader.load([spec], pin_dir / "a"))
     again = await loader.load([spec], pin_dir / "b")
-    assert not was_compiled(again) and len(again.programs) == 4
+    assert not was_compiled(again) and len(again.programs) == len(spec.functions)
