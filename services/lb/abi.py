@@ -11,9 +11,10 @@ import enum
 import hashlib
 import ipaddress
 import socket
+import struct
 from typing import Final, Self
 
-from services.common.pipeline.abi import FibAddr, IPAddress
+from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 
 FAMILY: Final = "lb/v2"
 MAPS: Final = {
@@ -332,6 +333,9 @@ class Config(ct.Structure):
     )  # fmt: skip
 
 
+_WORDS: Final = struct.Struct("<4I")
+
+
 def name_hash(name: str) -> int:
     """lb_service.name of a service: never 0 in practice, and different for different names."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
@@ -339,10 +343,8 @@ def name_hash(name: str) -> int:
 
 def hint_of(address: IPAddress) -> int:
     """The index of an address's hint, as lb_hint() computes it."""
-    w0, w1, w2, w3 = (
-        int.from_bytes(bytes(FibAddr.of(address))[at : at + 4], "little") for at in (0, 4, 8, 12)
-    )
-    fold = (w3 ^ w2 * 3 ^ w1 * 5 ^ w0 * 7) & 0xFFFFFFFF
+    w0, w1, w2, w3 = _WORDS.unpack(addr_bytes(address))
+    fold: int = (w3 ^ w2 * 3 ^ w1 * 5 ^ w0 * 7) & 0xFFFFFFFF
     return (fold * 0x9E3779B1 & 0xFFFFFFFF) >> 16
 
 

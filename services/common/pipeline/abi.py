@@ -105,6 +105,12 @@ class PacketFlag(enum.IntFlag):
     QUOTED = 0x40
 
 
+def addr_bytes(address: IPAddress) -> bytes:
+    """An address as struct fib_addr holds it, 16 bytes."""
+    packed = address.packed
+    return packed if len(packed) == 16 else _V4_PREFIX + packed
+
+
 class FibAddr(ct.Structure):
     """struct fib_addr: an address of either family, IPv4 as ::ffff:a.b.c.d. `bytes()` of it can be hashed."""
 
@@ -115,8 +121,7 @@ class FibAddr(ct.Structure):
         """From an address or its text. ValueError if it is none."""
         if isinstance(address, str):
             address = ipaddress.ip_address(address)
-        packed = address.packed
-        return cls.from_buffer_copy(packed if len(packed) == 16 else _V4_PREFIX + packed)
+        return cls.from_buffer_copy(addr_bytes(address))
 
     def ip(self) -> IPAddress | None:
         """The address; None if all zero."""

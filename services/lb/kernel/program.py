@@ -17,7 +17,7 @@ from typing import Final
 
 from services.common.kernel.indexes import Indexes
 from services.common.kernel.room import Room
-from services.common.pipeline.abi import FibAddr, IPAddress
+from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.lb import abi
 from services.lb.kernel.fronts import range_keys
 from services.lb.kernel.hints import Hints
@@ -278,7 +278,7 @@ class Program:
         at = index * abi.LINE
         ident = next_id(index, struct.unpack_from("=Q", lines.mem, at + _LAST_ID)[0])
         self.hints.add(key.address, abi.Hint.BACKEND)
-        address, port = bytes(FibAddr.of(key.address)), socket.htons(key.port)
+        address, port = addr_bytes(key.address), socket.htons(key.port)
         _BACKEND.pack_into(
             lines.mem, at, address, ident, held.index, port, state, flags, 0, bytes(6), 0, ident
         )
@@ -436,7 +436,7 @@ class Program:
             backend = lines.at(ident & abi.BACKEND_INDEX, abi.Backend)
             if backend.id != ident or backend.service != held.index or backend.port != socket.htons(key.port):
                 return True
-            if bytes(backend.addr) != bytes(FibAddr.of(key.address)):
+            if bytes(backend.addr) != addr_bytes(key.address):
                 return True
         return False
 
