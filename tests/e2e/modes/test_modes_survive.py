@@ -68,7 +68,7 @@ def test_a_node_that_moves_is_found_again_without_restart(cluster: ModeLab) -> N
 def test_pods_of_a_node_whose_processes_died_go_on_and_it_comes_back(cluster: ModeLab) -> None:
     pod = cluster.pod("c1n2", "p1")
     cluster.kill("c1n2", "supervisor", "")
-    assert cluster.processes("c1n2") == []
+    wait_for(lambda: not cluster.processes("c1n2"), "the end of all of them")
     others = ["--to", pod["ipv4"], "--to", pod["ipv6"]]
     cluster.exec("c1n1", "fibril", "check", *others)
 
