@@ -219,6 +219,7 @@ async def test_a_change_among_ten_thousand_backends_is_one_key(nodes: list[Node]
         more = Backend(BackendKey(key.address, 9))
         assert await nodes[2].store.add_backends("big", {more.key: more}, anything) == (1, 0)
         await until(lambda: len(nodes[1].told) == 2, "news")
+        await until(lambda: len(watcher.events) >= 4, "both keys")
         assert [type(event) for event in watcher.events[2:]] == [Put, Put]
         assert await nodes[2].store.remove_backends("big", [more.key]) == 1
         await until(lambda: len(nodes[1].told) == 3, "news")
