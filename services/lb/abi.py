@@ -208,7 +208,7 @@ class RangeKey(ct.Structure):
     @classmethod
     def of(cls, address: IPAddress, proto: int, port: int, bits: int) -> Self:
         """A prefix of `bits` bits of port (host order)."""
-        raw = bytes(FibAddr.of(address))
+        raw = addr_bytes(address)
         return cls(
             bits=144 + bits, addr=(ct.c_uint8 * 16)(*raw), proto=socket.htons(proto), port=socket.htons(port)
         )
@@ -221,7 +221,7 @@ class SourceKey(ct.Structure):
 
     @classmethod
     def of(cls, service: int, prefix: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Self:
-        raw = bytes(FibAddr.of(prefix.network_address))
+        raw = addr_bytes(prefix.network_address)
         bits = 32 + prefix.prefixlen + (96 if prefix.version == 4 else 0)
         return cls(bits=bits, service=socket.htonl(service), addr=(ct.c_uint8 * 16)(*raw))
 
@@ -360,7 +360,7 @@ def flow_hash(seed: int, client: IPAddress, cport: int, vip: IPAddress, vport: i
     """lb_hash() of a connection; ports in host order, `cport` 0 with affinity."""
     value = 0
     for start, address in ((seed, client), (~seed & _MASK, vip)):
-        raw = bytes(FibAddr.of(address))
+        raw = addr_bytes(address)
         part = _mix(start, int.from_bytes(raw[:8], "little"))
         value += _mix(part, int.from_bytes(raw[8:], "little"))
     value &= _MASK

@@ -20,7 +20,7 @@ from services.common.instance import Instance
 from services.common.kernel.beats import beat
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
-from services.common.pipeline.abi import FibAddr, IPAddress
+from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.lb import abi, convert, fields
 from services.lb.kernel.tables import Tables
 from services.lb.kernel.writer import Plane
@@ -225,7 +225,7 @@ class Tracer:
     # ---- what is known of addresses -------------------------------------------------------------------------
     def _known(self, client: IPAddress) -> bool:
         """A pod's or node's of the cluster, by the ipcache. Without one nobody is known."""
-        key = pipeline.IpcachePrefix(bits=128, addr=(ct.c_uint8 * 16)(*bytes(FibAddr.of(client))))
+        key = pipeline.IpcachePrefix(bits=128, addr=(ct.c_uint8 * 16)(*addr_bytes(client)))
         try:
             with BpfMap.open(
                 self._pins / pipeline.MAPS["ipc_addr"], FibAddr, pipeline.IpcacheEntry
@@ -240,7 +240,7 @@ class Tracer:
         return entry is not None and bool(entry.node)
 
     def _admitted(self, tables: Tables, service: int, client: IPAddress) -> bool:
-        raw = bytes(FibAddr.of(client))
+        raw = addr_bytes(client)
         key = abi.SourceKey(bits=160, service=socket.htonl(service), addr=(ct.c_uint8 * 16)(*raw))
         return tables.sources.table.lookup(key) is not None
 

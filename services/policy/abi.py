@@ -10,7 +10,7 @@ import ctypes as ct
 import enum
 from typing import Final, Self
 
-from services.common.pipeline.abi import FibAddr
+from services.common.pipeline.abi import FibAddr, addr_bytes
 from services.common.pipeline.abi import PolicyEp as Ep
 from services.policy.model import IPNetwork
 
@@ -139,7 +139,7 @@ class Prefix(ct.Structure):
     @classmethod
     def of(cls, table: int, prefix: IPNetwork) -> Self:
         bits = 32 + prefix.prefixlen + (96 if prefix.version == 4 else 0)
-        return cls(bits=bits, table=table, addr=(ct.c_uint8 * 16)(*bytes(FibAddr.of(prefix.network_address))))
+        return cls(bits=bits, table=table, addr=(ct.c_uint8 * 16)(*addr_bytes(prefix.network_address)))
 
 
 class CtKey(ct.Structure):

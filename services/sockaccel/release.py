@@ -36,17 +36,20 @@ class Releaser:
         self._tables = tables
         self._namespaces = Namespaces()
         self._due: dict[int, float] = {}
-        self.ended = 0
-        """Connections ended so far."""
+        self._told = asyncio.Event()
 
     def stuck(self, pair: abi.Pair) -> None:
         """One of its ends is."""
         overtaken = any(end.stuck == abi.Stuck.OVERTAKEN for end in pair.ends)
         self._due[pair.ends[0].cookie] = time.monotonic() + (0.0 if overtaken else GRACE_S)
+        self._told.set()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            if not self._due:
+                self._told.clear()
+                await self._told.wait()
             await asyncio.sleep(_LOOK_S)
             now = time.monotonic()
             due = [cookie for cookie, at in self._due.items() if at <= now]
@@ -62,7 +65,6 @@ class Releaser:
 
     def _end(self, pair: abi.Pair) -> None:
         end(self._namespaces, pair)
-        self.ended += 1
         log.warning("a connection was ended whose process splices and could not go on", extra={"pair": pair.ends[0].cookie})
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from services.common.errors import ResourceExhausted
 from services.common.kernel.maps import BpfMap
-from services.common.pipeline.abi import FibAddr, IPAddress
+from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.sockaccel import abi
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Tables:
         changed += _agree(self._ports, {port: abi.Port(mask, int(proxy)) for port, (mask, proxy) in wanted.ports.items()})
         changed += _agree(self._uids, {uid: ct.c_uint32(1) for uid in wanted.uids})
         changed += _agree(self._groups, {group: ct.c_uint32(mask) for group, mask in wanted.groups.items()})
-        changed += _agree(self._hosts, {bytes(FibAddr.of(address)): ct.c_uint32(1) for address in wanted.hosts})
+        changed += _agree(self._hosts, {addr_bytes(address): ct.c_uint32(1) for address in wanted.hosts})
         changed += _agree(self._off, {cookie: ct.c_uint32(1) for cookie in wanted.off})
         before = self.config()
         after = abi.Config(

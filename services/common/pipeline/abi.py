@@ -242,7 +242,7 @@ class IpcachePrefix(ct.Structure):
 
     @classmethod
     def of(cls, prefix: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Self:
-        raw = bytes(FibAddr.of(prefix.network_address))
+        raw = addr_bytes(prefix.network_address)
         return cls(bits=prefix.prefixlen + (96 if prefix.version == 4 else 0), addr=(ct.c_uint8 * 16)(*raw))
 
     def network(self) -> ipaddress.IPv4Network | ipaddress.IPv6Network:

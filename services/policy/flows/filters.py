@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 from fibril.flow.v1 import flow_pb2 as pb
 from services.common.errors import InvalidArgument
-from services.common.pipeline.abi import FibAddr
+from services.common.pipeline.abi import addr_bytes
 from services.policy.flows.store import V4, Predicate, Record
 
 FILTERS_MAX: Final = 64
@@ -103,7 +103,7 @@ def _prefix(text: str, at: str) -> Callable[[bytes], bool]:
     except ValueError:
         raise InvalidArgument(f"{text[:60]!r} is no prefix", field=at, fix="as 10.0.0.1 or 10.0.0.0/8") from None
     shift = network.max_prefixlen - network.prefixlen
-    wanted = int.from_bytes(bytes(FibAddr.of(network.network_address)), "big") >> shift
+    wanted = int.from_bytes(addr_bytes(network.network_address), "big") >> shift
     if network.version == 6 and network.prefixlen < V4_BITS:
         # IPv4 is written as ::ffff:a.b.c.d, and is not in ::/0 all the same.
         return lambda raw: not raw.startswith(V4) and int.from_bytes(raw, "big") >> shift == wanted

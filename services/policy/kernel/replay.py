@@ -11,7 +11,7 @@ from services.common.errors import FibrilError
 from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi as pipeline
-from services.common.pipeline.abi import FibAddr, IPAddress
+from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.identity.numbers import Reserved
 from services.policy import abi
 from services.policy.kernel.tables import Tables
@@ -94,7 +94,7 @@ def _look(
         kind = 0 if tables.peers.lookup(abi.Peer(abi.KNOWN, peer)) is not None else policy.unknown
     prefix = 0
     if policy.prefixes:
-        key = abi.Prefix(bits=160, table=policy.prefixes, addr=(ct.c_uint8 * 16)(*bytes(FibAddr.of(address))))
+        key = abi.Prefix(bits=160, table=policy.prefixes, addr=(ct.c_uint8 * 16)(*addr_bytes(address)))
         there = tables.prefixes.lookup(key)
         prefix = there.value if there is not None else 0
     side = policy.sides[direction]
