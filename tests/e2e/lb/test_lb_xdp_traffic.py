@@ -1,4 +1,4 @@
-"""Real connections through XDP, with nothing else of the balancer there: what it cannot do fails.
+"""Real connections through XDP, with nothing else of the balancer there: what it leaves to others is lost.
 
     client .2 ---+                +--- server .10   VIP on lo, takes the outer header off
                  +--- bridge -----+--- server .11   (decap.c)
@@ -82,6 +82,12 @@ class Fabric:
                     messages.append(nl.address_add(1, ip_address(VIP[family])))
             host.apply(messages)
         if name == "node":
+            # Among 65,536 packets XDP leaves one to tc for how its checksum looks. The stack would end its connection.
+            self._sh(
+                name,
+                "nft add table inet lost",
+                "nft add chain inet lost passed { type filter hook prerouting priority raw; policy drop; }",
+            )
             with self.spaces[name].entered():
                 for option in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
                     Path("/proc/sys/net", option).write_text("1")
@@ -189,12 +195,15 @@ class Scene:
 
     def ask(self, family: int, port: int) -> tuple[str, str]:
         with self.fabric.spaces["client"].socket(_af(family), socket.SOCK_DGRAM) as sock:
-            sock.settimeout(10)
+            sock.settimeout(2)
             sock.connect((VIP[family], port))
-            sock.send(b"hello")
-            name, peer, said = sock.recv(2048).decode().split()
-            assert said == "hello"
-            return name, peer
+            for said in ("hello", "hello again", "and again", "for the last time"):
+                sock.send(said.encode())
+                with contextlib.suppress(TimeoutError):
+                    name, peer, heard = sock.recv(2048).decode().split(" ", 2)
+                    assert heard == said
+                    return name, peer
+            raise TimeoutError(f"no answer from {VIP[family]} {port}")
 
 
 def _af(family: int) -> int:
