@@ -49,7 +49,8 @@ struct sa_config {
 	__u32 run_bytes; /* of one end without a word of the other: more is bulk */
 	__u32 proofs;    /* changes of speaker on TCP before a pair is shortened */
 	__u64 beat_ns;   /* a shortened pair sends over TCP once in this time, so that nobody on the way forgets it */
-	__u64 host_netns; /* cookie */
+	__u32 nonblocking; /* mask: those whose ends must not wait in recv() */
+	__u32 pad;
 };
 _Static_assert(sizeof(struct sa_config) == 64, "ABI");
 
@@ -129,7 +130,7 @@ enum sa_end_reason {
 	SA_NOT_ENDED = 0,
 	SA_CLOSED = 1,   /* the connection is */
 	SA_BULK = 2,     /* one end sends much without a word of the other */
-	SA_READS = 3,    /* recv() with flags that the short way does not know, a process that splices, two that read at once */
+	SA_READS = 3,    /* recv() with flags that the short way does not know or that waits (sa_config.nonblocking), a process that splices, two at once */
 	SA_SENDS = 4,    /* send() with such flags: urgent data, zero copy */
 	SA_OPTION = 5,   /* SO_RCVLOWAT, a protocol on top (TLS) */
 	SA_BEHIND = 6,   /* a reader that leaves more unread than one end may send without a word of the other */

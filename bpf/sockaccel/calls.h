@@ -19,6 +19,7 @@
 #define SA_MSG_DONTWAIT 0x40
 #define SA_MSG_WAITALL 0x100
 #define SA_MSG_ZEROCOPY 0x4000000
+#define SA_O_NONBLOCK 0x800
 #define SA_MUCH 512 /* bytes */
 #define SA_REG(name) ((AT_REGS_##name - AT_REGS_FIRST) / 8)
 #define SA_REGS ((AT_REGS_LAST - AT_REGS_FIRST) / 8 + 1)
@@ -52,12 +53,27 @@ static __always_inline bool sa_is_known_to_splice(void)
 	       !name[7];
 }
 
+/* Whether nobody may wait in recv() at the ends of a pair: what wakes him without data, a signal, gives EAGAIN there. */
+static __always_inline bool sa_must_not_wait(const struct sa_pair *pair, const struct sa_config *config)
+{
+	return config->nonblocking & 1U << (pair->class & 31);
+}
+
+/* Whether calls at a socket wait unless they say otherwise. */
+static __always_inline bool sa_is_blocking(const struct sa_end *end)
+{
+	__u64 file = sa_read64(sa_read64(end->sock, AT_SK_SOCKET), AT_SOCKET_FILE);
+
+	return file && !(sa_read32(file, AT_FILE_FLAGS) & SA_O_NONBLOCK);
+}
+
 /* (sk, length, flags). A peek is fine. */
 int fib_sa_recv(__u64 *ctx)
 {
 	__u32 special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
 	__u64 task = bpf_get_current_pid_tgid();
-	__u32 process = task >> 32, reader = (__u32)task | (ctx[2] & SA_MSG_DONTWAIT ? 0 : SA_WAITS);
+	__u32 process = task >> 32, reader = (__u32)task | (ctx[2] & SA_MSG_DONTWAIT ? 0 : SA_WAITS), zero = 0;
+	struct sa_config *config;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 	struct sa_end *me;
@@ -77,7 +93,8 @@ int fib_sa_recv(__u64 *ctx)
 		if (me->stuck == SA_STUCK && !sa_queue(ctx[0]))
 			me->stuck = SA_DOUBT;
 	}
-	if (special || sa_splicers.lookup(&process)) {
+	config = sa_config.lookup(&zero);
+	if (special || sa_splicers.lookup(&process) || (reader & SA_WAITS && config && sa_must_not_wait(pair, config))) {
 		sa_finish(pair, SA_READS);
 	} else if (!me->reads && sa_is_known_to_splice()) {
 		sa_note_splicer();

@@ -111,7 +111,7 @@ class Config(ct.Structure):
         ("flags", ct.c_uint32), ("epoch", ct.c_uint32), ("classes", ct.c_uint32), ("any_port", ct.c_uint32),
         ("any_group", ct.c_uint32), ("proxies", ct.c_uint32), ("same", ct.c_uint32), ("pods", ct.c_uint32),
         ("host", ct.c_uint32), ("within", ct.c_uint32), ("run_bytes", ct.c_uint32), ("proofs", ct.c_uint32),
-        ("beat_ns", ct.c_uint64), ("host_netns", ct.c_uint64),
+        ("beat_ns", ct.c_uint64), ("nonblocking", ct.c_uint32), ("pad", ct.c_uint32),
     )  # fmt: skip
 
 

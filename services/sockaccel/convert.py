@@ -43,6 +43,7 @@ def declared(message: pb.Class, field: str) -> Class:
         _labels(message.server_labels, f"{field}.server_labels"),
         _cgroups(message, f"{field}.cgroups"),
         message.proxies_only,
+        message.nonblocking_only,
     )
 
 
@@ -99,4 +100,5 @@ def class_message(each: Class) -> pb.Class:
         server_labels=each.server_labels,
         cgroups=each.cgroups,
         proxies_only=each.proxies_only,
+        nonblocking_only=each.nonblocking_only,
     )

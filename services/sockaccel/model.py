@@ -34,7 +34,9 @@ class Class:
     cgroups: tuple[str, ...] = ()
     """Below the root of cgroup v2, without a slash at either end."""
     proxies_only: bool = False
+    nonblocking_only: bool = False
+    """Neither end waits in recv()."""
 
 
-LOCAL_PROXIES: Final = Class("local-proxies", True, frozenset({Scope.POD}), proxies_only=True)
-"""What a node begins with: an application and the proxy beside it."""
+LOCAL_PROXIES: Final = Class("local-proxies", True, frozenset({Scope.POD}), proxies_only=True, nonblocking_only=True)
+"""What a node begins with: an application and the proxy beside it. Nobody has asked for it: so only where calls are as ever."""

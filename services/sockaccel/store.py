@@ -27,6 +27,11 @@ MIGRATIONS: Final = (
     );
     """,
     "CREATE TABLE tls_targets (name TEXT PRIMARY KEY, declared BLOB NOT NULL);",
+    # A first class that nobody has touched is what it is on a new node. It was: on, SCOPE_POD, proxies_only.
+    f"""
+    UPDATE classes SET declared = X'{convert.class_message(LOCAL_PROXIES).SerializeToString(deterministic=True).hex()}'
+    WHERE declared = X'0a0d6c6f63616c2d70726f7869657310011a01014001';
+    """,
 )
 
 

@@ -32,6 +32,7 @@ class Wanted:
     any_port: int = 0
     any_group: int = 0
     proxies: int = 0
+    nonblocking: int = 0
     same: int = 0
     pods: int = 0
     host: int = 0
@@ -39,7 +40,6 @@ class Wanted:
     run_bytes: int = RUN_BYTES
     proofs: int = PROOFS
     beat_s: float = BEAT_S
-    host_netns: int = 0
     spaces: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
     """Network namespace cookie -> masks of clients and of servers, endpoint."""
     ports: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Tables:
             run_bytes=wanted.run_bytes,
             proofs=wanted.proofs,
             beat_ns=int(wanted.beat_s * 1e9),
-            host_netns=wanted.host_netns,
+            nonblocking=wanted.nonblocking,
         )
         if changed or bytes(after) != bytes(before):
             after.epoch = (before.epoch + 1) & 0xFFFFFFFF

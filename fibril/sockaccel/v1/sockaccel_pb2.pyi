@@ -97,7 +97,9 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_BULK: _EndReason.ValueType  # 2
     """One end sent more than the configured number of bytes without a word of the other: TCP is faster."""
     END_REASON_READS: _EndReason.ValueType  # 3
-    """A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket."""
+    """A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket; or one
+    waits whose class is `nonblocking_only`.
+    """
     END_REASON_SENDS: _EndReason.ValueType  # 4
     """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
     END_REASON_OPTION: _EndReason.ValueType  # 5
@@ -115,7 +117,9 @@ END_REASON_CLOSED: EndReason.ValueType  # 1
 END_REASON_BULK: EndReason.ValueType  # 2
 """One end sent more than the configured number of bytes without a word of the other: TCP is faster."""
 END_REASON_READS: EndReason.ValueType  # 3
-"""A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket."""
+"""A process reads in a way the short way does not know: MSG_WAITALL, MSG_OOB, MSG_TRUNC, splice(), or two wait at one socket; or one
+waits whose class is `nonblocking_only`.
+"""
 END_REASON_SENDS: EndReason.ValueType  # 4
 """A process sends in such a way: MSG_OOB, MSG_ZEROCOPY."""
 END_REASON_OPTION: EndReason.ValueType  # 5
@@ -206,6 +210,7 @@ class Class(_message.Message):
     PROXIES_ONLY_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
+    NONBLOCKING_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, 1 to 63 letters, digits, "-", "_" and "."."""
     enabled: _builtins.bool
@@ -218,6 +223,10 @@ class Class(_message.Message):
     """What is amiss with it on this node ("no control group shop.slice"); empty: nothing. Never read."""
     pairs: _builtins.int
     """Pairs of this class now. Never read."""
+    nonblocking_only: _builtins.bool
+    """Neither end waits in recv(): both are read with O_NONBLOCK or MSG_DONTWAIT, as event loops do. Who is seen to wait, or sends first at
+    a socket without O_NONBLOCK, is left to TCP. For who waits, sockets of pairs differ from others: a signal may give EAGAIN.
+    """
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___Scope.ValueType]:
         """Where the ends are; at least one."""
@@ -251,10 +260,11 @@ class Class(_message.Message):
         proxies_only: _builtins.bool = ...,
         message: _builtins.str = ...,
         pairs: _builtins.int = ...,
+        nonblocking_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroups", b"cgroups", "client_labels", b"client_labels", "enabled", b"enabled", "message", b"message", "name", b"name", "pairs", b"pairs", "ports", b"ports", "proxies_only", b"proxies_only", "scopes", b"scopes", "server_labels", b"server_labels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroups", b"cgroups", "client_labels", b"client_labels", "enabled", b"enabled", "message", b"message", "name", b"name", "nonblocking_only", b"nonblocking_only", "pairs", b"pairs", "ports", b"ports", "proxies_only", b"proxies_only", "scopes", b"scopes", "server_labels", b"server_labels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -72,6 +72,7 @@ CLASSES = columns(
     ("SERVERS", "server_labels"),
     ("CGROUPS", "cgroups"),
     ("PROXIES ONLY", "proxies_only"),
+    ("NONBLOCKING ONLY", "nonblocking_only"),
     "pairs",
     ("", "message"),
 )
@@ -148,6 +149,7 @@ def class_ls(ctl: Ctl) -> None:
 @click.option("--server-label", "servers", multiple=True, metavar="KEY=VALUE", help="Of the server's pod.")
 @click.option("--cgroup", "cgroups", multiple=True, metavar="PATH", help="One end's process is in it, or below.")
 @click.option("--proxies-only", is_flag=True, help="One end is a proxy beside an application.")
+@click.option("--nonblocking-only", is_flag=True, help="Neither end waits in recv(): those who poll.")
 @click.option("--off", is_flag=True, help="Declare it without switching it on.")
 @pass_ctl
 def class_set(
@@ -159,6 +161,7 @@ def class_set(
     servers: Sequence[str],
     cgroups: Sequence[str],
     proxies_only: bool,
+    nonblocking_only: bool,
     off: bool,
 ) -> None:
     """Declare a class, or replace the one of that name."""
@@ -173,6 +176,7 @@ def class_set(
         server_labels=_labels(servers, "--server-label"),
         cgroups=cgroups,
         proxies_only=proxies_only,
+        nonblocking_only=nonblocking_only,
     )
     answer = ask(ctl, "UpsertClass", pb.UpsertClassRequest(declared=declared))
     ctl.show([to_record(answer.declared)], CLASSES)

@@ -21,11 +21,12 @@ from tests.e2e.modes.modelab import ModeLab, lab, wait_for
 
 NODE = "c1n1"
 AGENT = DRIVER.replace("space = dict(globals())", """
-def echo(host, port):
+def echo(host, port, seconds=None):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family)
     def one(conn):
         try:
+            conn.settimeout(seconds)  # without O_NONBLOCK if None
             while data := conn.recv(65536):
                 conn.sendall(data)
         except OSError:
@@ -331,8 +332,8 @@ def test_an_application_and_its_proxy_are_shortened_by_default(landscape: ModeLa
     )
     landscape.pod_exec(NODE, "p1", "nft", nft)
     try:
-        client("echo('0.0.0.0', 15001)")
-        client("echo('127.0.0.1', 8080)")
+        client("echo('0.0.0.0', 15001, 60)")
+        client("echo('127.0.0.1', 8080, 60)")
         for round in range(2):  # a proxy at work is noticed with the first connection, or when it begins to listen
             client(f"hold('r{round}', '198.51.100.7', 80)")
             client(f"talk('r{round}')")
@@ -344,6 +345,12 @@ def test_an_application_and_its_proxy_are_shortened_by_default(landscape: ModeLa
         assert redirected and all(record["server"]["port"] == 15001 for record in redirected)
         assert all(shortened(record) > 40 for record in redirected[-1:])
         assert all(record["server"]["port"] != 8080 for record in found), "no proxy is at either end"
+        # Whoever waits in recv() is left alone, unless somebody asks for him.
+        for seconds in (None, 5):
+            client(f"hold('waits', '198.51.100.7', 80, {seconds})")
+            client("talk('waits')")
+            ports = {record["client"]["port"] for record in pairs(landscape)}
+            assert (client("held['waits'].getsockname()[1]") in ports) == (seconds is not None)
     finally:
         landscape.pod_exec(NODE, "p1", "nft", "delete table ip side")
 

@@ -228,6 +228,50 @@ def test_who_waits_gives_up_before_anything_is_shortened(rig: Rig, caller: Proce
     assert caller.give(f"run({name!r}, c, d)") == DIFFERENCES[name]
 
 
+@pytest.mark.parametrize("name", ["signal_while_reading", "room_to_write_while_reading", "read_ends_with_reset"])
+@pytest.mark.parametrize(("w", "r"), [("c", "d"), ("d", "c")])
+def test_nobody_gives_up_waiting_where_nobody_is_to_wait(rig: Rig, caller: Process, name: str, w: str, r: str) -> None:
+    """A class for those who do not wait leaves others alone with their first word: out of the map of sockets, as on TCP."""
+    rig.write(on=False)
+    begin(caller, "v4")
+    plain = caller.give(f"run({name!r}, {w}, {r})")
+    rig.write(on=True, nonblocking=1)
+    before = rig.ended(abi.EndReason.READS)
+    caller.do("c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=1)")
+    until(lambda: rig.ended(abi.EndReason.READS) > before and not rig.pairs())
+    assert caller.give(f"run({name!r}, {w}, {r})") == plain != DIFFERENCES[name]
+
+
+@pytest.mark.parametrize("calls", ["setblocking", "MSG_DONTWAIT"])
+def test_who_does_not_wait_is_shortened_where_nobody_is_to_wait(rig: Rig, caller: Process, calls: str) -> None:
+    """Until somebody does, or is to: then all goes by TCP."""
+    rig.write(nonblocking=1)
+    caller.do("c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=0); c.setblocking(False)")
+    if calls == "setblocking":
+        caller.do("d.setblocking(False)")
+    caller.do("""
+def talk(turns):
+    for _ in range(turns):
+        for one, other in ((c, d), (d, c)):
+            one.sendall(b"word")
+            assert ready(other) and other.recv(9, socket.MSG_DONTWAIT) == b"word"
+talk(20)
+""")
+    pair = newest(rig)
+    assert all(end.mode == abi.Mode.SHORT and end.sends for end in pair.ends) and not pair.ended
+    assert caller.do("c.sendall(b'word'); d.setblocking(True)", "got(d)") == "word"
+    assert newest(rig).ended == abi.EndReason.READS
+    caller.do("talk(5)")
+    until(lambda: not rig.pairs())
+    # One that waits already, under a class that changes.
+    rig.write(nonblocking=0)
+    begin(caller, "v4")
+    assert newest(rig).ends[0].mode == abi.Mode.SHORT
+    rig.write(nonblocking=1)
+    caller.do("c.sendall(b'word'); exactly(d, 4)")
+    assert newest(rig).ended == abi.EndReason.READS
+
+
 def test_what_was_handed_over_is_peeked_before_what_comes_by_tcp(rig: Rig, caller: Process) -> None:
     """A peek reaches up to where the way changes, no further: who waits for more must read."""
     begin(caller, "v4")

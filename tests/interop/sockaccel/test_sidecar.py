@@ -29,6 +29,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Echo(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    timeout = 60  # so its sockets do not wait in recv()
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
         self.send_response(200)

@@ -121,14 +121,14 @@ def row(message: Any, cols: list[Any]) -> dict[str, str]:
 def test_options_become_one_class(service: Service) -> None:
     run(
         "class set web --scope pod --scope host-pod --port 80 --port 8000-8080 --client-label app=x=y --client-label e= "
-        "--server-label tier=db --cgroup shop.slice --cgroup /a/b --proxies-only --off"
+        "--server-label tier=db --cgroup shop.slice --cgroup /a/b --proxies-only --nonblocking-only --off"
     )
     (asked,) = service.asked
     assert asked.declared == pb.Class(
         name="web", enabled=False, scopes=[pb.SCOPE_POD, pb.SCOPE_HOST_POD],
         ports=[pb.PortRange(first=80), pb.PortRange(first=8000, last=8080)],
         client_labels={"app": "x=y", "e": ""}, server_labels={"tier": "db"}, cgroups=["shop.slice", "/a/b"],
-        proxies_only=True,
+        proxies_only=True, nonblocking_only=True,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ some_classes = st.builds(
     st.dictionaries(texts, texts, max_size=3),
     st.just(()),
     st.booleans(),
+    st.booleans(),
 )
 
 
@@ -87,6 +88,17 @@ def test_a_new_node_has_local_proxies_and_what_was_deleted_stays_so(path: Path) 
     store.close()
     store = Store(path)
     assert not store.on and store.classes == {}
+    store.close()
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_first_class_of_an_older_node_is_todays_unless_somebody_has_changed_it(path: Path, touched: bool) -> None:
+    older = pb.Class(name="local-proxies", enabled=not touched, scopes=[pb.SCOPE_POD], proxies_only=True)
+    with db.open_db(path, MIGRATIONS[:2], "") as made:
+        made.execute("UPDATE classes SET declared = ?", (older.SerializeToString(deterministic=True),))
+    made.close()
+    store = Store(path)
+    assert store.classes["local-proxies"][1].nonblocking_only is not touched
     store.close()
 
 
@@ -146,11 +158,12 @@ def test_labels_choose_the_spaces() -> None:
 
 def test_ports_groups_and_proxies_are_masks() -> None:
     wanted, amiss = planned(
-        Class("proxies", True, frozenset({Scope.POD}), proxies_only=True),
+        Class("proxies", True, frozenset({Scope.POD}), proxies_only=True, nonblocking_only=True),
         Class("redis", True, frozenset({Scope.PODS}), ports=((6379, 6380),), cgroups=("shop.slice",)),
         Class("lost", False, frozenset({Scope.PODS}), ports=((6380, 6380),), cgroups=("gone.slice",)),
     )
     assert wanted.classes == 0b011 and wanted.any_port == 0b001 and wanted.any_group == 0b001 and wanted.proxies == 0b001
+    assert wanted.nonblocking == 0b001
     assert wanted.ports[6379] == (0b010, False) and wanted.ports[6380] == (0b110, False) and wanted.ports[15001] == (0, True)
     assert wanted.groups == {900: 0b010} and amiss == {"lost": "there is no control group gone.slice"}
 
