@@ -52,9 +52,9 @@ class Node:
 
 
 @contextlib.contextmanager
-def node() -> Iterator[Node]:
-    """A node's namespace with loopback up; the instance in it is taken down at the end."""
-    name = f"fb{secrets.token_hex(3)}"
+def node(name: str = "") -> Iterator[Node]:
+    """A node's namespace with loopback up, of that name or one of its own; the instance in it is taken down at the end."""
+    name = name or f"fb{secrets.token_hex(3)}"
     root = Path(tempfile.mkdtemp(prefix=name))
     subprocess.run(["ip", "netns", "add", name], check=True)
     made = Node(name, root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import pytest
 from services.common.instance import Instance
 from services.common.kernel import features
 from services.common.pipeline import install
+from tests import session
 from tests.datapath.cluster import Cluster
 from tests.datapath.harness import PODS, Datapath
 from tests.datapath.lbkit import Lab, Uplink, installed
@@ -22,7 +22,7 @@ from tests.datapath.xdpkit import XdpRig
 @pytest.fixture(scope="session")
 def instance() -> Iterator[Instance]:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-datapath-{os.getpid()}")
+    made = Instance.from_env(f"t-datapath-{session.name()}")
     try:
         asyncio.run(install.install(made))
         yield made

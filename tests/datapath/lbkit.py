@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
@@ -25,6 +24,7 @@ from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.network import install as identity
 from services.lb import abi, install
+from tests import session
 from tests.datapath.cluster import TUNNEL_SPEC, Cluster
 from tests.datapath.harness import Result
 from tests.datapath.lbtables import LbTables
@@ -157,7 +157,7 @@ class Uplink:
 
     def __init__(self, instance: Instance) -> None:
         self._exit = contextlib.ExitStack()
-        path = Path(f"/run/netns/fbl-{secrets.token_hex(3)}")
+        path = Path(f"/run/netns/{session.name()}")
         netns.add(path)
         self._exit.callback(netns.remove, path)
         self.netns = self._exit.enter_context(NetNs.open(path))

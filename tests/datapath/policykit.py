@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import ctypes as ct
 import itertools
-import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from services.common.pipeline import install as pipe
 from services.common.pipeline.reasons import Reason
 from services.policy import abi, install
 from services.policy.kernel.tables import Tables
+from tests import session
 from tests.datapath.cluster import UNDERLAY, Cluster, Tunnel
 from tests.datapath.harness import HOST_MAC, REDIRECT, SHOT, UNSPEC, Datapath
 
@@ -115,7 +115,7 @@ class Space:
 
     def __init__(self) -> None:
         self._exit = contextlib.ExitStack()
-        path = Path(f"/run/netns/fbp-{secrets.token_hex(3)}")
+        path = Path(f"/run/netns/{session.name()}")
         netns.add(path)
         self._exit.callback(netns.remove, path)
         self.netns = self._exit.enter_context(NetNs.open(path))

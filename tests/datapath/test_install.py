@@ -12,6 +12,7 @@ from services.common.instance import Instance
 from services.common.kernel import bpf, features, progs
 from services.common.pipeline import abi, install
 from services.common.pipeline.counters import open_counters, read_counters
+from tests import session
 from tests.datapath.harness import Datapath
 from tests.datapath.test_from_pod import A, B, ether, ip
 
@@ -19,7 +20,7 @@ from tests.datapath.test_from_pod import A, B, ether, ip
 @pytest.fixture
 def fresh() -> Iterator[Instance]:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-install-{os.getpid()}")
+    made = Instance.from_env(f"t-install-{session.name()}")
     yield made
     shutil.rmtree(made.pin_dir, ignore_errors=True)
 

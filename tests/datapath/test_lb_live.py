@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from services.common.kernel import netns, progs, tc_classic
 from services.common.kernel.netlink import Rtnl
 from services.common.kernel.netns import NetNs
 from services.lb import abi, install
+from tests import session
 from tests.datapath.lbkit import CLIENT, NODE, SERVER, VIP
 from tests.datapath.lbtables import LbTables
 from tests.datapath.policykit import header
@@ -44,7 +44,7 @@ class Outside(Live):
 
     def __init__(self, instance: Instance, exit_stack: contextlib.ExitStack) -> None:
         super().__init__(instance, exit_stack)
-        prefix = "fo" + secrets.token_hex(3)
+        prefix = session.name()
         for name in ("client", "server"):
             path = Path(f"/run/netns/{prefix}-{name}")
             netns.add(path)

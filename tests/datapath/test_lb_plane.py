@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import secrets
 import shutil
 import socket
 import struct
@@ -43,6 +42,7 @@ from services.lb.model import (
     Topology,
     TrafficPolicy,
 )  # fmt: skip
+from tests import session
 
 HERE = Locality("n1", "z1", "c1", frozenset({ip_address("192.168.0.1")}))
 HASHED = frozenset({ip_address("192.168.0.1"), ip_address("fd00::1")})
@@ -135,7 +135,7 @@ class Reader:
 @pytest.fixture(scope="module")
 def instance() -> Iterator[Instance]:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-lbplane-{secrets.token_hex(3)}")
+    made = Instance.from_env(f"t-lbplane-{session.name()}")
     spec = loader.ProgramSpec(
         source=Path(__file__).with_name("lbmaps.c"),
         service="lbmaps",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from services.common.pipeline.abi import FibAddr, IPAddress
 from services.lb import abi
 from services.lb.model import TCP, UDP, Algorithm, FrontendType, NoBackend, Spec
 from services.lb.trace import Tracer
+from tests import session
 
 NO_FRONT, REFUSED = 0xFFFFFFFF, 0xFFFFFFFE
 
@@ -29,7 +29,7 @@ NO_FRONT, REFUSED = 0xFFFFFFFF, 0xFFFFFFFE
 @pytest.fixture(scope="module")
 def instance() -> Iterator[Instance]:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-lbtrace-{secrets.token_hex(3)}")
+    made = Instance.from_env(f"t-lbtrace-{session.name()}")
     spec = loader.ProgramSpec(
         source=Path(__file__).with_name("lbmaps.c"),
         service="lbmaps",

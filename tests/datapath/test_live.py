@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import struct
 import threading
@@ -33,6 +32,7 @@ from services.common.pipeline import abi, install
 from services.common.pipeline.counters import open_counters, read_counters
 from services.common.pipeline.endpoints import AddrTable, IfaceTable
 from services.common.pipeline.reasons import Reason
+from tests import session
 
 FROM_POD, TO_POD = int(abi.Direction.FROM_POD), int(abi.Direction.TO_POD)
 # Multicast listener reports the node may send to each pod while a test runs, at most.
@@ -48,7 +48,7 @@ class Live:
         self.instance = instance
         self.counters = exit_stack.enter_context(open_counters(instance))
         self.tables = [exit_stack.enter_context(contextlib.closing(kind(instance))) for kind in (IfaceTable, AddrTable)]
-        prefix = "ft" + secrets.token_hex(3)
+        prefix = session.name()
         self.spaces = {}
         for name in ("node", "a", "b"):
             path = Path(f"/run/netns/{prefix}-{name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import secrets
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.numbers import Reserved
 from services.policy import abi, install
+from tests import session
 from tests.datapath import policykit as kit
 from tests.datapath.cluster import DIRECT, HERE, HOST_MAC, OVERLAY_PORT, ROUTED, Cluster
 from tests.datapath.harness import REDIRECT, UNSPEC, Datapath
@@ -455,7 +455,7 @@ class Live:
             tc_classic.attach(near, {"ingress": fds[install.HOST_IN], "egress": fds[install.HOST_OUT]})
 
     def space(self) -> NetNs:
-        path = Path(f"/run/netns/fbh-{secrets.token_hex(3)}")
+        path = Path(f"/run/netns/{session.name()}")
         netns.add(path)
         self._exit.callback(netns.remove, path)
         return self._exit.enter_context(NetNs.open(path))

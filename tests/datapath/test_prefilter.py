@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes as ct
-import os
 import random
-import secrets
 import shutil
 import struct
 import time
@@ -32,6 +30,7 @@ from services.lb.prefilter.keys import Keys, parse, parse_all
 from services.lb.prefilter.model import PrefixSet, Sets
 from services.lb.prefilter.state import State
 from services.lb.prefilter.tables import Tables
+from tests import session
 
 DROP, PASS = 1, 2
 PROGRAM = "fib_prefilter_t"
@@ -51,7 +50,7 @@ class Rig:
 
     def __init__(self, stack: contextlib.ExitStack, tmp: Path) -> None:
         features.ensure_bpffs()
-        made = Instance.from_env(f"t-pf-{os.getpid()}-{secrets.token_hex(2)}")
+        made = Instance.from_env(f"t-pf-{session.name()}")
         self.instance = made
         self.tmp = tmp
         stack.callback(shutil.rmtree, made.pin_dir, ignore_errors=True)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes as ct
-import os
-import secrets
 import shutil
 import struct
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from services.common.kernel.netlink import Rtnl
 from services.common.kernel.netns import NetNs
 from services.lb import abi, install
 from services.lb.xdp import abi as xdp_abi
+from tests import session
 from tests.datapath.lbtables import LbTables
 
 ABORTED, DROP, PASS, TX, REDIRECT = range(5)
@@ -80,11 +79,11 @@ class XdpRig:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         features.ensure_bpffs()
-        self.instance = Instance.from_env(f"t-xdp-{os.getpid()}-{secrets.token_hex(2)}")
+        self.instance = Instance.from_env(f"t-xdp-{session.name()}")
         stack.callback(shutil.rmtree, self.instance.pin_dir, ignore_errors=True)
         asyncio.run(loader.load([install.xdp()], self.instance.pin_dir))
         self._fd = stack.enter_context(progs.opened(install.program_path(self.instance, install.XDP)))
-        path = Path(f"/run/netns/fbx-{secrets.token_hex(3)}")
+        path = Path(f"/run/netns/{session.name()}")
         netns.add(path)
         stack.callback(netns.remove, path)
         self.netns = stack.enter_context(NetNs.open(path))

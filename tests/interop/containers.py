@@ -33,6 +33,7 @@ from fibril.endpoint.v1.endpoint_pb2 import Endpoint, ListEndpointsRequest
 from fibril.endpoint.v1.endpoint_pb2_grpc import EndpointServiceStub
 from services.common.instance import Instance
 from services.ipam.cni.install import install
+from tests import session
 
 BUSYBOX = Path("/usr/bin/busybox")
 IMAGE = "localhost/fibril-test:1"
@@ -156,7 +157,7 @@ NODE4, WORLD4, NODE6, WORLD6 = "192.0.2.1", "192.0.2.2", "2001:db8:7::1", "2001:
 @contextlib.contextmanager
 def cni_node() -> Iterator[CniNode]:
     """Bring a node up in a namespace of its own. The world is one veth away and has no route to the pods."""
-    with node() as fresh:
+    with node(session.name()) as fresh:
         world = f"{fresh.name}w"
         bin_dir, conf_dir = fresh.root / "bin", fresh.root / "net.d"
         bin_dir.mkdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import session
 from tests.interop import containers
 from tests.interop.containers import (
     GREETING,
@@ -53,7 +54,7 @@ def fibril() -> Iterator[CniNode]:
 
 @pytest.fixture(scope="module")
 def pods(fibril: CniNode) -> Iterator[Pods]:
-    scratch = Path(tempfile.mkdtemp(prefix="fbctrd"))
+    scratch = Path(tempfile.mkdtemp(prefix=session.name()))
     runtime = Containerd(scratch / scratch.name, fibril)
     try:
         containers.build_image(scratch / "image.tar")

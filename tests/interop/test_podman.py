@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import session
 from tests.interop import containers
 from tests.interop.containers import GREETING, NODE4, NODE6, WEB_SERVER, WORLD4, WORLD6, CniNode, Podman
 
@@ -30,7 +31,7 @@ def fibril() -> Iterator[CniNode]:
 @pytest.fixture(scope="module")
 def podman(fibril: CniNode) -> Iterator[Podman]:
     """podman with two containers on the network: `web`, published on the node, and `client`."""
-    scratch = Path(tempfile.mkdtemp(prefix="fbpodman"))
+    scratch = Path(tempfile.mkdtemp(prefix=session.name()))
     runtime = Podman(scratch / scratch.name, fibril)
     try:
         containers.build_image(scratch / "image.tar")

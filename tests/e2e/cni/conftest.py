@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from bench.node import node
+from tests import session
 from tests.e2e.cni.netkit import Fibril
 
 
 @pytest.fixture(scope="module")
 def fibril() -> Iterator[Fibril]:
-    with node() as fresh:
+    with node(session.name()) as fresh:
         fresh.fibril("up")
         made = Fibril(fresh)
         try:

@@ -7,7 +7,6 @@ a 10.9.1.2 ---- router ---- 10.9.2.2 b
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from services.common.kernel import netns, sysctl
 from services.ctl.connectivity import runner
 from services.ctl.connectivity.model import KINDS, POD, PORT, Probe, Source, Target
 from services.ctl.connectivity.responder import Responder
+from tests import session
 
 B = ("10.9.2.2", "fd09:2::2")
 QUICK = runner.Pace(wait_s=0.15, tries=3)
@@ -29,7 +29,7 @@ class Net:
     """The three namespaces."""
 
     def __init__(self) -> None:
-        self.prefix = f"fbc{secrets.token_hex(3)}"
+        self.prefix = session.name()
 
     def name(self, place: str) -> str:
         return f"{self.prefix}{place}"

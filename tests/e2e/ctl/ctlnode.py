@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 from services.common.instance import Instance
 from services.common.kernel import netns
 from services.ctl import procs
+from tests import session
 
 FIBRIL = (sys.executable, "-m", "services.ctl.main")
 ROOT = Path(__file__).parents[3]
@@ -37,7 +37,7 @@ class Node:
     """One namespace and what `fibril` does in it."""
 
     def __init__(self, root: Path) -> None:
-        self.name = f"t{secrets.token_hex(3)}"
+        self.name = session.name()
         self.root = root
         self.netns = Path(f"/run/netns/{self.name}")
         self.env = {

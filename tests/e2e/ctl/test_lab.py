@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import tempfile
@@ -23,13 +22,14 @@ from services.common.errors import InvalidArgument
 from services.common.instance import Instance
 from services.common.kernel import cgroup
 from services.ctl import procs
+from tests import session
 
 
 class LabRun:
     """`fibril lab …` with private directories."""
 
     def __init__(self, root: Path) -> None:
-        self.name = f"t{secrets.token_hex(3)}"
+        self.name = session.name()
         self.env = {
             **os.environ,
             "FIBRIL_RUN_ROOT": str(root / "run"),

@@ -42,6 +42,7 @@ from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.kernel.netns import NetNs
 from services.common.pipeline import abi
+from tests import session
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[3]
@@ -131,7 +132,7 @@ class Node:
         run: bool = True,
         wait: bool = True,
     ) -> None:
-        self.name = f"e{secrets.token_hex(3)}"
+        self.name = session.name()
         self.root = Path(tempfile.mkdtemp(prefix=self.name))
         self.instance = Instance(self.name, self.root / "run", self.root / "state")
         self.space = Space(self.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import subprocess
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -15,12 +14,13 @@ from services.common.hostaddrs import HostAddresses
 from services.common.kernel import netns
 from services.common.kernel.netlink import Netlink
 from services.common.kernel.netns import NetNs
+from tests import session
 from tests.interop.etcd.etcdrig import until
 
 
 @pytest.fixture
 def space() -> Iterator[Path]:
-    path = Path(f"/run/netns/t{secrets.token_hex(4)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         yield path

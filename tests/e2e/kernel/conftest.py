@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from services.common.kernel import features, netns
 from services.common.kernel.netlink import Netlink, Rtnl
+from tests import session
 
 HERE = Path(__file__).parent
 
@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def prefix() -> str:
-    """Seven characters no other run uses."""
-    return "ft" + secrets.token_hex(2) + "x"
+    """Seven characters no other test uses."""
+    return session.name()
 
 
 @pytest.fixture

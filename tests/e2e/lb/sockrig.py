@@ -12,7 +12,6 @@ import contextlib
 import ctypes as ct
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from services.common.kernel.maps import BpfMap
 from services.common.kernel.netlink import Rtnl
 from services.common.kernel.netns import NetNs
 from services.lb import abi
+from tests import session
 from tests.datapath.lbtables import LbTables
 
 DRIVER = """
@@ -143,7 +143,7 @@ class Process:
 
 def make_instance() -> Instance:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-sock-{os.getpid()}-{secrets.token_hex(2)}")
+    made = Instance.from_env(f"t-sock-{session.name()}")
     made.run_dir.mkdir(parents=True, exist_ok=True)
     return made
 
@@ -155,7 +155,7 @@ def forget(instance: Instance) -> None:
 
 @contextlib.contextmanager
 def namespace() -> Iterator[Path]:
-    path = Path(f"/run/netns/fbs-{secrets.token_hex(4)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there, Rtnl(there) as inside:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -22,6 +21,7 @@ from services.common.kernel.netns import NetNs
 from services.identity.network import programs
 from services.lb import abi, install, packets, teardown
 from services.lb.packets import Packets
+from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NAMES = {"ingress": install.UPLINK[:15], "egress": install.UPLINK_OUT[:15]}
@@ -30,7 +30,7 @@ NAMES = {"ingress": install.UPLINK[:15], "egress": install.UPLINK_OUT[:15]}
 @pytest.fixture
 def space() -> Iterator[Rtnl]:
     """A namespace with two devices, fbx0, which has the default route, and fbx2; the thread is in it."""
-    path = Path(f"/run/netns/fbp-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there, there.entered(), Rtnl(there) as node:
@@ -55,7 +55,7 @@ def space() -> Iterator[Rtnl]:
 def instance() -> Iterator[Instance]:
     """Programs are compiled once for all tests, and used by the second on as those of an earlier process."""
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-lbp-{os.getpid()}-{secrets.token_hex(2)}")
+    made = Instance.from_env(f"t-lbp-{session.name()}")
     made.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         yield made

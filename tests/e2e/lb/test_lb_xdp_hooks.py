@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +22,7 @@ from services.common.kernel.xdp import Mode
 from services.lb import install
 from services.lb.xdp import hooks
 from services.lb.xdp.xdp import Xdp
+from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 @pytest.fixture
 def space() -> Iterator[Rtnl]:
     """A namespace with two devices, fbx0 and fbx2, whose other ends take no frames; the thread is in it."""
-    path = Path(f"/run/netns/fbx-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there, there.entered(), Rtnl(there) as node:
@@ -46,7 +46,7 @@ def space() -> Iterator[Rtnl]:
 def instance() -> Iterator[Instance]:
     """Programs are compiled once for all tests, and used by the second on as those of an earlier process."""
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-lbx-{os.getpid()}-{secrets.token_hex(2)}")
+    made = Instance.from_env(f"t-lbx-{session.name()}")
     made.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         yield made
@@ -110,7 +110,7 @@ async def test_generic_where_a_veth_would_lose_frames_else_native(space: Rtnl, i
 
 
 async def test_another_program_keeps_its_place(space: Rtnl, instance: Instance) -> None:
-    other = Instance.from_env(f"t-lbo-{os.getpid()}-{secrets.token_hex(2)}")
+    other = Instance.from_env(f"t-lbo-{session.name()}")
     await install.install_xdp(other)
     try:
         with progs.opened(install.program_path(other, install.XDP)) as fd:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -22,6 +21,7 @@ from services.common.kernel.rtnl import Message
 from services.lb.abi import ServiceFlag
 from services.lb.model import BackendKey
 from services.lb.xdp.nexthops import NextHops
+from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 MAC = "02:00:00:00:05:{:02x}"
@@ -62,7 +62,7 @@ class Plane:
 @pytest.fixture
 def node() -> Iterator[Rtnl]:
     """A namespace with fbx0, 10.5.0.1/24 and fd05::1/64, and fbx2, 10.6.0.1/24; the thread is in it."""
-    path = Path(f"/run/netns/fbx-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there, there.entered(), Rtnl(there) as made:
@@ -147,7 +147,7 @@ async def test_only_devices_with_xdp_count(node: Rtnl) -> None:
 
 async def test_a_neighbour_nobody_speaks_to_is_looked_for(node: Rtnl) -> None:
     plane, index = Plane(), node.ifindex("fbx0")
-    path = Path(f"/run/netns/fbx-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -29,6 +28,7 @@ from services.common.kernel.netns import NetNs
 from services.common.kernel.xdp import Mode
 from services.lb import abi
 from services.lb.xdp.xdp import Xdp
+from tests import session
 from tests.datapath.lbtables import LbTables
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -50,7 +50,7 @@ class Fabric:
     """The namespaces, each with eth0 on the bridge, every neighbour known."""
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
-        prefix = f"fbx{secrets.token_hex(3)}"
+        prefix = session.name()
         self.spaces: dict[str, NetNs] = {}
         for name in ("bridge", *HOSTS):
             path = Path(f"/run/netns/{prefix}-{name}")
@@ -140,7 +140,7 @@ class Scene:
     def __init__(self, stack: contextlib.ExitStack) -> None:
         features.ensure_bpffs()
         self.fabric = Fabric(stack)
-        self.instance = Instance.from_env(f"t-lbt-{os.getpid()}-{secrets.token_hex(2)}")
+        self.instance = Instance.from_env(f"t-lbt-{session.name()}")
         self.instance.run_dir.mkdir(parents=True, exist_ok=True)
         for path in (self.instance.pin_dir, self.instance.run_dir):
             stack.callback(shutil.rmtree, path, ignore_errors=True)

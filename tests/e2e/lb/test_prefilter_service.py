@@ -38,6 +38,7 @@ from services.common.rpc.server import RpcConfig, RpcServer
 from services.common.telemetry import Telemetry
 from services.lb.prefilter.part import PrefilterPart
 from services.lb.xdp.xdp import Xdp
+from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -119,7 +120,7 @@ class Node:
 @pytest.fixture
 def wire() -> Iterator[Wire]:
     """The thread is in the node's namespace."""
-    path = Path(f"/run/netns/fbp-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with contextlib.ExitStack() as stack:
@@ -140,7 +141,7 @@ def wire() -> Iterator[Wire]:
 def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """Programs are compiled once for all tests."""
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-pfs-{os.getpid()}-{secrets.token_hex(2)}")
+    made = Instance.from_env(f"t-pfs-{session.name()}")
     made.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         yield made

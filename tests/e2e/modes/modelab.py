@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from lab import build
 from lab.topology import Lab, Node
 from services.common.instance import Instance
 from services.ctl import procs
+from tests import session
 
 NETWORK = ("--services", "ipam,identity")
 """For labs about the ways between nodes: what balances and what refuses takes seconds to compile."""
@@ -42,7 +42,7 @@ class ModeLab:
     """One lab; `up` makes it."""
 
     def __init__(self, root: Path, *shape: str, **env: str) -> None:
-        self.name = f"t{secrets.token_hex(3)}"
+        self.name = session.name()
         self.root = root
         self.shape = shape
         self.env = {

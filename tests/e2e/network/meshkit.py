@@ -38,6 +38,7 @@ from services.common.underlay import Underlay
 from services.identity.network.network import Network
 from services.identity.nodes.model import Node, NodeState
 from services.ipam.endpoints.node import NodeNet, NodeSetup
+from tests import session
 
 T = TypeVar("T")
 libc = ctypes.CDLL(None, use_errno=True)
@@ -47,7 +48,7 @@ class Space:
     """A namespace; commands run in it with the mounts of outside."""
 
     def __init__(self) -> None:
-        self.name = f"n{secrets.token_hex(3)}"
+        self.name = session.name()
         self.path = Path("/run/netns") / self.name
         subprocess.run(["ip", "netns", "add", self.name], check=True)
         self.sh("ip link set lo up")
@@ -139,7 +140,7 @@ class Host(Space):
             self.name, self.path = within.name, within.path
         self.cfg = cfg or NetworkConfig()
         self.root = Path(tempfile.mkdtemp(prefix=self.name))
-        self.instance = Instance(f"i{secrets.token_hex(3)}", self.root / "run", self.root / "state")
+        self.instance = Instance(session.name(), self.root / "run", self.root / "state")
         self.instance.run_dir.mkdir(parents=True)
         self.host_device, self.vxlan = self.instance.node_ifname, f"fb{self.instance.tag}vx"
         self._loop = asyncio.new_event_loop()

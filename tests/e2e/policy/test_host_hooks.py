@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +25,7 @@ from services.identity.network import programs as identity
 from services.lb import packets as lb
 from services.policy import host, install
 from services.policy.host import HostHooks
+from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 NAMES: dict[Direction, str] = {"ingress": install.HOST_IN[:15], "egress": install.HOST_OUT[:15]}
@@ -34,7 +34,7 @@ NAMES: dict[Direction, str] = {"ingress": install.HOST_IN[:15], "egress": instal
 @pytest.fixture
 def space() -> Iterator[Rtnl]:
     """A namespace with two devices, fbx0, which has the default route, and fbx2; the thread is in it."""
-    path = Path(f"/run/netns/fbp-{secrets.token_hex(3)}")
+    path = Path(f"/run/netns/{session.name()}")
     netns.add(path)
     try:
         with NetNs.open(path) as there, there.entered(), Rtnl(there) as node:
@@ -58,7 +58,7 @@ def space() -> Iterator[Rtnl]:
 @pytest.fixture(scope="module")
 def instance() -> Iterator[Instance]:
     features.ensure_bpffs()
-    made = Instance.from_env(f"t-polh-{os.getpid()}-{secrets.token_hex(2)}")
+    made = Instance.from_env(f"t-polh-{session.name()}")
     try:
         asyncio.run(pipeline.install(made))
         asyncio.run(install.install_tables(made))
@@ -153,7 +153,7 @@ async def test_put_back_and_moved_with_the_devices(space: Rtnl, instance: Instan
 
 
 async def test_before_the_programs_are_there(space: Rtnl, tmp_path: Path) -> None:
-    nobody = Instance.from_env(f"t-none-{os.getpid()}")
+    nobody = Instance.from_env(f"t-none-{session.name()}")
     async with Netlink() as netlink:
         made = HostHooks(nobody, netlink, ())
         with pytest.raises(errors.NotFound):

@@ -8,7 +8,6 @@ Both are pods (endpoints 1 and 2), and of class 0, which shortens everything unl
 from __future__ import annotations
 
 import contextlib
-import secrets
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from services.common.pipeline.abi import Endpoint, FibAddr
 from services.common.pipeline.endpoints import AddrTable
 from services.sockaccel import abi, hooks
 from services.sockaccel.tables import Tables, Wanted
+from tests import session
 from tests.e2e.lb.sockrig import Process, cookie_of
 
 MAC = "02:00:00:00:00:01"
@@ -35,7 +35,7 @@ def ip(*words: str) -> None:
 @contextlib.contextmanager
 def two_spaces() -> Iterator[tuple[Path, Path]]:
     """Namespaces A and B."""
-    first, second = (Path(f"/run/netns/fsa-{secrets.token_hex(4)}") for _ in range(2))
+    first, second = (Path(f"/run/netns/{session.name()}") for _ in range(2))
     netns.add(first)
     netns.add(second)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from services.common.kernel import attach, cgroup
 from services.sockaccel import abi, hooks, install, plane, teardown
 from services.sockaccel.config import SockAccelSection
 from services.sockaccel.tables import Wanted
+from tests import session
 from tests.e2e.lb.sockrig import forget, make_instance
 
 
@@ -28,7 +28,7 @@ def fresh() -> Iterator[tuple[Instance, str]]:
     """Programs of its own, at work on a control group of its own."""
     if os.geteuid():
         pytest.skip("needs root")
-    made, name = make_instance(), f"fibril-test-survival-{os.getpid()}-{secrets.token_hex(3)}"
+    made, name = make_instance(), f"fibril-test-survival-{session.name()}"
     path = cgroup.path_of(name)
     try:
         asyncio.run(install.load(made))

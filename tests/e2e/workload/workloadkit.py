@@ -9,7 +9,6 @@ import asyncio
 import ctypes as ct
 import os
 import queue
-import secrets
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from services.common.kernel.netns import NetNs
 from services.identity.workload import programs
 from services.identity.workload.abi import Kind
 from services.identity.workload.api import RUNNING
+from tests import session
 
 ROOT = Path(__file__).parents[3]
 HOST = Path(__file__).with_name("workloadhost.py")
@@ -96,7 +96,7 @@ class World:
 
     def __init__(self) -> None:
         features.ensure_bpffs()
-        self.name = f"w{secrets.token_hex(3)}"
+        self.name = session.name()
         self.root = Path(tempfile.mkdtemp(prefix=self.name))
         self.instance = Instance(self.name, self.root / "run", self.root / "state")
         self.instance.run_dir.mkdir(parents=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import secrets
 import subprocess
 import sys
 import traceback
@@ -29,6 +27,7 @@ from services.identity.ipcache.publisher import Publisher
 from services.identity.lease import NodeLease
 from services.identity.nodes.directory import Directory
 from services.identity.nodes.index import NodeIndex
+from tests import session
 
 CLUSTER = "test"
 PREFIX = f"/fibril/v1/{CLUSTER}/ip/"
@@ -112,7 +111,7 @@ async def member(
     url: str, name: str, root: Path, instance: Instance | None = None, start: bool = True, lease: bool = True
 ) -> AsyncIterator[Member]:
     async with Netlink() as netlink:
-        nowhere = Instance(f"t-{secrets.token_hex(4)}", root / "run", root / "state")
+        nowhere = Instance(f"t-{session.name()}", root / "run", root / "state")
         made = Member(url, name, root, instance or nowhere, netlink)
         try:
             if start:
@@ -145,7 +144,7 @@ _GUARD = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignor
 def pinned_maps(root: Path, singles: int = 1024, prefixes: int = 128) -> Iterator[Instance]:
     """An instance that has the ipcache's maps, and nothing else."""
     features.ensure_bpffs()
-    instance = Instance(f"t-{os.getpid()}-{secrets.token_hex(3)}", root / "run", root / "state")
+    instance = Instance(f"t-{session.name()}", root / "run", root / "state")
     place = (instance.pin_dir / abi.MAPS["ipc_addr"]).parent
     guard = subprocess.Popen(
         [sys.executable, "-IS", "-c", _GUARD, str(instance.pin_dir)],
