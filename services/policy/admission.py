@@ -6,6 +6,7 @@ Most are so small that no combination of them could fail; only what might is wor
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,7 +14,8 @@ from services.common.errors import ResourceExhausted
 from services.policy import abi
 from services.policy.enforcer import Enforcer, Group
 from services.policy.model import CidrPeer, EndpointPeer, EntityPeer, Policy
-from services.policy.resolve.resolved import CELLS_MAX, Resolved, RuleRef
+from services.policy.resolve.numbers import ONLY_TRIED, RuleRef
+from services.policy.resolve.resolved import CELLS_MAX, Resolved
 
 _SURELY: Final = CELLS_MAX // 16
 TRIES_MAX: Final = 5_000_000
@@ -67,8 +69,9 @@ async def check(enforcer: Enforcer, policies: Sequence[Policy]) -> None:
 
 def _selected(enforcer: Enforcer, group: Group, policies: Sequence[Policy]) -> list[RuleRef] | None:
     """Rules that would select a group; None if it is none of its business."""
+    number = itertools.count(ONLY_TRIED)
     new = [
-        RuleRef(policy.key, index, rule, enforcer.numbers.number(policy.key, index))
+        RuleRef(policy.key, index, rule, next(number))
         for policy in policies
         for index, rule in enumerate(policy.rules)
         if rule.subject_is_node == group.key[2] and rule.subject.matches(group.labels)

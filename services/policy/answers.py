@@ -13,7 +13,7 @@ from services.common.pipeline.abi import IPAddress
 from services.identity.numbers import Reserved
 from services.policy import abi, convert
 from services.policy.enforcer import HOST, Enforcer
-from services.policy.explain import Explainer, Found, Match, Who, rule_name
+from services.policy.explain import Explainer, Found, Match, Who
 from services.policy.kernel import replay
 from services.policy.kernel.connections import Connection, Connections
 from services.policy.kernel.tables import Tables
@@ -118,8 +118,8 @@ class Answers:
 
     def _name(self, shown: pb.Decision, match: Match) -> None:
         shown.policy.CopyFrom(convert.key_message(match.key))
-        shown.rule_index, shown.rule_name = match.index, rule_name(match.rule, match.index)
-        shown.rule_id = self._enforcer.numbers.number(match.key, match.index)
+        shown.rule_index, shown.rule_name = match.index, match.rule.title(match.index)
+        shown.rule_id = self._enforcer.rule_number(match.key, match.index, match.rule)
 
     # ---- why ------------------------------------------------------------------------------------------------
     def why(self, request: pb.WhyRequest) -> pb.WhyResponse:
@@ -196,11 +196,9 @@ class Answers:
         verb = "allowed" if found.allowed else "denied"
         match = self._enforcer.numbers.rule(found.rule)
         if match is not None:
-            key, index = match
-            policy, name = self._explainer.rule_name(found.rule)
-            decision.policy.CopyFrom(convert.key_message(key))
-            decision.rule_index, decision.rule_name = index, name
-            decision.reason = f'{verb} by {policy}, rule "{name}"'
+            decision.policy.CopyFrom(convert.key_message(match.key))
+            decision.rule_index, decision.rule_name = match.index, match.title
+            decision.reason = f'{verb} by {match.key}, rule "{match.title}"'
         elif found.rule == abi.RULE_HOST:
             decision.reason = "allowed: this node's host may reach its own pods"
         elif found.rule >= abi.RULE_FIRST:

@@ -21,8 +21,9 @@ from services.policy.enforcer import HOST, Enforcer
 from services.policy.explain import Explainer, Found, Who
 from services.policy.labels import effective
 from services.policy.model import ICMP, ICMPV6, Direction, Policy, PolicyKey
+from services.policy.resolve.numbers import ONLY_TRIED, RuleRef
 from services.policy.resolve.ranges import END, SPAN, Range, find
-from services.policy.resolve.resolved import Resolved, RuleRef
+from services.policy.resolve.resolved import Resolved
 
 SHOWN_MAX: Final = 1000
 PORTS_MAX: Final = 100
@@ -131,7 +132,7 @@ class Differ:
         refs = []
         if number not in Reserved.__members__.values():
             refs = [
-                RuleRef(policy.key, index, rule, self._enforcer.numbers.number(policy.key, index))
+                RuleRef(policy.key, index, rule, ONLY_TRIED)
                 for policy in policies
                 for index, rule in enumerate(policy.rules)
                 if not rule.subject_is_node and rule.subject.matches(labels)

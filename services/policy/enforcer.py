@@ -12,7 +12,9 @@ cannot be written leaves what was there, and is named in status.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,9 +23,9 @@ from services.common.errors import FibrilError
 from services.policy import abi
 from services.policy.kernel.writer import Published, Writer
 from services.policy.labels import effective
-from services.policy.model import Policy, PolicyKey
-from services.policy.resolve.numbers import RuleNumbers
-from services.policy.resolve.resolved import Resolved, RuleRef
+from services.policy.model import Policy, PolicyKey, Rule
+from services.policy.resolve.numbers import RuleNumbers, RuleRef
+from services.policy.resolve.resolved import Resolved
 from services.policy.resolve.selectors import Term
 from services.policy.resolve.world import IPAddress, NamedPort, NodeFacts, World
 
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 HOST: Final = 0
 """Endpoint number of the node's host."""
 REST_S: Final = 1.0
+SWEEP_S: Final = 5.0
+"""Between looks for numbers that rules need no longer; what the kernel has told by them must have been read in that time."""
 GroupKey = tuple[frozenset[tuple[str, str]], frozenset[tuple[str, NamedPort]], bool]
 ContentKey = tuple[tuple[RuleRef, ...], frozenset[tuple[str, NamedPort]]]
 
@@ -130,13 +134,25 @@ class Enforcer:
             self._refs.pop(key, None)
         else:
             self.policies[key] = policy
+            before = self._refs.get(key, ())
             self._refs[key] = tuple(
-                RuleRef(key, index, rule, self.numbers.number(key, index)) for index, rule in enumerate(policy.rules)
+                before[index] if index < len(before) and before[index].rule == rule else self.numbers.ref(key, index, rule)
+                for index, rule in enumerate(policy.rules)
             )
         for group in self.groups.values():
             if self._select(group, key):
                 self._dirty_groups[group.key] = None
         self._news.set()
+
+    def rule_number(self, key: PolicyKey, index: int, rule: Rule) -> int:
+        """What the kernel calls a rule; 0: it is none of those there are."""
+        refs = self._refs.get(key, ())
+        return refs[index].number if index < len(refs) and refs[index].rule == rule else abi.RULE_NONE
+
+    def sweep(self) -> None:
+        """Give up numbers of rules that are not there any longer, and that no policy in the kernel has."""
+        there = itertools.chain(self._refs.values(), (content.key[0] for content in self.contents.values()))
+        self.numbers.sweep(ref.number for refs in there for ref in refs)
 
     def _select(self, group: Group, key: PolicyKey) -> bool:
         """Find which rules of a policy are about a group; whether they are others than before."""
@@ -294,7 +310,11 @@ class Enforcer:
 
     async def run(self) -> None:
         """Until cancelled."""
+        sweep = 0.0
         while True:
+            if time.monotonic() >= sweep:
+                self.sweep()
+                sweep = time.monotonic() + SWEEP_S
             try:
                 async with asyncio.timeout(REST_S):
                     await self._news.wait()

@@ -78,17 +78,12 @@ class Found:
             return "allowed: this node's host may reach its own pods"
         if self.decided is not None:
             verb = "allowed" if self.allowed else "denied"
-            return f'{verb} by {self.decided.key}, rule "{rule_name(self.decided.rule, self.decided.index)}"'
+            return f'{verb} by {self.decided.key}, rule "{self.decided.rule.title(self.decided.index)}"'
         if not self.allowed:
             return f"denied: no rule allows it, and {', '.join(map(str, self.selecting[:3]))} selects the endpoint"
         if not self.enforced:
             return "allowed: no policy selects the endpoint in this direction"
         return "allowed: no rule denies it"
-
-
-def rule_name(rule: Rule, index: int) -> str:
-    """What people call a rule."""
-    return rule.name or f"{rule.direction.name.lower()} {index + 1}"
 
 
 class Explainer:
@@ -111,13 +106,7 @@ class Explainer:
         if number == RULE_HOST:
             return "", "local host"
         found = self._enforcer.numbers.rule(number)
-        if found is None:
-            return "", ""
-        key, index = found
-        policy = self._enforcer.policies.get(key)
-        if policy is None or index >= len(policy.rules):
-            return str(key), f"rule {index + 1} (changed since)"
-        return str(key), rule_name(policy.rules[index], index)
+        return (str(found.key), found.title) if found is not None else ("", "")
 
     # ---- ends -----------------------------------------------------------------------------------------------
     def endpoint(self, number: int, at: str) -> Who:

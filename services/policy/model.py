@@ -227,6 +227,10 @@ class Rule:
     reject: bool = False
     keep_established: bool = False
 
+    def title(self, index: int) -> str:
+        """What people call it. index: its place in its policy."""
+        return self.name or f"{self.direction.name.lower()} {index + 1}"
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -26,7 +26,7 @@ from services.identity.numbers import Reserved
 from services.policy import abi
 from services.policy.enforcer import Endpoint, Enforcer
 from services.policy.kernel.writer import Writer
-from services.policy.model import Direction, Policy
+from services.policy.model import Direction, Policy, PolicyKey
 from services.policy.resolve.numbers import RuleNumbers
 from services.policy.resolve.world import NodeFacts, World
 from tests.datapath import policykit as kit
@@ -278,6 +278,11 @@ class Kernel:
         self.enforcer.set_ready()
         self.set(policies)
 
+    def place(self, number: int) -> tuple[PolicyKey, int] | None:
+        """Policy and index of the rule that the kernel calls so."""
+        found = self.numbers.rule(number)
+        return found.place if found is not None else None
+
     def inhabit(self, universe: Universe) -> None:
         """These are the labels and identities, and no others."""
         self.universe = universe
@@ -419,13 +424,13 @@ class Played:
         assert reason is wanted.reason, (reason, wanted)
         refusals = [each for each in told if each.verdict == DROPPED]
         begun = [each for each in told if each.type == NEW]
-        rules = [self.kernel.numbers.rule(each.rule) for each in begun]
+        rules = [self.kernel.place(each.rule) for each in begun]
         assert rules == [each.deciding for each in self.model.allowed_by]
         if reason is Reason.NONE:
             assert not refusals
         else:
             assert wanted.decision is not None
-            assert [self.kernel.numbers.rule(each.rule) for each in refusals] == [wanted.decision.deciding]
+            assert [self.kernel.place(each.rule) for each in refusals] == [wanted.decision.deciding]
 
 
 @pytest.fixture(scope="module")

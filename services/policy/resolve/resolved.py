@@ -22,12 +22,12 @@ from services.policy.model import (
     EntityPeer,
     IPNetwork,
     NodePeer,
-    PolicyKey,
     Port,
     Rule,
     ServicePeer,
     Tier,
 )
+from services.policy.resolve.numbers import RuleRef
 from services.policy.resolve.prefixes import prefix_masks
 from services.policy.resolve.ranges import Asked, Default, Range, Spans, find, flatten, spans_of
 from services.policy.resolve.selectors import Term
@@ -37,22 +37,6 @@ CELLS_MAX: Final = 1 << 20
 """Cells that the tables of one policy may take."""
 WORK_MAX: Final = 1 << 20
 """Rules that may have to be looked at to make them, for all kinds of peers together: some seconds of it."""
-
-
-@dataclass(frozen=True, eq=False)
-class RuleRef:
-    """A rule and where it is from. number: what the kernel calls it. One object a rule as long as it does not change."""
-
-    key: PolicyKey
-    index: int
-    rule: Rule
-    number: int
-
-    @property
-    def order(self) -> tuple[int, int, PolicyKey, int]:
-        """By which rules are asked; in NORMAL priority does not count."""
-        priority = 0 if self.rule.tier is Tier.NORMAL else self.rule.priority
-        return self.rule.tier, priority, self.key, self.index
 
 
 @dataclass(frozen=True)

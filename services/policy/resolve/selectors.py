@@ -99,8 +99,10 @@ class Selectors:
             known = self._terms.get(term)
             if known is None:
                 known = self._terms[term] = _Known()
-                for index in self._indexes(term):
-                    index.add(term)
+                for label in demands(term):
+                    self._by_label.setdefault(label, set()).add(term)
+                if not demands(term):
+                    self._others.add(term)
                 known.numbers.update(self._find(term))
             known.users += 1
 
@@ -111,8 +113,12 @@ class Selectors:
             known.users -= 1
             if not known.users:
                 del self._terms[term]
-                for index in self._indexes(term):
-                    index.discard(term)
+                self._others.discard(term)
+                for label in demands(term):
+                    there = self._by_label[label]
+                    there.discard(term)
+                    if not there:
+                        del self._by_label[label]
 
     def numbers(self, term: Term) -> set[int]:
         """Identities that a term that is held matches; not to be changed."""
@@ -121,10 +127,6 @@ class Selectors:
     def tries(self, terms: Iterable[Term]) -> int:
         """How often terms that are not kept up to date yet would have to be tried on identities, at most."""
         return sum(len(self.labels) for term in terms if term not in self._terms and not demands(term))
-
-    def _indexes(self, term: Term) -> list[set[Term]]:
-        wanted = demands(term)
-        return [self._by_label.setdefault(each, set()) for each in wanted] if wanted else [self._others]
 
     def _find(self, term: Term) -> set[int]:
         wanted = demands(term)

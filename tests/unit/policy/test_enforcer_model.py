@@ -174,7 +174,7 @@ class Bench:
             assert self.same(answer, wanted), asked
 
     def same(self, answer: Answer, wanted: Decision) -> bool:
-        deciding = self.numbers.rule(answer.rule) if answer.rule else None
+        deciding = found.place if (found := self.numbers.rule(answer.rule)) else None
         refusal = wanted.allowed or (answer.reject, answer.keep) == (wanted.reject, wanted.keep)
         return answer.allowed == wanted.allowed and deciding == wanted.deciding and refusal
 

@@ -32,8 +32,8 @@ from services.policy.model import (
     Selector,
     Tier,
 )
-from services.policy.resolve.numbers import RuleNumbers
-from services.policy.resolve.resolved import Resolved, RuleRef, Tables
+from services.policy.resolve.numbers import RuleNumbers, RuleRef
+from services.policy.resolve.resolved import Resolved, Tables
 from services.policy.resolve.selectors import Selectors
 from services.policy.resolve.world import NodeFacts, World
 from tests.policy.reference import Decision, Who, concerns, decide
@@ -69,7 +69,7 @@ def selectors_of(universe: Universe) -> Selectors:
 
 def refs_of(policies: list[Policy], subject: Who) -> list[RuleRef]:
     return [
-        RuleRef(policy.key, index, rule, numbers.number(policy.key, index))
+        numbers.ref(policy.key, index, rule)
         for policy in policies
         for index, rule in enumerate(policy.rules)
         if concerns(rule, subject)
@@ -82,7 +82,7 @@ def resolved_for(policies: list[Policy], subject: Who, world: World) -> Resolved
 
 
 def same(answer: Answer, wanted: Decision) -> bool:
-    deciding = numbers.rule(answer.rule) if answer.rule else None
+    deciding = found.place if (found := numbers.rule(answer.rule)) else None
     return (
         answer.allowed == wanted.allowed
         and deciding == wanted.deciding
@@ -189,7 +189,7 @@ def test_what_many_rules_make_of_many_peers_is_refused_before_it_is_worked_out()
         )
         for at in range(3000)
     ]
-    refs = [RuleRef(KEY, at, rule, numbers.number(KEY, at)) for at, rule in enumerate(rules)]
+    refs = [numbers.ref(KEY, at, rule) for at, rule in enumerate(rules)]
     began = time.monotonic()
     resolved = Resolved(refs, {}, World())
     resolved.classify()
