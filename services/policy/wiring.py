@@ -83,7 +83,9 @@ class PolicyService:
         self._connections = Connections(lambda: self._tables, cfg.policy.connections)
         self._explainer = Explainer(self._enforcer, cfg.policy.allow_local_host)
         self._answers = Answers(instance, self._enforcer, self._explainer, self._connections, lambda: self._tables)
-        self._flows = FlowsPart(instance, cfg.policy.flows, self, self._stat)
+        self._known = asyncio.Event()
+        """What numbers stand for."""
+        self._flows = FlowsPart(instance, cfg.policy.flows, self._node, self, self._known, self._stat)
         self._differ = Differ(self._enforcer, self._explainer, self._answers, self._flows.allowed)
 
     async def start(self, ctx: HostContext) -> None:
@@ -136,6 +138,7 @@ class PolicyService:
                 break
             await asyncio.sleep(LOOK_S)
         self._enforcer.set_ready()
+        self._known.set()
         await self._enforcer.wait(0)
         await self._programs.install()
         await self._programs.keep_trying(lambda: None)
@@ -170,11 +173,6 @@ class PolicyService:
         """What is in the kernel goes on; `status` names the reason."""
 
     # ---- names for flows ------------------------------------------------------------------------------------
-    @property
-    def node(self) -> str:
-        """This node's name."""
-        return self._node
-
     def labels(self, identity: int) -> Mapping[str, str]:
         """Of an identity."""
         return self._explainer.labels(identity)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from fibril.flow.v1 import flow_pb2 as pb
 from services.common.errors import InvalidArgument
@@ -17,27 +17,10 @@ _PORT_MAX: Final = 65535
 _PROTOCOL_MAX: Final = 255
 
 
-class Names(Protocol):
-    """Who knows what numbers stand for."""
-
-    @property
-    def node(self) -> str:
-        """This node's name."""
-
-    def labels(self, identity: int) -> Mapping[str, str]:
-        """Of an identity; none if it is not known."""
-
-    def pod(self, endpoint: int) -> str:
-        """Name of an endpoint of this node; empty if it is not known."""
-
-    def rule(self, number: int) -> tuple[str, str]:
-        """Policy and rule with that number; empty if it is no policy's."""
-
-
-def selected(allow: Sequence[pb.FlowFilter], deny: Sequence[pb.FlowFilter], names: Names) -> Predicate:
+def selected(allow: Sequence[pb.FlowFilter], deny: Sequence[pb.FlowFilter]) -> Predicate:
     """Whether any of the first (or there is none) and none of the second matches. InvalidArgument names the field."""
-    wanted = [_filter(each, names, f"allow[{at}]") for at, each in enumerate(allow)]
-    unwanted = [_filter(each, names, f"deny[{at}]") for at, each in enumerate(deny)]
+    wanted = [_filter(each, f"allow[{at}]") for at, each in enumerate(allow)]
+    unwanted = [_filter(each, f"deny[{at}]") for at, each in enumerate(deny)]
     if len(wanted) + len(unwanted) > FILTERS_MAX:
         raise InvalidArgument(f"{len(wanted) + len(unwanted)} filters", field="allow", fix=f"give at most {FILTERS_MAX}")
 
@@ -49,7 +32,7 @@ def selected(allow: Sequence[pb.FlowFilter], deny: Sequence[pb.FlowFilter], name
     return matches
 
 
-def _filter(message: pb.FlowFilter, names: Names, at: str) -> Predicate:
+def _filter(message: pb.FlowFilter, at: str) -> Predicate:
     found: list[Predicate] = []
     for field in ("verdict", "type", "protocol"):
         if getattr(message, field):
@@ -69,7 +52,7 @@ def _filter(message: pb.FlowFilter, names: Names, at: str) -> Predicate:
     if message.identity:
         found.append(_either("src_identity", "dst_identity", message.identity))
     found += _addresses(message, at)
-    found += _by_name(message, names)
+    found += _by_name(message)
     return lambda record: all(each(record) for each in found)
 
 
@@ -110,32 +93,39 @@ def _prefix(text: str, at: str) -> Callable[[bytes], bool]:
     return lambda raw: int.from_bytes(raw, "big") >> shift == wanted
 
 
-def _by_name(message: pb.FlowFilter, names: Names) -> list[Predicate]:
+def _by_name(message: pb.FlowFilter) -> list[Predicate]:
     found: list[Predicate] = []
     if message.pod:
         pod = message.pod
-        found.append(lambda record: _is_pod(pod, names, record.src_id) or _is_pod(pod, names, record.dst_id))
+        found.append(lambda record: _is_source(pod, record) or _is_destination(pod, record))
     if message.source_pod:
         source = message.source_pod
-        found.append(lambda record: _is_pod(source, names, record.src_id))
+        found.append(lambda record: _is_source(source, record))
     if message.destination_pod:
         destination = message.destination_pod
-        found.append(lambda record: _is_pod(destination, names, record.dst_id))
+        found.append(lambda record: _is_destination(destination, record))
     if message.labels:
         labels = dict(message.labels).items()
         found.append(
             lambda record: any(
-                labels <= dict(names.labels(identity)).items() for identity in (record.src_identity, record.dst_identity)
+                labels <= own.items() for own in (record.names.source_labels, record.names.destination_labels)
             )
         )
     if message.policy:
         policy = message.policy
-        found.append(lambda record: any(policy in text for text in names.rule(record.rule)))
+        found.append(lambda record: policy in record.names.policy or policy in record.names.rule)
     return found
 
 
-def _is_pod(wanted: str, names: Names, endpoint: int) -> bool:
+def _is_source(wanted: str, record: Record) -> bool:
+    return _is_pod(wanted, record.src_id, record.names.source_pod)
+
+
+def _is_destination(wanted: str, record: Record) -> bool:
+    return _is_pod(wanted, record.dst_id, record.names.destination_pod)
+
+
+def _is_pod(wanted: str, endpoint: int, name: str) -> bool:
     if not endpoint:
         return False
-    name = names.pod(endpoint)
     return name.startswith(wanted[:-1]) if wanted.endswith("*") else name == wanted

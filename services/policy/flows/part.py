@@ -7,6 +7,7 @@ for each connection would.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -22,27 +23,34 @@ from services.common.pipeline.events import clock_offset
 from services.common.service import ComponentStatus
 from services.common.telemetry import Reading, metrics
 from services.policy import abi
-from services.policy.flows.filters import Names, selected
-from services.policy.flows.store import FlowStore, Record, address_text
+from services.policy.flows.filters import selected
+from services.policy.flows.store import FlowStore, Names, Record, address_text
 
 PAUSE_S: Final = 0.05
 _RETRY_S: Final = 2.0
+NAMES_S: Final = 10.0
+"""How long a process that has just begun leaves what the kernel has told in the ring, which has room for some 20,000 flows."""
 
 
 class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
     """One a process; the only reader of the ring."""
 
-    def __init__(self, instance: Instance, size: int, names: Names, stat: Callable[[abi.Stat], int]) -> None:
-        """stat: a counter of the programs'."""
+    def __init__(
+        self, instance: Instance, size: int, node: str, names: Names, known: asyncio.Event, stat: Callable[[abi.Stat], int]
+    ) -> None:
+        """node: this one's name. known: names are known. stat: a counter of the programs'."""
         self._path = instance.pin_dir / abi.MAPS["pol_events"]
-        self._names, self._stat = names, stat
-        self.store = FlowStore(size)
+        self._node, self._known, self._stat = node, known, stat
+        self.store = FlowStore(size, names)
         self._offset_ns = 0
         self._problem = "not begun yet"
 
     async def run(self) -> None:
         """Until cancelled."""
         metrics().sum("fibril.policy.flows", self._counts, description="flows by verdict and reason")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NAMES_S):
+                await self._known.wait()
         while True:
             try:
                 with RingBuffer.open(self._path) as ring:
@@ -93,8 +101,7 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
 
     def message(self, record: Record) -> pb.Flow:
         """A flow with names for its numbers."""
-        names = self._names
-        policy, rule = names.rule(record.rule)
+        names = record.names
         flow = pb.Flow(
             sequence=record.sequence,
             time_unix_seconds=(record.time_ns + self._offset_ns) / 1e9,
@@ -106,21 +113,22 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
             icmp_code=record.icmp_code,
             tcp_flags=record.tcp_flags,
             drop_reason=reasons_pb2.DropReason.ValueType(record.reason),
-            policy=policy,
-            rule=rule,
+            policy=names.policy,
+            rule=names.rule,
             rule_id=record.rule,
             generation=record.revision,
-            node=names.node,
+            node=self._node,
             suppressed=record.suppressed,
         )
         ends = (
-            (flow.source, record.src, record.sport, record.src_identity, record.src_id),
-            (flow.destination, record.dst, record.dport, record.dst_identity, record.dst_id),
-        )
-        for end, address, port, identity, endpoint in ends:
+            (flow.source, record.src, record.sport, record.src_identity, record.src_id, names.source_pod, names.source_labels),
+            (flow.destination, record.dst, record.dport, record.dst_identity, record.dst_id, names.destination_pod,
+             names.destination_labels),
+        )  # fmt: skip
+        for end, address, port, identity, endpoint, pod, labels in ends:
             end.address, end.port, end.identity, end.endpoint = address_text(address), port, identity, endpoint
-            end.pod = names.pod(endpoint) if endpoint else ""
-            end.labels.update(names.labels(identity))
+            end.pod = pod
+            end.labels.update(labels)
         return flow
 
     # ---- RPCs -----------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class FlowsPart(flow_pb2_grpc.FlowServiceServicer):
                 raise InvalidArgument(f"{value:g} is no time", field=name)
         if until and request.follow:
             raise InvalidArgument("what is followed has no end", field="until_unix_seconds", fix="leave one out")
-        wanted = selected(request.allow, request.deny, self._names)
+        wanted = selected(request.allow, request.deny)
 
         def timely(record: Record) -> bool:
             at = (record.time_ns + self._offset_ns) / 1e9

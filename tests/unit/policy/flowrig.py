@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any
 
+from services.common.instance import Instance
 from services.common.pipeline.abi import FibAddr
 from services.policy import abi
+from services.policy.flows.part import FlowsPart
 
 
 class Names:
     """Identity n has the labels app=<n % 3> and id=<n>, endpoint n is the pod shop/p<n>, rules from 16 are of shop/api."""
-
-    node = "n1"
 
     def labels(self, identity: int) -> Mapping[str, str]:
         return {"app": str(identity % 3), "id": str(identity)} if identity else {}
@@ -25,6 +26,13 @@ class Names:
 
     def rule(self, number: int) -> tuple[str, str]:
         return ("Policy shop/api", f"rule{number}") if number >= abi.RULE_FIRST else ("", "")
+
+
+def part(size: int) -> FlowsPart:
+    """With names for all numbers."""
+    known = asyncio.Event()
+    known.set()
+    return FlowsPart(Instance.from_env("t-flows"), size, "n1", Names(), known, lambda stat: 10 + stat)
 
 
 def raw(

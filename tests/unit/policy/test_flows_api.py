@@ -16,20 +16,20 @@ import pytest
 from fibril.flow.v1 import flow_pb2 as pb
 from fibril.flow.v1 import flow_pb2_grpc
 from fibril.types.v1 import reasons_pb2, types_pb2
-from services.common.instance import Instance
 from services.common.rpc.client import channel
 from services.common.rpc.server import RpcConfig, RpcServer
 from services.common.telemetry import Telemetry
 from services.policy import abi
 from services.policy.flows.part import FlowsPart
-from tests.unit.policy.flowrig import Names, raw
+from tests.unit.policy import flowrig
+from tests.unit.policy.flowrig import raw
 
 SIZE = 16
 
 
 @pytest.fixture
 def part() -> FlowsPart:
-    made = FlowsPart(Instance.from_env("t-flows"), SIZE, Names(), lambda stat: 10 + stat)
+    made = flowrig.part(SIZE)
     made._offset_ns = time.time_ns() - time.monotonic_ns()
     return made
 

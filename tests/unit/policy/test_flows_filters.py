@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 
 from fibril.flow.v1 import flow_pb2 as pb
 from services.common.errors import InvalidArgument
-from services.common.instance import Instance
 from services.policy.flows.filters import FILTERS_MAX, selected
-from services.policy.flows.part import FlowsPart
-from services.policy.flows.store import parse
-from tests.unit.policy.flowrig import Names, raw
+from services.policy.flows.store import named, parse
+from tests.unit.policy.flowrig import Names, part, raw
 
 NAMES = Names()
 ADDRESSES = ("10.0.0.1", "10.0.1.1", "192.168.0.1", "0.0.0.1", "fd00::1", "fd00::1:1", "::1")
@@ -90,11 +88,11 @@ def filters(draw: st.DrawFn) -> pb.FlowFilter:
 def test_what_is_selected_is_what_the_contract_says(
     raws: list[bytes], allow: list[pb.FlowFilter], deny: list[pb.FlowFilter]
 ) -> None:
-    part = FlowsPart(Instance.from_env("t-flows"), 16, NAMES, lambda _: 0)
-    matches = selected(allow, deny, NAMES)
+    made = part(16)
+    matches = selected(allow, deny)
     for number, each in enumerate(raws):
-        record = parse(number, each)
-        flow = part.message(record)
+        record = parse(number, each, named(NAMES, each))
+        flow = made.message(record)
         wanted = (not allow or any(naive(flow, one) for one in allow)) and not any(
             naive(flow, one) for one in deny
         )
@@ -114,13 +112,11 @@ def test_what_is_selected_is_what_the_contract_says(
 def test_nonsense_is_refused_by_name(wanted: dict[str, Any], field: str) -> None:
     for allow, deny, side in (([wanted], [], "allow"), ([], [wanted], "deny")):
         with pytest.raises(InvalidArgument) as caught:
-            selected(
-                [pb.FlowFilter(**each) for each in allow], [pb.FlowFilter(**each) for each in deny], NAMES
-            )
+            selected([pb.FlowFilter(**each) for each in allow], [pb.FlowFilter(**each) for each in deny])
         assert caught.value.field == f"{side}[0].{field}"
 
 
 def test_so_many_filters_and_no_more() -> None:
-    assert selected([pb.FlowFilter()] * FILTERS_MAX, [], NAMES)(parse(1, raw()))
+    assert selected([pb.FlowFilter()] * FILTERS_MAX, [])(parse(1, raw(), named(NAMES, raw())))
     with pytest.raises(InvalidArgument):
-        selected([pb.FlowFilter()] * FILTERS_MAX, [pb.FlowFilter()], NAMES)
+        selected([pb.FlowFilter()] * FILTERS_MAX, [pb.FlowFilter()])
