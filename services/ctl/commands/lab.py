@@ -179,8 +179,9 @@ def exec_(name: str, node: str, argv: tuple[str, ...]) -> None:
     env = dict(os.environ)
     if found is not None:
         env = labs.environment(lab, found)
-        labs.enter_cgroup(found)
     with build.inside(name, node):
+        if found is not None:
+            labs.enter_cgroup(found)
         sys.stdout.flush()
         try:
             os.execvpe(command[0], command, env)

@@ -128,6 +128,7 @@ def test_lab_down_leaves_nothing(lab: LabRun) -> None:
 
 def test_exec_tells_what_is_not_there(lab: LabRun) -> None:
     assert f"lab '{lab.name}' has no 'c1n1'" in lab.exec("c1n1", "true", code=1).stderr
+    assert not cgroup.path_of(f"fibril/{lab.name}-c1n1").exists()
 
 
 def test_names_are_never_ambiguous() -> None:
