@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -34,46 +33,31 @@ from services.common.etcd.watch import Event, watch_prefix
 
 WAIT_S = 20.0
 
-# Lives until its standard input ends, which it does with the test's process; then kills all that works below
-# the directory and removes it.
-_GUARD = """
-import os, shutil, signal, sys, time
-root = sys.argv[1]
-sys.stdin.read()
-def below(pid):
-    try:
-        return (os.readlink(f"/proc/{pid}/cwd") + "/").startswith(root + "/")
-    except OSError:
-        return False
-while pids := [int(p) for p in os.listdir("/proc") if p.isdigit() and int(p) != os.getpid() and below(p)]:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    time.sleep(0.01)
-shutil.rmtree(root, ignore_errors=True)
-"""
-
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """A directory whose inhabitants, processes included, do not outlive the test. Its path is short, since
     sockets are made in it.
     """
-    root = Path(tempfile.mkdtemp(prefix="fibril-etcd-"))
-    guard = subprocess.Popen(
-        [sys.executable, "-IS", "-c", _GUARD, str(root)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-    )
+    root = Path(tempfile.mkdtemp(prefix="etcd-"))
     try:
         yield root
     finally:
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait(WAIT_S)
+        while pids := [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _works_below(pid, root)
+        ]:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _works_below(pid: int, root: Path) -> bool:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/cwd")).is_relative_to(root)
+    except OSError:
+        return False
 
 
 async def until(condition: Callable[[], Any | Awaitable[Any]], what: str) -> Any:

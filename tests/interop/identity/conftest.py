@@ -1,35 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
-from tests.interop.etcd.etcdrig import workplace
+from tests.interop.etcd.conftest import client, etcd, place
 from tests.interop.identity.identityrig import Nodes, running
 
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    with workplace() as root:
-        yield root
-
-
-@pytest.fixture
-async def etcd(place: Path) -> EmbeddedEtcd:
-    """A running server."""
-    server = EmbeddedEtcd(place / "data", place / "run")
-    await server.start()
-    return server
-
-
-@pytest.fixture
-async def client(etcd: EmbeddedEtcd) -> AsyncIterator[EtcdClient]:
-    """To look at what is there."""
-    async with EtcdClient([etcd.endpoint], timeout_s=2.0) as made:
-        yield made
+__all__ = ["client", "etcd", "place"]
 
 
 @pytest.fixture

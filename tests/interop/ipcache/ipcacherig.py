@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import subprocess
-import sys
+import shutil
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import ip_address
@@ -136,22 +135,12 @@ def stored_address(address: str, identity: int, node: str, previous: int = 0, po
     ).SerializeToString()
 
 
-# Lives until its standard input ends, which it does with the test's process however that ends.
-_GUARD = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
-
-
 @contextlib.contextmanager
 def pinned_maps(root: Path, singles: int = 1024, prefixes: int = 128) -> Iterator[Instance]:
     """An instance that has the ipcache's maps, and nothing else."""
     features.ensure_bpffs()
     instance = Instance(f"t-{session.name()}", root / "run", root / "state")
     place = (instance.pin_dir / abi.MAPS["ipc_addr"]).parent
-    guard = subprocess.Popen(
-        [sys.executable, "-IS", "-c", _GUARD, str(instance.pin_dir)],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-        cwd="/",
-    )
     place.mkdir(parents=True)
     try:
         with BpfMap.create("hash", abi.FibAddr, abi.IpcacheEntry, singles, 1, "ipc_addr") as made:
@@ -162,6 +151,4 @@ def pinned_maps(root: Path, singles: int = 1024, prefixes: int = 128) -> Iterato
             bpf.pin(made.fd, str(place / "ipc_prefix"))
         yield instance
     finally:
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait(10)
+        shutil.rmtree(instance.pin_dir)
