@@ -31,7 +31,8 @@ from services.common.kernel.maps import BpfMap
 from services.common.rpc.client import channel
 from services.identity.numbers import Reserved, make
 from services.policy import abi, install
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.contents import Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.kernel.tables import Tables
 from services.policy.kernel.writer import Writer
 from services.policy.model import (

@@ -27,7 +27,8 @@ from services.common.pipeline import install as ipam
 from services.common.pipeline.endpoints import AddrTable, IfaceTable
 from services.identity.numbers import make
 from services.policy import abi, install
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.contents import Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.kernel.connections import key_of
 from services.policy.kernel.tables import Tables
 from services.policy.kernel.writer import Writer

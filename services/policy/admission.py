@@ -12,7 +12,8 @@ from typing import Final
 
 from services.common.errors import ResourceExhausted
 from services.policy import abi
-from services.policy.enforcer import Enforcer, Group
+from services.policy.contents import Group
+from services.policy.enforcer import Enforcer
 from services.policy.model import CidrPeer, EndpointPeer, EntityPeer, Policy
 from services.policy.resolve.numbers import ONLY_TRIED, RuleRef
 from services.policy.resolve.resolved import CELLS_MAX, Resolved

@@ -12,7 +12,8 @@ from services.common.instance import Instance
 from services.common.pipeline.abi import IPAddress
 from services.identity.numbers import Reserved
 from services.policy import abi, convert
-from services.policy.enforcer import HOST, Enforcer
+from services.policy.contents import HOST
+from services.policy.enforcer import Enforcer
 from services.policy.explain import Explainer, Found, Match, Who
 from services.policy.kernel import replay
 from services.policy.kernel.connections import Connection, Connections

@@ -13,8 +13,9 @@ from fibril.types.v1 import types_pb2
 from services.common import errors
 from services.policy import abi, admission, convert, documents, named
 from services.policy.answers import Answers
+from services.policy.contents import HOST
 from services.policy.diff import Differ
-from services.policy.enforcer import HOST, Enforcer
+from services.policy.enforcer import Enforcer
 from services.policy.kernel.connections import Connections
 from services.policy.kernel.tables import CELL_LINES_MAX, Tables
 from services.policy.model import Direction, Kind, Policy, PolicyKey
@@ -251,7 +252,7 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
 
     async def WaitEnforced(self, request: pb.WaitEnforcedRequest, context: object) -> pb.WaitEnforcedResponse:
         await self._enforcer.wait(request.revision)
-        problems = self._enforcer.problems()
+        problems = self._enforcer.contents.problems()
         if problems:
             raise errors.ResourceExhausted(f"not all is in force: {problems[0]}", fix="see: fibril policy endpoints")
         return pb.WaitEnforcedResponse(revision=self._enforcer.enforced)

@@ -17,7 +17,8 @@ from fibril.policy.v1 import policy_pb2 as pb
 from services.common.pipeline.abi import IPAddress
 from services.identity.numbers import Reserved
 from services.policy.answers import Answers
-from services.policy.enforcer import HOST, Enforcer
+from services.policy.contents import HOST
+from services.policy.enforcer import Enforcer
 from services.policy.explain import Explainer, Found, Who
 from services.policy.labels import effective
 from services.policy.model import ICMP, ICMPV6, Direction, Policy, PolicyKey

@@ -10,7 +10,8 @@ from services.common.errors import InvalidArgument, NotFound
 from services.common.pipeline.abi import IPAddress
 from services.identity.numbers import Reserved, make
 from services.policy.abi import RULE_HOST
-from services.policy.enforcer import HOST, Enforcer
+from services.policy.contents import HOST
+from services.policy.enforcer import Enforcer
 from services.policy.labels import effective
 from services.policy.model import (
     ICMP,

@@ -20,7 +20,8 @@ from fibril.policy.v1 import policy_pb2 as pb
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, watch_prefix
-from services.policy.enforcer import HOST, Enforcer
+from services.policy.contents import HOST
+from services.policy.enforcer import Enforcer
 from services.policy.model import PORT_MAX, SCTP, TCP, UDP
 from services.policy.resolve.world import NamedPort
 

@@ -19,7 +19,8 @@ from services.common.rpc.follow import Follower
 from services.common.service import ComponentStatus
 from services.identity.numbers import Reserved
 from services.policy import abi
-from services.policy.enforcer import HOST, Endpoint, Enforcer
+from services.policy.contents import HOST, Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.kernel.tables import Tables
 from services.policy.model import HOSTNAME
 from services.policy.resolve.world import NamedPort, NodeFacts

@@ -78,7 +78,7 @@ class PolicyService:
         )
         self._netlink = Netlink()
         self._host = HostHooks(instance, self._netlink, cfg.policy.devices or _devices(cfg))
-        self._enforcer.on_host(self._host.need)
+        self._enforcer.contents.on_host(self._host.need)
         self._waiting = "everything"
         self._connections = Connections(lambda: self._tables, cfg.policy.connections)
         self._explainer = Explainer(self._enforcer, cfg.policy.allow_local_host)
@@ -209,7 +209,7 @@ class PolicyService:
             return ComponentStatus("enforcement", "degraded", text)
         if self._programs.problem is not None:
             return ComponentStatus("enforcement", "failed", f"nothing is enforced: {self._programs.problem}")
-        problems = self._enforcer.problems()
+        problems = self._enforcer.contents.problems()
         if problems:
             return ComponentStatus("enforcement", "failed", f"not in force as declared: {problems[0]}")
         audit = ", audited only" if self._cfg.policy.audit else ""

@@ -24,7 +24,8 @@ from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.numbers import Reserved
 from services.policy import abi
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.contents import Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.kernel.writer import Writer
 from services.policy.model import Direction, Policy, PolicyKey
 from services.policy.resolve.numbers import RuleNumbers
@@ -325,7 +326,7 @@ class Kernel:
             self.enforcer.set_policy(each.key, each)
         self.policies = policies
         asyncio.run(self.enforcer.flush(self.writer))
-        assert self.enforcer.idle and not self.enforcer.problems()
+        assert self.enforcer.idle and not self.enforcer.contents.problems()
 
     def packet(self, flow: Flow, back: bool, flags: str) -> tuple[Reason, list[abi.Event]]:
         for key in list(self.rig.told.keys()):

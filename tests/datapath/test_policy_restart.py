@@ -10,7 +10,8 @@ import pytest
 
 from services.common.instance import Instance
 from services.policy import abi
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.contents import Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.kernel import replay
 from services.policy.kernel.writer import Writer
 from services.policy.model import (
@@ -108,7 +109,7 @@ def test_what_does_not_fit_after_a_restart_stays_as_it_was(rig: Rig, monkeypatch
     monkeypatch.setattr(abi, "PEERS_MAX", 0)
     more = policy("b", EndpointPeer(Selector.of({"app": "good"})), subject=Selector.of({"pod": str(rig.b.id)}))
     after = Process(rig, denying, more, others={LATE: {"app": "bad"}})
-    assert len(after.enforcer.problems()) == 2
+    assert len(after.enforcer.contents.problems()) == 2
     assert rig.tables.ep(rig.a.id).policy == line
     assert not after.allowed(BAD) and after.allowed(GOOD) and not after.allowed(LATE)
     # Its room is nobody else's.
@@ -118,9 +119,9 @@ def test_what_does_not_fit_after_a_restart_stays_as_it_was(rig: Rig, monkeypatch
     after.flush()
     assert not after.allowed(BAD) and after.allowed(GOOD)
     monkeypatch.undo()
-    after.enforcer.try_again(after.writer)
+    after.enforcer.contents.try_again()
     after.flush()
-    assert not after.enforcer.problems() and not after.writer.left
+    assert not after.enforcer.contents.problems() and not after.writer.left
     assert rig.tables.ep(rig.a.id).policy != line
     assert not after.allowed(BAD) and after.allowed(GOOD) and not after.allowed(LATE)
 
@@ -129,7 +130,7 @@ def test_lockdown_holds_where_the_policy_does_not_fit(rig: Rig, monkeypatch: pyt
     Process(rig, policy("a", EndpointPeer(BADS)))
     monkeypatch.setattr(abi, "PEERS_MAX", 0)
     after = Process(rig, policy("a", EndpointPeer(BADS), action=Action.ALLOW))
-    assert after.enforcer.problems()
+    assert after.enforcer.contents.problems()
     after.enforcer.set_flags(rig.a.id, abi.EpFlag.LOCKDOWN)
     assert rig.tables.ep(rig.a.id).flags == abi.EpFlag.LOCKDOWN
 

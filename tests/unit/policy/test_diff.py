@@ -8,8 +8,9 @@ from fibril.flow.v1 import flow_pb2
 from fibril.policy.v1 import policy_pb2 as pb
 from services.identity.numbers import Reserved, make
 from services.policy.answers import Answers
+from services.policy.contents import Endpoint
 from services.policy.diff import Differ
-from services.policy.enforcer import Endpoint, Enforcer
+from services.policy.enforcer import Enforcer
 from services.policy.explain import Explainer
 from services.policy.model import (
     TCP,

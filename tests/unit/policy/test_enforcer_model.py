@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from services.identity.numbers import Reserved
-from services.policy.enforcer import HOST, Endpoint, Enforcer
+from services.policy.contents import HOST, Endpoint
+from services.policy.enforcer import Enforcer
 from services.policy.model import (
     TCP,
     Action,
@@ -154,7 +155,7 @@ class Bench:
     def check(self, some: random.Random) -> None:
         """Everybody known is treated as the rules say; the rest is as it is."""
         truth, writer = self.truth, self.writer
-        assert self.enforcer.idle and not self.enforcer.problems()
+        assert self.enforcer.idle and not self.enforcer.contents.problems()
         writer.rest()
         assert writer.known == set(truth.identities)
         assert len(writer.lines) == len({each.line for each in writer.endpoints.values()} | self._spare())
@@ -259,9 +260,9 @@ async def crowded(before: list[list[Change]], history: list[list[Change]], some:
         bench.writer.rest()
     bench.writer.full = False
     bench.writer.freed += 1
-    bench.enforcer.try_again(as_writer(bench.writer))
+    bench.enforcer.contents.try_again()
     await bench.flush()
-    assert not bench.enforcer.problems()
+    assert not bench.enforcer.contents.problems()
     bench.check(some)
 
 
@@ -329,11 +330,11 @@ async def settled() -> Bench:
 async def cost(bench: Bench, change: Callable[[], None]) -> tuple[int, int, int]:
     """Policies worked out, elements written, selectors tried."""
     enforcer = bench.enforcer
-    before = enforcer.built, bench.writer.writes, enforcer.world.selectors.tried
+    before = enforcer.contents.built, bench.writer.writes, enforcer.world.selectors.tried
     change()
     await bench.flush()
     bench.check(random.Random(1))
-    after = enforcer.built, bench.writer.writes, enforcer.world.selectors.tried
+    after = enforcer.contents.built, bench.writer.writes, enforcer.world.selectors.tried
     built, writes, tried = (b - a for a, b in zip(before, after, strict=True))
     return built, writes, tried
 

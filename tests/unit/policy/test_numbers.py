@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.policy.enforcer import Endpoint
+from services.policy.contents import Endpoint
 from services.policy.model import Action, Direction, EndpointPeer, Kind, Policy, PolicyKey, Rule, Selector
 from services.policy.resolve import numbers as module
 from services.policy.resolve.numbers import RuleNumbers
@@ -91,8 +91,8 @@ async def test_of_a_policy_only_what_has_changed() -> None:
     rules = tuple(replace(WEB, subject=Selector.of({"app": name}), name=name) for name in ("api", "db"))
     bench.policy(KEY, Policy(KEY, rules))
     await bench.flush()
-    built, has = bench.enforcer.built, dict(bench.writer.endpoints)
+    built, has = bench.enforcer.contents.built, dict(bench.writer.endpoints)
     bench.policy(KEY, Policy(KEY, (rules[0], replace(rules[1], peers=None))))
     await bench.flush()
-    assert bench.enforcer.built == built + 1
+    assert bench.enforcer.contents.built == built + 1
     assert bench.writer.endpoints[1] == has[1] and bench.writer.endpoints[2] != has[2]
