@@ -10,6 +10,7 @@ A change that cannot be written leaves what was there; `problems` names it.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -87,7 +88,7 @@ class Contents:
         self._all: dict[ContentKey, Content] = {}
         self._users: dict[Term, set[Content]] = {}
         self._held: dict[int, Content] = {}
-        self.dirty: dict[Content, None] = {}
+        self.dirty: OrderedDict[Content, None] = OrderedDict()
         """To be worked out anew."""
         self._tried = 0
         """writer.freed, when what does not fit was tried last."""
@@ -130,8 +131,8 @@ class Contents:
             self.dirty.update((content, None) for content in self if content.problem)
 
     def build_next(self) -> None:
-        """Of those to be worked out anew the last one."""
-        self._build(self.dirty.popitem()[0])
+        """Of those to be worked out anew the first one."""
+        self._build(self.dirty.popitem(last=False)[0])
 
     def assign(self, group: Group) -> None:
         """Give a group what its rules come to."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 
@@ -45,7 +46,7 @@ class Enforcer:
         self._group_of: dict[int, GroupKey] = {}
         self.groups: dict[GroupKey, Group] = {}
         self.contents = Contents(world, self.endpoints)
-        self._dirty_groups: dict[GroupKey, None] = {}
+        self._dirty_groups: OrderedDict[GroupKey, None] = OrderedDict()
         self._new: dict[int, None] = {}
         self._later: dict[int, None] = {}
         """Identities that there was no room for."""
@@ -246,7 +247,7 @@ class Enforcer:
                 await self.flush(self.writer)
 
     async def flush(self, writer: Writer) -> None:
-        """Write all that has changed."""
+        """Write all that has changed, what changed first first: else changes that keep coming would keep it waiting."""
         self._new.update(self._later)
         self._later.clear()
         while self.writer is writer:
@@ -255,7 +256,7 @@ class Enforcer:
                 gone, self._gone = self._gone, {}
                 self.contents.take_identities(gone)
             elif self._dirty_groups:
-                group = self.groups.get(self._dirty_groups.popitem()[0])
+                group = self.groups.get(self._dirty_groups.popitem(last=False)[0])
                 if group is not None:
                     self.contents.assign(group)
             elif self.contents.dirty:

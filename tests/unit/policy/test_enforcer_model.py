@@ -339,6 +339,28 @@ async def cost(bench: Bench, change: Callable[[], None]) -> tuple[int, int, int]
     return built, writes, tried
 
 
+async def test_what_changed_first_is_enforced_first() -> None:
+    """Also while more changes come: nobody waits for those who came later."""
+    bench, gave = await settled(), []
+    give = bench.writer.set_endpoint
+
+    def noted(number: int, *rest: object) -> None:
+        gave.append(number)
+        give(number, *rest)  # type: ignore[arg-type]
+
+    bench.writer.set_endpoint = noted  # type: ignore[method-assign,assignment]
+    for number in (21, 22, 23):
+        bench.pod(number, Endpoint(number, 100 + number, {"app": f"late{number}"}))
+        bench.policy(PolicyKey(Kind.FIBRIL, "", f"late{number}"), allowing(f"late{number}", "x"))
+    flushing = asyncio.create_task(bench.flush())
+    while 21 not in gave:
+        await asyncio.sleep(0)
+        bench.policy(PolicyKey(Kind.FIBRIL, "", "late23"), allowing("late23", f"x{len(gave)}"))
+    assert gave == [21]
+    await flushing
+    assert gave == [21, 22, 23]
+
+
 async def test_identity_of_a_known_kind_costs_what_it_concerns() -> None:
     bench = await settled()
     # Known, and in the one policy that names it.
