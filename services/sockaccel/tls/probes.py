@@ -68,7 +68,8 @@ class Probes:
     def _attach(self, file: File) -> list[int]:
         held: list[int] = []
         try:
-            for function, offset in file.places.items():
+            # Where two have one place, the later one's arguments are there (places.py).
+            for offset, function in {offset: function for function, offset in sorted(file.places.items())}.items():
                 name = ENTRY[function]
                 if name in ("fib_tls_read", "fib_tls_read_ex"):
                     held.append(self._one(RETURN, file, offset, True))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from services.sockaccel.tls import elf
+from services.sockaccel.tls.places import cheap
 
 ENTRY: Final = {
     "SSL_write": "fib_tls_write",
@@ -52,7 +53,7 @@ class File:
     path: str
     """Where its processes do."""
     places: dict[str, int] = field(default_factory=dict)
-    """Function -> offset in the file."""
+    """Function -> offset in the file where it is probed."""
     problem: str = ""
     pods: set[str] = field(default_factory=set)
     processes: set[int] = field(default_factory=set)
@@ -119,7 +120,7 @@ def _inside(reach: Path, size: int) -> tuple[dict[str, int], str]:
     if size > _SIZE_MAX:
         return {}, f"larger than {_SIZE_MAX >> 20} MiB"
     try:
-        places = elf.functions(reach, ENTRY)
+        places = cheap(reach, elf.functions(reach, ENTRY))
     except elf.Unreadable as error:
         return {}, str(error)
     if places:
