@@ -169,7 +169,7 @@ class Looker:
         chosen = self._chosen.get(record.netns)
         if chosen is None:
             return
-        head = bytes(record.head[: record.captured])
+        head = memoryview(record.head)[: record.captured].tobytes()
         if record.kernel and self._wrote.pop(record.thread, None) == head:
             return
         if not record.kernel and not record.received and chosen.ports:
