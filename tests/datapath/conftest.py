@@ -10,12 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from services.common.instance import Instance
-from services.common.kernel import features
+from services.common.kernel import features, progs
+from services.common.pipeline import abi as pipeline
 from services.common.pipeline import install
 from tests import session
+from tests.datapath import policykit
 from tests.datapath.cluster import Cluster
 from tests.datapath.harness import PODS, Datapath
 from tests.datapath.lbkit import Lab, Uplink, installed
+from tests.datapath.policykit import Rig, Space
 from tests.datapath.xdpkit import XdpRig
 
 
@@ -80,3 +83,28 @@ def uplink(uplink_space: Uplink, lab: Lab) -> Uplink:
     """And what is around its node."""
     uplink_space.lab = lab
     return uplink_space
+
+
+@pytest.fixture(scope="module")
+def network(instance: Instance) -> Iterator[None]:
+    """The programs of the identity service and the balancer; the latter's slot stays empty unless a test fills it."""
+    with installed(instance):
+        progs.clear_slot(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP], pipeline.Slot.LB)
+        yield
+
+
+@pytest.fixture(scope="module")
+def space(instance: Instance) -> Iterator[Space]:
+    """Pods' links, and the policy service's programs."""
+    with policykit.installed(instance):
+        made = Space()
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
+    """Pods without policies."""
+    made = Rig(dp, space)
+    yield made
+    made.close()

@@ -12,33 +12,15 @@ from hypothesis import HealthCheck, Phase, event, given, note, settings
 from hypothesis import strategies as st
 
 from fibril.policy.v1 import policy_pb2 as pb
-from services.common.instance import Instance
 from services.policy.answers import Answers
 from services.policy.explain import Explainer
 from services.policy.kernel.connections import Connections
 from services.policy.model import Policy
-from tests.datapath import policykit as kit
-from tests.datapath.harness import Datapath
-from tests.datapath.policykit import Rig, Space
+from tests.datapath.policykit import Rig
 from tests.datapath.test_policy_model import Addresses, Kernel
 from tests.policy.strategies import NAMED, QUESTIONS, Universe, policy_sets, universes
 
 QUESTIONS_A_WORLD = 60
-
-
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    yield made
-    made.close()
 
 
 @pytest.fixture

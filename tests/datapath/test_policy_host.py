@@ -17,12 +17,10 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6EchoRequest, ICMPv6ND_NS
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.vxlan import VXLAN
 
-from services.common.instance import Instance
 from services.common.kernel import netlink as nl
 from services.common.kernel import netns, progs, tc_classic
 from services.common.kernel.netlink import Rtnl
 from services.common.kernel.netns import NetNs
-from services.common.pipeline import abi as pipeline
 from services.common.pipeline.reasons import Reason
 from services.identity.numbers import Reserved
 from services.policy import abi, install
@@ -31,8 +29,7 @@ from tests.datapath import policykit as kit
 from tests.datapath.cluster import DIRECT, HERE, HOST_MAC, OVERLAY_PORT, ROUTED, Cluster
 from tests.datapath.harness import REDIRECT, UNSPEC, Datapath
 from tests.datapath.lbkit import exact
-from tests.datapath.lbkit import installed as lb_installed
-from tests.datapath.policykit import ALL, NONE, REJECT, WORLD, Rig, Space, only, refuse
+from tests.datapath.policykit import ALL, NONE, REJECT, WORLD, Rig, only, refuse
 from tests.datapath.test_between_nodes import IDENTITY, PEER
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
@@ -42,17 +39,8 @@ PROBE = 4242
 MARK = 0x66
 
 
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance), lb_installed(instance):
-        progs.clear_slot(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP], pipeline.Slot.LB)
-        made = Space()
-        yield made
-        made.close()
-
-
 @pytest.fixture
-def cluster(space: Space, dp: Datapath) -> Iterator[Cluster]:
+def cluster(network: None, dp: Datapath) -> Iterator[Cluster]:
     made = Cluster(dp)
     for family, bits in ((4, 32), (6, 128)):
         made.know(f"{OWN[family]}/{bits}", Reserved.HOST, HERE)
@@ -62,11 +50,9 @@ def cluster(space: Space, dp: Datapath) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def rig(space: Space, cluster: Cluster, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    made.configure(probe_port=PROBE)
-    yield made
-    made.close()
+def rig(rig: Rig, cluster: Cluster) -> Rig:
+    rig.configure(probe_port=PROBE)
+    return rig
 
 
 def comes(rig: Rig, packet: Any, **options: Any) -> kit.Seen:

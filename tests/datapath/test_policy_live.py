@@ -14,28 +14,12 @@ from services.common.instance import Instance
 from services.common.pipeline import abi as pipeline
 from services.policy import abi
 from tests.datapath import policykit as kit
-from tests.datapath.harness import Datapath
-from tests.datapath.policykit import ALL, KEEP, NONE, REJECT, Rig, Space, only, refuse
+from tests.datapath.policykit import ALL, KEEP, NONE, REJECT, Rig, only, refuse
 from tests.datapath.test_live import GATEWAYS, Live
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 REFUSED = refuse(kit.DENY | REJECT)
 TOLD = {4: errno.EHOSTUNREACH, 6: errno.EACCES}
-
-
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    yield made
-    made.close()
 
 
 @pytest.fixture

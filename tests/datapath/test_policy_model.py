@@ -31,8 +31,7 @@ from services.policy.model import Direction, Policy, PolicyKey
 from services.policy.resolve.numbers import RuleNumbers
 from services.policy.resolve.world import NodeFacts, World
 from tests.datapath import policykit as kit
-from tests.datapath.harness import Datapath
-from tests.datapath.policykit import Rig, Space
+from tests.datapath.policykit import Rig
 from tests.policy.reference import Address, Decision, Who, concerns, decide
 from tests.policy.strategies import NAMED, NAMES, QUESTIONS, Universe, policy_sets, universes
 
@@ -432,21 +431,6 @@ class Played:
         else:
             assert wanted.decision is not None
             assert [self.kernel.place(each.rule) for each in refusals] == [wanted.decision.deciding]
-
-
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from services.common.instance import Instance
 from services.policy import abi
 from services.policy.contents import Endpoint
 from services.policy.enforcer import Enforcer
@@ -28,29 +26,18 @@ from services.policy.model import (
 )
 from services.policy.resolve.numbers import RuleNumbers
 from services.policy.resolve.world import World
-from tests.datapath import policykit as kit
-from tests.datapath.harness import Datapath
-from tests.datapath.policykit import Rig, Space
+from tests.datapath.policykit import Rig
 
 GOOD, BAD, LATE = 5001, 5002, 5003
 LABELS = {GOOD: {"app": "good"}, BAD: {"app": "bad"}}
 BADS = Selector.of({"app": "bad"})
 
 
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
 @pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    made.clear()
-    yield made
-    made.close()
+def rig(rig: Rig) -> Rig:
+    """Of which nobody knows anything yet."""
+    rig.clear()
+    return rig
 
 
 def policy(name: str, *peers: Peer, action: Action = Action.DENY, subject: Selector | None = None) -> Policy:

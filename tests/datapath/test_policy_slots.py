@@ -35,9 +35,8 @@ from tests.datapath import policykit as kit
 from tests.datapath.cluster import DIRECT, HERE, ROUTED, UNDERLAY, Cluster
 from tests.datapath.harness import REDIRECT, SHOT, UNSPEC, Datapath
 from tests.datapath.lbkit import HAIRPIN, VIP, Lab, exact
-from tests.datapath.lbkit import installed as lb_installed
 from tests.datapath.packets import delivered
-from tests.datapath.policykit import ALL, ALLOW, KEEP, NONE, REJECT, RULE, WORLD, Rig, Space, only, refuse
+from tests.datapath.policykit import ALL, ALLOW, KEEP, NONE, REJECT, RULE, WORLD, Rig, only, refuse
 from tests.datapath.test_between_nodes import IDENTITY, PEER, host
 from tests.datapath.test_lb_related import error
 
@@ -46,32 +45,9 @@ MARK = 0x66
 EITHER = pytest.mark.parametrize("side", ["egress", "ingress"])
 
 
-@pytest.fixture(scope="module")
-def space(instance: Instance) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def network(instance: Instance) -> Iterator[None]:
-    """The programs of the identity service and the balancer; the latter's slot stays empty unless a test fills it."""
-    with lb_installed(instance):
-        progs.clear_slot(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP], pipeline.Slot.LB)
-        yield
-
-
 @pytest.fixture
 def cluster(network: None, dp: Datapath) -> Iterator[Cluster]:
     made = Cluster(dp)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
     yield made
     made.close()
 

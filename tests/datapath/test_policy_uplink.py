@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,33 +9,17 @@ from scapy.layers.inet import ICMP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach
 from scapy.layers.l2 import Ether
 
-from services.common.instance import Instance
 from services.common.pipeline.reasons import Reason
 from services.policy import abi
 from tests.datapath import policykit as kit
-from tests.datapath.harness import REDIRECT, SHOT, A, Datapath
+from tests.datapath.harness import REDIRECT, SHOT, A
 from tests.datapath.lbkit import CLIENT, PROTO, VIP, Uplink, answer, arriving, exact, outside, own
 from tests.datapath.packets import ether
-from tests.datapath.policykit import NONE, REJECT, Rig, Space, only, refuse
+from tests.datapath.policykit import NONE, REJECT, Rig, only, refuse
 from tests.datapath.test_lb_related import error
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 EACH = pytest.mark.parametrize("layer", [TCP, UDP])
-
-
-@pytest.fixture(scope="module")
-def space(instance: Instance, with_lb: None) -> Iterator[Space]:
-    with kit.installed(instance):
-        made = Space()
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def rig(space: Space, dp: Datapath) -> Iterator[Rig]:
-    made = Rig(dp, space)
-    yield made
-    made.close()
 
 
 @BOTH
