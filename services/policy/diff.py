@@ -88,6 +88,8 @@ class Differ:
                         if (client, server) in seen:
                             continue
                         direction = Direction.EGRESS if client == number else Direction.INGRESS
+                        if self._explainer.is_local_host(direction, peer):
+                            continue
                         one, two = own.ranges(direction, peer, _first(pods.get(peer)))
                         if one == two:
                             continue

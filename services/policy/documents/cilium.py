@@ -34,6 +34,7 @@ _ENTITIES: Final = {
     "unmanaged": pb.ENTITY_UNMANAGED,
     "none": pb.ENTITY_NONE,
 }
+_KUBE_APISERVER: Final = "default/kubernetes"
 _WORLDS: Final = {"world-ipv4": "0.0.0.0/0", "world-ipv6": "::/0"}
 _ICMP: Final = {
     "IPv4": {
@@ -187,6 +188,9 @@ def _entities(fields: Fields, name: str) -> Iterable[pb.Peer]:
         if text not in _ENTITIES:
             raise fields.refuse(name, f"names {text!r}", f"one of: {', '.join(_ENTITIES)}")
         yield pb.Peer(entity=_ENTITIES[text])
+        if text == "kube-apiserver":
+            # Nobody is given that identity here: the servers are whoever stands behind the cluster's service of that name.
+            yield pb.Peer(service=pb.ServicePeer(name=_KUBE_APISERVER))
 
 
 def _services(items: Iterable[Fields], namespace: str) -> Iterable[pb.Peer]:

@@ -25,6 +25,7 @@ from services.policy.model import NAMESPACE
 
 _TRANSPORT: Final = {name: value for name, value in PROTOCOLS.items() if value}
 _TYPES: Final = {"Ingress": INGRESS, "Egress": EGRESS}
+BASELINE: Final = "default"
 _TIERS: Final = {"Admin": pb.TIER_ADMIN, "Baseline": pb.TIER_BASELINE}
 _ACTIONS: Final = {
     "Allow": pb.RULE_ACTION_ALLOW,
@@ -115,7 +116,11 @@ def admin(fields: Fields, _: str) -> pb.Policy:
 
 def baseline(fields: Fields, _: str) -> pb.Policy:
     """A BaselineAdminNetworkPolicy."""
-    return _ranked(fields, pb.POLICY_KIND_BASELINE_ADMIN, lambda _: pb.TIER_BASELINE, False)
+    found = _ranked(fields, pb.POLICY_KIND_BASELINE_ADMIN, lambda _: pb.TIER_BASELINE, False)
+    if found.key.name != BASELINE:
+        # Priorities are for those of whom there may be several.
+        raise fields.refuse("metadata.name", f"is {found.key.name!r}", f"there is one of these, and it is called {BASELINE!r}")
+    return found
 
 
 def cluster(fields: Fields, _: str) -> pb.Policy:

@@ -69,6 +69,7 @@ async def test_pairs_whose_verdict_changes_and_no_others() -> None:
     found = await diff([], [policy("p", 80)])
     pairs = {(each.source_identity, each.destination_identity): each for each in found.pairs}
     assert {server for _, server in pairs} == {DB} and (WEB, DB) in pairs and found.pair_count == len(found.pairs)
+    assert (Reserved.HOST, DB) not in pairs, "the node's host reaches its own pods whatever policies say"
     # From the web all but the port is refused then.
     assert all(each.allowed_before and not each.allowed_after for each in pairs[WEB, DB].ports)
     assert not any(each.protocol == TCP and each.first <= 80 <= each.last for each in pairs[WEB, DB].ports)

@@ -193,6 +193,10 @@ def test_cilium_sets_entities_services_nodes_and_icmp() -> None:
     address = ipaddress.ip_address("10.1.0.9")
     found = decide(services, web, Direction.EGRESS, pod("x"), 6, 80, services={"x/db": [address]})
     assert found.allowed and not egress(services, web, pod("x"))
+    policies = cilium("{endpointSelector: {}, egress: [{toEntities: [kube-apiserver]}]}")
+    found = decide(policies, web, Direction.EGRESS, pod("x"), 6, 6443, services={"default/kubernetes": [address]})
+    assert found.allowed and not egress(policies, web, pod("x"), 6443)
+    assert egress(policies, web, Who({"reserved:kube-apiserver": ""}, 7), 6443)
     nodes = cilium("{nodeSelector: {}, ingress: [{fromEntities: [world]}]}", clusterwide=True)
     assert nodes[0].rules[0].subject_is_node
 
@@ -287,13 +291,16 @@ spec: {subject: {namespaces: {}}, ingress: [{action: Deny, from: [{namespaces: {
     assert ingress(policies, web, WORLD, 9100)
 
 
-def test_a_baseline_passes_nothing_on() -> None:
+@pytest.mark.parametrize(
+    ("name", "action", "path"), [("default", "Pass", "spec.ingress[0].action"), ("other", "Deny", "metadata.name")]
+)
+def test_a_baseline_passes_nothing_on_and_is_the_only_one(name: str, action: str, path: str) -> None:
     with pytest.raises(InvalidArgument) as refused:
         read(
-            "apiVersion: policy.networking.k8s.io/v1alpha1\nkind: BaselineAdminNetworkPolicy\nmetadata: {name: default}\n"
-            "spec: {subject: {namespaces: {}}, ingress: [{action: Pass, from: [{namespaces: {}}]}]}"
+            f"apiVersion: policy.networking.k8s.io/v1alpha1\nkind: BaselineAdminNetworkPolicy\nmetadata: {{name: {name}}}\n"
+            f"spec: {{subject: {{namespaces: {{}}}}, ingress: [{{action: {action}, from: [{{namespaces: {{}}}}]}}]}}"
         )
-    assert refused.value.field == "spec.ingress[0].action"
+    assert refused.value.field == path
 
 
 def test_a_cluster_network_policy() -> None:
