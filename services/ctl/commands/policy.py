@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from services.ctl.context import Ctl, completed, pages, pass_ctl
+from services.ctl.policyrules import RULES
 from services.ctl.render import Record, columns, short, to_record
 
 SERVICE: Final = "policy"
@@ -78,7 +79,7 @@ ENDPOINTS = columns(
 PAIRS = columns(
     ("FROM", lambda r: _who(r, "source")),
     ("TO", lambda r: _who(r, "destination")),
-    ("PORTS", lambda r: ", ".join(dict.fromkeys(map(_ports, r.get("ports", []))))),
+    ("PORTS", lambda r: _all(r["ports"]) or ", ".join(dict.fromkeys(map(_ports, r["ports"])))),
 )
 FLOWS = columns(
     ("FROM", lambda r: _end(r["flow"]["source"])),
@@ -93,6 +94,13 @@ def _who(record: Record, end: str) -> str:
         return ", ".join(pods[:3]) + (f" and {len(pods) - 3} more" if len(pods) > 3 else "")
     labels = record.get(f"{end}_labels", {})
     return ",".join(f"{key}={text}" if text else key for key, text in sorted(labels.items())[:4])
+
+
+def _all(ports: Sequence[Record]) -> str:
+    """If it is one stretch of all protocols."""
+    if len(ports) != 1 or ports[0]["protocol"]:
+        return ""
+    return "+all" if ports[0]["allowed_after"] else "-all"
 
 
 def _ports(record: Record) -> str:
@@ -235,10 +243,15 @@ def ls(ctl: Ctl, namespace: str) -> None:
 @click.argument("key", type=Key(), metavar="POLICY", shell_complete=_complete)
 @pass_ctl
 def get(ctl: Ctl, key: Any) -> None:
-    """Show a policy's rules, as they are understood."""
+    """Show a policy's rules, as they are understood; its document, too, with -o yaml."""
     from fibril.policy.v1 import policy_pb2 as pb
 
-    ctl.describe(to_record(_ask(ctl, "GetPolicy", pb.GetPolicyRequest(key=key)).policy))
+    found = to_record(_ask(ctl, "GetPolicy", pb.GetPolicyRequest(key=key)).policy)
+    if ctl.output != "table":
+        ctl.describe(found)
+        return
+    ctl.describe({"policy": _key(found["key"]), **{field: found[field] for field in ("description", "revision")}})
+    ctl.show(found["rules"], RULES, "no rules")
 
 
 @command.command("watch")
