@@ -22,8 +22,8 @@ def pod(node: Node, name: str) -> Pod:
 
 
 def drops(node: Node) -> dict[str, int]:
-    """Dropped packets by reason, without those that pods' kernels send unasked."""
-    passed = {"UNSPECIFIED", "MULTICAST", "BROADCAST", "NEIGHBOUR"}
+    """Dropped packets by reason, without those that kernels send unasked; by the host's to a pod just born, too (MLD)."""
+    passed = {"UNSPECIFIED", "MULTICAST", "BROADCAST", "NEIGHBOUR", "POLICY_UNKNOWN"}
     found = node.json("monitor", "--counters")
     return {c["reason"]: c["packets"] for c in found if c["reason"].removeprefix("DROP_REASON_") not in passed}
 

@@ -35,17 +35,17 @@ _CLIENT = """
 import json, socket, sys, threading, time
 held, counts, stop = {}, {"ok": 0, "failures": []}, threading.Event()
 def ask(address, port):
-    with socket.create_connection((address, port), 2) as conn:
+    with socket.create_connection((address, port), 10) as conn:
         peer = conn.getpeername()[0]
         return [conn.makefile().readline().strip(), peer]
 def hold(address, port):
-    conn = socket.create_connection((address, port), 2)
+    conn = socket.create_connection((address, port), 10)
     file = conn.makefile("rw")
     held[len(held)] = conn, file
     return [len(held) - 1, file.readline().strip()]
 def echo(number):
     conn, file = held[number]
-    conn.settimeout(2)
+    conn.settimeout(10)
     file.write("x\\n")
     file.flush()
     return file.readline().strip()

@@ -43,13 +43,11 @@ for _ in range(20000):
     check = summed(source + target + struct.pack("!HH", 6, 20) + tcp)
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, 6, 0) + source + target
     frames.append(ip + tcp[:16] + struct.pack("!H", check) + tcp[18:])
-sent, until = 0, time.monotonic() + seconds
-while time.monotonic() < until:
-    for frame in frames[:200]:
+for at in range(0, len(frames), 200):
+    for frame in frames[at:at + 200]:
         raw.sendto(frame, (sys.argv[1], 0))
-    random.shuffle(frames)
-    sent += 200
-print(sent, flush=True)
+    time.sleep(seconds * 200 / len(frames))
+print(len(frames), flush=True)
 """
 
 
@@ -158,12 +156,11 @@ def test_a_flood_of_syns_against_one_service_leaves_others_alone(
         argv = [sys.executable, "-u", "-c", _FLOOD, target, str(PORT), "3"]
         with landscape.started("world", *argv, stdout=-1) as flood:
             names: set[str] = set()
-            until = time.monotonic() + 2.5
-            while time.monotonic() < until:
+            while flood.poll() is None:
                 names |= world.names(target, 4, OTHER_PORT)
                 assert pod.names(OTHER, 2) <= set(servers["other"])
-            out, _ = flood.communicate(timeout=20)
-        assert int(out) > 10_000
+            out, _ = flood.communicate()
+        assert int(out) == 20_000
         assert names == set(servers["other"])
         assert [world("echo", number) for number in held] == ["x"] * len(held)
         assert world.names(target, 4, PORT) <= set(servers["live"])
