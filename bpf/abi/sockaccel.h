@@ -163,6 +163,15 @@ struct sa_mine {
 	__u32 reader; /* not 0: as in its end */
 };
 
+/* A program that has spliced: whose process that was, and its name. What is handed to its next process could be in the way of the first splice() again. */
+struct sa_program {
+	__u64 netns; /* cookie */
+	__u32 uid;   /* as in its end */
+	char name[16];
+	__u32 pad;
+};
+_Static_assert(sizeof(struct sa_program) == 32, "ABI");
+
 enum sa_event_kind {
 	SA_EVENT_SHORT = 1, /* the first is handed over */
 	SA_EVENT_ENDED = 2, /* of a pair; `pair.ended` has the reason */
@@ -214,6 +223,8 @@ FIB_MAP("hash", struct fib_addr, __u32, sa_hosts, 4096, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", __u64, __u32, sa_off, 65536, BPF_F_NO_PREALLOC);
 /* Processes (thread group id) that read otherwise than by recv() and read(): nothing is handed to them. */
 FIB_MAP("lru_hash", __u32, __u32, sa_splicers, SA_SPLICERS_MAX, 0);
+/* Programs whose processes have: their next are known before they read. */
+FIB_MAP("lru_hash", struct sa_program, __u32, sa_programs, SA_SPLICERS_MAX, 0);
 /* One element: how many have been found so far. Every pair is judged anew when it changes. */
 FIB_MAP("array", __u32, __u32, sa_splicing, 1, 0);
 FIB_MAP("percpu_array", __u32, __u64, sa_stats, SA_STATS, 0);

@@ -6,8 +6,8 @@
  *
  * Who splices takes what came by TCP, and not what was handed over before it: it would read in the wrong order, and the end too early. It is
  * seen where room is made after each read of what came by TCP, and then nothing is handed to the whole process any more: many a proxy reads the
- * beginning plainly and splices the rest. The first time it may be too late: something waits. Then nothing is sent by TCP before that is read
- * (enum sa_stuck).
+ * beginning plainly and splices the rest. Nor is anything handed to processes of that program in that namespace that begin later. The first time
+ * it may be too late: something waits. Then nothing is sent by TCP before that is read (enum sa_stuck).
  *
  * What is written is seen before it is sent: the process is in the system call, and what it gave lies at the top of its kernel stack. AT_REGS_*
  * and the calls' numbers are the machine's (services/sockaccel/install.py).
@@ -30,27 +30,41 @@ static __always_inline bool sa_is_plain(__u64 sk)
 	return !*(volatile __u64 *)(sk + AT_SK_USER_DATA);
 }
 
-/* Nothing is handed to this process any more. */
-static __always_inline void sa_note_splicer(void)
+/* Nothing is handed to this process any more. Whether that is new. */
+static __always_inline bool sa_note_splicer(void)
 {
 	__u32 process = bpf_get_current_pid_tgid() >> 32, zero = 0, one = 1, *known;
 
 	if (sa_splicers.lookup(&process))
-		return;
+		return false;
 	sa_splicers.update(&process, &one);
 	known = sa_splicing.lookup(&zero);
 	if (known)
 		__sync_fetch_and_add(known, 1);
+	return true;
 }
 
-/* HAProxy reads the beginning of each answer plainly and may splice the rest (option splice-auto): the first time would be one too late. */
-static __always_inline bool sa_is_known_to_splice(void)
+/* The program that the process at an end runs: threads have names of their own. */
+static __always_inline void sa_program(const struct sa_end *end, struct sa_program *program)
 {
-	char name[16] = {};
+	__u64 leader = sa_read64(bpf_get_current_task(), AT_TASK_LEADER);
 
-	bpf_get_current_comm(name, sizeof(name));
-	return name[0] == 'h' && name[1] == 'a' && name[2] == 'p' && name[3] == 'r' && name[4] == 'o' && name[5] == 'x' && name[6] == 'y' &&
-	       !name[7];
+	program->netns = end->netns;
+	program->uid = end->uid;
+	bpf_probe_read_kernel_str(program->name, sizeof(program->name), (void *)(leader + AT_TASK_COMM));
+}
+
+/* Whether it has spliced before. HAProxy reads the beginning of each answer plainly and may splice the rest (option splice-auto): the first time
+ * would be one too late. */
+static __always_inline bool sa_is_known_to_splice(const struct sa_end *end)
+{
+	struct sa_program program = {};
+	const char *name = program.name;
+
+	sa_program(end, &program);
+	return (name[0] == 'h' && name[1] == 'a' && name[2] == 'p' && name[3] == 'r' && name[4] == 'o' && name[5] == 'x' && name[6] == 'y' &&
+		!name[7]) ||
+	       sa_programs.lookup(&program);
 }
 
 /* Whether nobody may wait in recv() at the ends of a pair: what wakes him without data, a signal, gives EAGAIN there. */
@@ -96,7 +110,7 @@ int fib_sa_recv(__u64 *ctx)
 	config = sa_config.lookup(&zero);
 	if (special || sa_splicers.lookup(&process) || (reader & SA_WAITS && config && sa_must_not_wait(pair, config))) {
 		sa_finish(pair, SA_READS);
-	} else if (!me->reads && sa_is_known_to_splice()) {
+	} else if (!me->reads && sa_is_known_to_splice(me)) {
 		sa_note_splicer();
 		sa_finish(pair, SA_READS);
 	} else {
@@ -160,8 +174,9 @@ int fib_sa_reading(__u64 *ctx)
 	enum sa_call call;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
+	struct sa_program program = {};
 	struct sa_end *me;
-	__u32 stuck;
+	__u32 stuck, one = 1;
 
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
@@ -174,7 +189,10 @@ int fib_sa_reading(__u64 *ctx)
 		return 0;
 	me = &pair->ends[mine->side & 1];
 	if (call == SA_CALL_UNKNOWN) {
-		sa_note_splicer();
+		if (sa_note_splicer()) {
+			sa_program(me, &program);
+			sa_programs.update(&program, &one);
+		}
 		mine->reader = 0;
 		/* In this order: who sends and sees that the pair has ended sees why. */
 		if (me->stuck == SA_FREE)

@@ -169,7 +169,8 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 			if (!sa_reader_is_alone(pair, other))
 				return false;
 		}
-		if (unlikely(bpf_ktime_get_coarse_ns() - pair->beat > config->beat_ns)) {
+		/* Nothing is to wait before what goes by TCP, if that can be helped: who splices now would have that first. */
+		if (unlikely(bpf_ktime_get_coarse_ns() - pair->beat > config->beat_ns) && !sa_queue(other->sock)) {
 			pair->beat = bpf_ktime_get_coarse_ns();
 			sa_back(pair);
 			return false;

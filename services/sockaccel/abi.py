@@ -13,7 +13,7 @@ MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
         "sa_socks", "sa_pairs", "sa_mine", "sa_opening", "sa_config", "sa_spaces", "sa_ports", "sa_uids", "sa_groups",
-        "sa_hosts", "sa_off", "sa_splicers", "sa_splicing", "sa_stats", "sa_events",
+        "sa_hosts", "sa_off", "sa_splicers", "sa_programs", "sa_splicing", "sa_stats", "sa_events",
     )
 }  # fmt: skip
 """Map -> pin path below an instance's pin directory."""
@@ -152,11 +152,17 @@ class Pair(ct.Structure):
     )  # fmt: skip
 
 
+class Program(ct.Structure):
+    """struct sa_program: a key of sa_programs."""
+
+    _fields_ = (("netns", ct.c_uint64), ("uid", ct.c_uint32), ("name", ct.c_char * 16), ("pad", ct.c_uint32))
+
+
 class Event(ct.Structure):
     """struct sa_event: a record of sa_events."""
 
     _fields_ = (("time", ct.c_uint64), ("kind", ct.c_uint32), ("pad", ct.c_uint32), ("pair", Pair))
 
 
-SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 144, Pair: 336, Event: 352}
+SIZES: Final = {Config: 64, Space: 16, Port: 8, End: 144, Pair: 336, Program: 32, Event: 352}
 assert all(ct.sizeof(kind) == size for kind, size in SIZES.items())

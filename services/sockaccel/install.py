@@ -39,6 +39,8 @@ FIELDS: Final = {
     "AT_CSS_PARENT": "cgroup_subsys_state.parent",
     "AT_TASK_STACK": "task_struct.stack",
     "AT_TASK_PID": "task_struct.pid",
+    "AT_TASK_LEADER": "task_struct.group_leader",
+    "AT_TASK_COMM": "task_struct.comm",
     "AT_SK_OWNED": "sock.sk_lock.owned",
     "AT_SK_SOCKET": "sock.sk_socket",
     "AT_SOCKET_FILE": "socket.file",

@@ -16,7 +16,7 @@ from services.sockaccel import abi
 from tests.datapath.test_abi import CHILD, numbers
 
 STRUCTS = {"sa_config": abi.Config, "sa_space": abi.Space, "sa_port": abi.Port, "sa_end": abi.End, "sa_pair": abi.Pair,
-           "sa_event": abi.Event}  # fmt: skip
+           "sa_program": abi.Program, "sa_event": abi.Event}  # fmt: skip
 WORDS = {"class_": "class"}
 
 

@@ -8,6 +8,7 @@ Both are pods (endpoints 1 and 2), and of class 0, which shortens everything unl
 from __future__ import annotations
 
 import contextlib
+import ctypes as ct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 from services.common.instance import Instance
 from services.common.kernel import cgroup, netns
+from services.common.kernel.maps import BpfMap
 from services.common.pipeline.abi import Endpoint, FibAddr
 from services.common.pipeline.endpoints import AddrTable
 from services.sockaccel import abi, hooks
@@ -76,7 +78,15 @@ class Rig:
                 pod = Endpoint.of(id=number, ifindex=number, mac=MAC, host_mac=MAC, mtu=1500, ipv4=v4, ipv6=v6)
                 for address in (v4, v6):
                     addresses.update(FibAddr.of(address), pod)
+        self._forget_programs()
         self.write()
+
+    def _forget_programs(self) -> None:
+        """That some have spliced: processes of all tests have one name."""
+        programs = BpfMap.open(self.instance.pin_dir / abi.MAPS["sa_programs"], abi.Program, ct.c_uint32)
+        with contextlib.closing(programs):
+            for program in list(programs.keys()):
+                programs.delete(program)
 
     def write(self, **changes: Any) -> None:
         """Change what is wanted, and have it."""

@@ -141,6 +141,20 @@ def test_nothing_is_handed_to_a_process_that_has_spliced(rig: Rig, caller: Proce
     assert rig.stat(abi.Stat.SENDS) == before
 
 
+def test_nothing_is_handed_to_the_next_process_of_a_program_that_has_spliced(rig: Rig, caller: Process) -> None:
+    """In its namespace, under its user: of another name, or elsewhere, it is another program."""
+    caller.do("libc.prctl(15, b'relay')")
+    begin(caller, "v4")
+    assert caller.give("run('splice_out', c, d)") == ["EAGAIN", "abcdef"]
+    for name, space, known in (("relay", 0, True), ("other", 0, False), ("relay", 1, False)):
+        process = rig.process(space)
+        process.do(KNOWS + f"libc.prctl(15, b'{name}')")
+        before = rig.stat(abi.Stat.SENDS)
+        begin(process, "v4")
+        assert (rig.stat(abi.Stat.SENDS) == before) is known, (name, space)
+        assert process.give("run('splice_out', c, d)") == ([6, "EAGAIN"] if known else ["EAGAIN", "abcdef"])
+
+
 SPLICED = """
 there, here = os.pipe()
 d.setblocking(False)
