@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from typing import Any
 
 from ctlnode import Node, wait_for
 
@@ -28,10 +29,17 @@ def drops(node: Node) -> dict[str, int]:
     return {c["reason"]: c["packets"] for c in found if c["reason"].removeprefix("DROP_REASON_") not in passed}
 
 
+def refused(node: Node, *pods: Pod) -> list[dict[str, Any]]:
+    """What policies dropped at these pods."""
+    ours = {address for each in pods for address in (each.endpoint.ipv4, each.endpoint.ipv6)}
+    found = node.json("flow", "ls", "--verdict", "dropped")
+    return [flow for flow in found if {flow["source"]["address"], flow["destination"]["address"]} & ours]
+
+
 def test_each_process_of_the_node_can_be_killed_under_load(node: Node) -> None:
     node.fibril("up")
     client, server = pod(node, "client"), pod(node, "server")
-    before = drops(node)
+    before = drops(node), refused(node, client, server)
     with contextlib.ExitStack() as stack:
         for version in (4, 6):
             stack.enter_context(tcp_server(server.space, version, server.address(version), PORT))
@@ -52,4 +60,4 @@ def test_each_process_of_the_node_can_be_killed_under_load(node: Node) -> None:
             node.fibril("pod", "rm", f"after-{victim}")
     assert probes.failures == []
     assert probes.datagrams > 500
-    assert drops(node) == before
+    assert (drops(node), refused(node, client, server)) == before
