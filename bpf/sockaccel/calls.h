@@ -84,16 +84,20 @@ static __always_inline bool sa_is_blocking(const struct sa_end *end)
 /* (sk, length, flags). A peek is fine. */
 int fib_sa_recv(__u64 *ctx)
 {
-	__u32 special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
-	__u64 task = bpf_get_current_pid_tgid();
-	__u32 process = task >> 32, reader = (__u32)task | (ctx[2] & SA_MSG_DONTWAIT ? 0 : SA_WAITS), zero = 0;
+	__u32 special, process, reader, zero = 0;
 	struct sa_config *config;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
 	struct sa_end *me;
+	__u64 task;
 
+	/* Before any call: this is behind each recv() of the machine. */
 	if (likely(sa_is_plain(ctx[0])))
 		return 0;
+	special = ctx[2] & (SA_MSG_OOB | SA_MSG_TRUNC | SA_MSG_WAITALL);
+	task = bpf_get_current_pid_tgid();
+	process = task >> 32;
+	reader = (__u32)task | (ctx[2] & SA_MSG_DONTWAIT ? 0 : SA_WAITS);
 	mine = sa_mine.sk_storage_get((void *)ctx[0], 0, 0);
 	/* Looked at again when another reads, or much is read, which may be the end of the pair. */
 	if (!mine || (mine->reader == reader && !special && (int)ctx[1] < SA_MUCH))
