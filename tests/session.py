@@ -34,6 +34,7 @@ from services.common.kernel import cgroup, netns
 from services.common.pidfile import Pidfile
 from services.ctl import node, procs
 
+ROOT: Final = Path(__file__).parents[1]
 MARK: Final = "FIBRIL_TEST_RUN"
 LOCKS: Final = Path("/run/fibril-tests")
 _TEMPORARY: Final = Path(tempfile.gettempdir())
@@ -73,7 +74,15 @@ def begin() -> str:
     _directory.mkdir()
     os.environ[MARK] = _tag
     os.environ["TMPDIR"] = tempfile.tempdir = str(_directory)
+    keep_bytecode()
     return _tag
+
+
+def keep_bytecode() -> None:
+    """Have the processes that are started compile Fibril once, not each, where bytecode is not to lie beside the source: a
+    node's start takes three quarters of the time."""
+    if sys.dont_write_bytecode and os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        os.environ["PYTHONPYCACHEPREFIX"] = str(ROOT / "build" / "pycache")
 
 
 def _fresh() -> str:
@@ -98,7 +107,7 @@ def _claimed() -> Iterator[None]:
         [sys.executable, "-m", "tests.session", _tag, str(me)],
         pass_fds=(me,),
         env={key: text for key, text in os.environ.items() if key != MARK},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

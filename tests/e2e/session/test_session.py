@@ -16,8 +16,6 @@ import pytest
 from services.common.kernel import cgroup, netns
 from tests import session
 
-ROOT = Path(__file__).parents[3]
-
 # One of each, made as the kits do; then it says what, and waits to be killed.
 RUN = """
 import os, subprocess, sys, tempfile
@@ -63,7 +61,7 @@ def run() -> Iterator[tuple[subprocess.Popen[str], str, list[Path]]]:
     with subprocess.Popen(
         [sys.executable, "-c", RUN],
         env=env,
-        cwd=ROOT,
+        cwd=session.ROOT,
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
