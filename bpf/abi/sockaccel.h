@@ -33,6 +33,7 @@
 #define SA_CFG_ON 0x1     /* anything may be shortened */
 #define SA_CFG_GROUPS 0x2 /* some class asks for control groups */
 #define SA_CFG_CALLS 0x4  /* the programs behind recv() and send() are attached: without them nothing is shortened */
+#define SA_CFG_NONBLOCKING 0x8 /* sa_config.nonblocking counts: older services do not know it */
 
 /* One element. */
 struct sa_config {

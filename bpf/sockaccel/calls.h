@@ -70,7 +70,7 @@ static __always_inline bool sa_is_known_to_splice(const struct sa_end *end)
 /* Whether nobody may wait in recv() at the ends of a pair: what wakes him without data, a signal, gives EAGAIN there. */
 static __always_inline bool sa_must_not_wait(const struct sa_pair *pair, const struct sa_config *config)
 {
-	return config->nonblocking & 1U << (pair->class & 31);
+	return config->flags & SA_CFG_NONBLOCKING && config->nonblocking & 1U << (pair->class & 31);
 }
 
 /* Whether calls at a socket wait unless they say otherwise. */

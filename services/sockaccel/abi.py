@@ -34,6 +34,7 @@ class ConfigFlag(enum.IntFlag):
     ON = 0x1
     GROUPS = 0x2
     CALLS = 0x4
+    NONBLOCKING = 0x8
 
 
 class SpaceFlag(enum.IntFlag):

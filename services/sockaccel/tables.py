@@ -121,6 +121,7 @@ class Tables:
         after = abi.Config(
             flags=(abi.ConfigFlag.ON if wanted.on else 0)
             | (abi.ConfigFlag.GROUPS if wanted.groups else 0)
+            | (abi.ConfigFlag.NONBLOCKING if wanted.nonblocking else 0)
             | (abi.ConfigFlag.CALLS if wanted.calls else 0),
             epoch=before.epoch,
             classes=wanted.classes,

@@ -277,8 +277,11 @@ talk(20)
     assert newest(rig).ended == abi.EndReason.READS
     caller.do("talk(5)")
     until(lambda: not rig.pairs())
-    # One that waits already, under a class that changes.
+    # One that waits already, under a class that changes. An older service has written something else there.
     rig.write(nonblocking=0)
+    config = rig.tables.config()
+    config.nonblocking = 0xFFFFFFFF
+    rig.tables._config.update(0, config)
     begin(caller, "v4")
     assert newest(rig).ends[0].mode == abi.Mode.SHORT
     rig.write(nonblocking=1)
