@@ -140,9 +140,9 @@ def completed(ctx: click.Context, incomplete: str, names: Callable[[Ctl], Sequen
 
     from services.common.errors import FibrilError
 
-    ctl = ctx.find_object(Ctl)
-    if ctl is None:
-        return []
+    # While completing, click reads the command line and calls nothing: there are options, but no Ctl yet.
+    given = ctx.find_root().params
+    ctl = ctx.find_object(Ctl) or Ctl(given["instance"], given["output"], given["config"], given["timeout"])
     try:
         return [name for name in names(replace(ctl, timeout=1.0)) if name.startswith(incomplete)]
     except FibrilError:

@@ -23,6 +23,7 @@ PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132, "icmp": 1, "icmpv6": 58}
 ENTITIES: Final = (
     "world", "host", "remote-node", "init", "health", "kube-apiserver", "unmanaged",
 )  # fmt: skip
+ENDPOINT_MAX: Final = 65535
 _LONG_S: Final = 60.0
 TEXT_MAX: Final = (4 << 20) - 1024
 """Bytes of documents that fit into a request."""
@@ -410,8 +411,14 @@ def endpoints(ctl: Ctl) -> None:
     ctl.show([to_record(each) for each in ctl.call(use, SERVICE)], ENDPOINTS, "no endpoints")
 
 
+def _complete_endpoint(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from services.ctl.commands.endpoint import list_all
+
+    return completed(ctx, incomplete, lambda ctl: ["host", *(each["pod"] for each in list_all(ctl) if each["pod"])])
+
+
 @command.command("set")
-@click.argument("endpoint", type=click.IntRange(0, 65535), metavar="ENDPOINT")
+@click.argument("what", metavar="ENDPOINT", shell_complete=_complete_endpoint)
 @click.option("--audit/--no-audit", default=None, help="Report what is denied, and let it pass.")
 @click.option("--lockdown/--no-lockdown", default=None, help="Let nothing pass.")
 @click.option(
@@ -420,11 +427,17 @@ def endpoints(ctl: Ctl) -> None:
 @click.option("--no-ports", is_flag=True, help="Forget the named ports.")
 @pass_ctl
 def set_(
-    ctl: Ctl, endpoint: int, audit: bool | None, lockdown: bool | None, ports: Sequence[str], no_ports: bool
+    ctl: Ctl, what: str, audit: bool | None, lockdown: bool | None, ports: Sequence[str], no_ports: bool
 ) -> None:
-    """Switch an endpoint's audit mode or lockdown, or name its ports. Endpoint 0 is the host."""
+    """Switch the audit mode or lockdown of an endpoint, by number or as `fibril endpoint get` knows it, or name its ports.
+    Endpoint 0, or "host", is the host.
+    """
     from fibril.policy.v1 import policy_pb2 as pb
+    from services.ctl.commands.endpoint import find
 
+    endpoint = 0 if what == "host" else int(what) if what.isdecimal() else find(ctl, what)["id"]
+    if endpoint > ENDPOINT_MAX:
+        raise click.BadParameter(f"{endpoint} is outside 0..{ENDPOINT_MAX}", param_hint="ENDPOINT")
     if audit is not None or lockdown is not None:
         request = pb.SetEndpointModeRequest(endpoint=endpoint, audit=audit, lockdown=lockdown)
         answer = _ask(ctl, "SetEndpointMode", request)

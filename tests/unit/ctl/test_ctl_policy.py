@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from click.testing import CliRunner
 from google.protobuf import text_format
 
 from fibril.policy.v1 import policy_pb2 as pb
+from services.ctl.commands import endpoint, policy
 from services.ctl.commands.policy import PAIRS
+from services.ctl.context import Ctl
+from services.ctl.main import cli
 from services.ctl.policyrules import RULES
 from services.ctl.render import to_record
 
@@ -60,3 +66,18 @@ def test_a_rule_on_one_line(text: str, row: list[str]) -> None:
 def test_ports_that_change(ports: list[pb.DiffPort], shown: str) -> None:
     record = to_record(pb.DiffPair(ports=ports))
     assert PAIRS[-1].text(record) == shown
+
+
+@pytest.mark.parametrize(("what", "number"), [("7", 7), ("host", 0), ("p9", 9)])
+def test_an_endpoint_by_number_or_name(what: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(_: Ctl, method: str, request: Any) -> Any:
+        asked.append((method, request))
+        return pb.SetEndpointModeResponse()
+
+    monkeypatch.setattr(policy, "_ask", ask)
+    monkeypatch.setattr(endpoint, "find", lambda _, name: {"id": int(name.removeprefix("p"))})
+    assert CliRunner().invoke(cli, ["policy", "set", what, "--audit"]).exit_code == 0
+    assert asked == [("SetEndpointMode", pb.SetEndpointModeRequest(endpoint=number, audit=True))]
+    assert CliRunner().invoke(cli, ["policy", "set", "65536", "--audit"]).exit_code == 2 and len(asked) == 1

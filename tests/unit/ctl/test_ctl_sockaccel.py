@@ -9,8 +9,8 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 from fibril.sockaccel.v1 import sockaccel_pb2 as pb
@@ -273,7 +273,9 @@ def test_without_the_service_every_command_says_so(words: str, capsys: pytest.Ca
 
 
 def _complete(incomplete: str) -> list[str]:
-    return sockaccel.complete_class(click.Context(cli, obj=Ctl("x", "table", None, None)), click.Argument(["name"]), incomplete)
+    """As a shell asks."""
+    shell = ShellComplete(cli, {}, "fibril", "_FIBRIL_COMPLETE")
+    return [each.value for each in shell.get_completions(["-i", "x", "sockaccel", "class", "rm"], incomplete)]
 
 
 def test_names_of_classes_are_completed(service: Service) -> None:
