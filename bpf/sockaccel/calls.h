@@ -21,8 +21,7 @@
 #define SA_MSG_ZEROCOPY 0x4000000
 #define SA_O_NONBLOCK 0x800
 #define SA_MUCH 512 /* bytes */
-#define SA_REG(name) ((AT_REGS_##name - AT_REGS_FIRST) / 8)
-#define SA_REGS ((AT_REGS_LAST - AT_REGS_FIRST) / 8 + 1)
+#define SA_REG(regs, name) (*(volatile __u32 *)((regs) + AT_REGS_##name)) /* all that is asked for */
 
 /* Whether a socket is in no map of sockets, and so in no pair: a load, where looking for its storage would be a call. */
 static __always_inline bool sa_is_plain(__u64 sk)
@@ -131,15 +130,12 @@ int fib_sa_recv(__u64 *ctx)
 
 static void *(*sa_current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
 /* At the top of its kernel stack, whatever size that has, and whatever the machine keeps above. */
-static __u64 (*sa_registers_of)(void *task) = (void *)BPF_FUNC_task_pt_regs;
+static void *(*sa_registers_of)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 
-/* Registers of the system call that the process is in, from AT_REGS_FIRST on. False: it is in none. */
-static __always_inline bool sa_registers(__u64 *regs)
+/* Whether they are those of a system call that the process is in. */
+static __always_inline bool sa_is_in_call(void *regs)
 {
-	__u64 at = sa_registers_of(sa_current_task());
-
-	return !bpf_probe_read_kernel(regs, SA_REGS * sizeof(*regs), (void *)(at + AT_REGS_FIRST)) &&
-	       (regs[SA_REG(MODE)] & SA_MODE_MASK) == SA_MODE_USER;
+	return (SA_REG(regs, MODE) & SA_MODE_MASK) == SA_MODE_USER;
 }
 
 enum sa_call {
@@ -150,20 +146,21 @@ enum sa_call {
 
 static __always_inline enum sa_call sa_receiving(void)
 {
-	__u64 regs[SA_REGS], flags;
+	void *regs = sa_registers_of(sa_current_task());
+	__u32 flags;
 
-	if (!sa_registers(regs))
+	if (!sa_is_in_call(regs))
 		return SA_CALL_UNKNOWN;
-	switch ((__u32)regs[SA_REG(CALL)]) {
+	switch (SA_REG(regs, CALL)) {
 	case SA_NR_READ:
 	case SA_NR_READV:
 		return SA_CALL_PLAIN;
 	case SA_NR_RECVFROM:
 	case SA_NR_RECVMMSG:
-		flags = regs[SA_REG(FOURTH)];
+		flags = SA_REG(regs, FOURTH);
 		break;
 	case SA_NR_RECVMSG:
-		flags = regs[SA_REG(THIRD)];
+		flags = SA_REG(regs, THIRD);
 		break;
 	default:
 		return SA_CALL_UNKNOWN;
@@ -221,20 +218,21 @@ int fib_sa_reading(__u64 *ctx)
 
 static __always_inline enum sa_call sa_sending(void)
 {
-	__u64 regs[SA_REGS], flags;
+	void *regs = sa_registers_of(sa_current_task());
+	__u32 flags;
 
-	if (!sa_registers(regs))
+	if (!sa_is_in_call(regs))
 		return SA_CALL_UNKNOWN;
-	switch ((__u32)regs[SA_REG(CALL)]) {
+	switch (SA_REG(regs, CALL)) {
 	case SA_NR_WRITE:
 	case SA_NR_WRITEV:
 		return SA_CALL_PLAIN;
 	case SA_NR_SENDTO:
 	case SA_NR_SENDMMSG:
-		flags = regs[SA_REG(FOURTH)];
+		flags = SA_REG(regs, FOURTH);
 		break;
 	case SA_NR_SENDMSG:
-		flags = regs[SA_REG(THIRD)];
+		flags = SA_REG(regs, THIRD);
 		break;
 	default:
 		return SA_CALL_UNKNOWN;

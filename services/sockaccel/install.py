@@ -99,12 +99,6 @@ MAPS: Final = {
 }
 
 
-def _registers(machine: Machine) -> dict[str, int]:
-    known = {**btf.offsets(machine.registers), **machine.numbers}
-    used = [at for name, at in known.items() if name.startswith("AT_REGS_")]
-    return known | {"AT_REGS_FIRST": min(used), "AT_REGS_LAST": max(used)}
-
-
 def spec(pairs: int = 0) -> loader.ProgramSpec:
     """All programs. Blocks for some 20 ms. FailedPrecondition: a kernel without a field, or a machine not in MACHINES."""
     machine = MACHINES.get(platform.machine())
@@ -125,7 +119,8 @@ def spec(pairs: int = 0) -> loader.ProgramSpec:
         maps=MAPS,
         defines={
             **btf.offsets(FIELDS),
-            **_registers(machine),
+            **btf.offsets(machine.registers),
+            **machine.numbers,
             "SA_PAIRS_MAX": pairs or abi.PAIRS_MAX,
         },
     )
