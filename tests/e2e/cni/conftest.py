@@ -8,13 +8,13 @@ import pytest
 
 from bench.node import node
 from tests import session
-from tests.e2e.cni.netkit import Fibril
+from tests.e2e.cni.netkit import UP, Fibril
 
 
 @pytest.fixture(scope="module")
 def fibril() -> Iterator[Fibril]:
     with node(session.name()) as fresh:
-        fresh.fibril("up")
+        fresh.fibril(*UP)
         made = Fibril(fresh)
         try:
             yield made

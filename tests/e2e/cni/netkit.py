@@ -32,6 +32,8 @@ from services.ipam.cni.install import Installed, install
 
 T = TypeVar("T")
 PLUGINS = Path("/usr/lib/cni")
+# The plugin talks to ipam; tests/interop has containers on a node with all services.
+UP = ("up", "--services", "ipam,identity")
 
 
 def netns_path(name: str) -> Path:

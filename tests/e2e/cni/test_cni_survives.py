@@ -14,7 +14,7 @@ import pytest
 
 from lab.cniruntime import CniRuntime, PluginError
 from services.ipam.cni import spec
-from tests.e2e.cni.netkit import Fibril, echo, echo_server, netns_path
+from tests.e2e.cni.netkit import UP, Fibril, echo, echo_server, netns_path
 
 PODS, AT_ONCE = 200, 20
 
@@ -76,7 +76,7 @@ def kill_during(fibril: Fibril, network: CniRuntime, pod: str, command: str, del
     thread.start()
     time.sleep(delay)  # not a wait for something: the moment of death is what varies
     os.kill(victim, signal.SIGKILL)
-    fibril.node.fibril("up")
+    fibril.node.fibril(*UP)
     thread.join()
     assert not failure or failure[0].code == spec.TRY_AGAIN_LATER, failure
 
@@ -138,7 +138,7 @@ def test_a_node_that_is_down_is_retryable_and_comes_back(fibril: Fibril) -> None
         with pytest.raises(PluginError) as raised:
             network.status()
         assert raised.value.code == spec.NOT_AVAILABLE
-        fibril.node.fibril("up")
+        fibril.node.fibril(*UP)
         network.add(pods[1], netns_path(pods[1]))
         with echo_server(pods[0], address):
             echo(pods[1], address)

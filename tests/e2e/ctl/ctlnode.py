@@ -3,15 +3,20 @@ command."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from services.common.instance import Instance
 from services.common.kernel import netns
@@ -107,3 +112,22 @@ class Node:
         for log in sorted((self.instance.run_dir / "log").glob("*.log")):
             ends.append(f"\n--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
         return "".join(ends)
+
+
+@contextlib.contextmanager
+def fresh_node() -> Iterator[Node]:
+    """A namespace with loopback up, in which nothing has been started yet."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    # Short, for the sake of unix sockets' path limit.
+    root = Path(tempfile.mkdtemp(prefix="fibril-"))
+    made = Node(root)
+    netns.add(made.netns)
+    try:
+        made.run("ip", "link", "set", "lo", "up")
+        yield made
+    finally:
+        made.fibril("down", code=None)
+        made.kill_all()
+        netns.remove(made.netns)
+        shutil.rmtree(root, ignore_errors=True)

@@ -8,16 +8,33 @@ import pty
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ctlnode import FIBRIL, ROOT, Node, wait_for
+from ctlnode import FIBRIL, ROOT, Node, fresh_node, wait_for
 
 from services.ctl import procs
 
 # What is about nodes as such needs no more.
 UP = ("up", "--services", "ipam,identity")
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Node]:
+    with fresh_node() as made:
+        made.fibril(*UP)
+        yield made
+
+
+@pytest.fixture
+def shared(started: Node) -> Iterator[Node]:
+    """A node that runs, without pods, which is what a test must leave but for these."""
+    yield started
+    names = [pod["name"] for pod in started.json("pod", "ls")]
+    if names:
+        started.fibril("pod", "rm", *names)
 
 
 def test_up_status_pods_check(node: Node) -> None:
@@ -82,23 +99,22 @@ def _held(node: Node) -> list[procs.Process]:
     return found
 
 
-def test_a_node_is_not_touched_from_another_namespace(node: Node) -> None:
-    node.fibril(*UP)
-    before = node.processes()
+def test_a_node_is_not_touched_from_another_namespace(shared: Node) -> None:
+    before = shared.processes()
     for word in ("up", "down"):
         done = subprocess.run(
-            [*FIBRIL, word], env=node.env, cwd=ROOT, capture_output=True, text=True, check=False
+            [*FIBRIL, word], env=shared.env, cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
         assert "another network namespace" in done.stderr
         assert "nsenter" in done.stderr
-    assert node.processes() == before
+    assert shared.processes() == before
 
 
 def test_configuration_reaches_the_services(node: Node, tmp_path: Path) -> None:
     file = tmp_path / "fibril.yaml"
     file.write_text("endpoints: {mtu: 1357}\n")
-    node.fibril("--config", str(file), "up")
+    node.fibril("--config", str(file), *UP)
     node.fibril("pod", "add", "a")
     assert node.json("endpoint", "get", "a")["mtu"] == 1357
 
@@ -135,29 +151,27 @@ def test_up_with_other_options_changes_how_it_runs(node: Node) -> None:
     node.fibril("check")
 
 
-def test_exec_runs_in_the_pod_with_terminal_and_exit_code(node: Node) -> None:
-    node.fibril(*UP)
-    pod = node.json("pod", "add", "a")
-    done = node.fibril("pod", "exec", "a", "--", "sh", "-c", "ip -o -4 address show eth0; exit 7", code=7)
+def test_exec_runs_in_the_pod_with_terminal_and_exit_code(shared: Node) -> None:
+    pod = shared.json("pod", "add", "a")
+    done = shared.fibril("pod", "exec", "a", "--", "sh", "-c", "ip -o -4 address show eth0; exit 7", code=7)
     assert pod["ipv4"] in done.stdout
     leader, follower = pty.openpty()
-    running = node.start(*FIBRIL, "pod", "exec", "a", "--", "sh", "-c", "test -t 0 && test -t 1 && tty",
+    terminal = shared.start(*FIBRIL, "pod", "exec", "a", "--", "sh", "-c", "test -t 0 && test -t 1 && tty",
                          stdin=follower, stdout=follower, stderr=follower)  # fmt: skip
     os.close(follower)
-    assert running.wait(20) == 0
+    assert terminal.wait(20) == 0
     assert os.read(leader, 1000).startswith(b"/dev/pts/")
     os.close(leader)
-    missing = node.fibril("pod", "exec", "nope", "--", "true", code=1)
+    missing = shared.fibril("pod", "exec", "nope", "--", "true", code=1)
     assert "there is no pod 'nope'" in missing.stderr
 
 
-def test_a_pod_that_cannot_be_wired_leaves_nothing(node: Node) -> None:
-    node.fibril(*UP)
-    failed = node.fibril("pod", "add", "a", "--pool", "no-such-pool", code=1)
+def test_a_pod_that_cannot_be_wired_leaves_nothing(shared: Node) -> None:
+    failed = shared.fibril("pod", "add", "a", "--pool", "no-such-pool", code=1)
     assert "no-such-pool" in failed.stderr
-    assert not Path(f"/run/netns/fib-{node.name}_a").exists()
-    assert node.json("pod", "ls") == []
-    wrong = node.fibril("pod", "add", "Not/Good", code=1)
+    assert not Path(f"/run/netns/fib-{shared.name}_a").exists()
+    assert shared.json("pod", "ls") == []
+    wrong = shared.fibril("pod", "add", "Not/Good", code=1)
     assert "hint:" in wrong.stderr
 
 
@@ -174,27 +188,25 @@ def test_bpf_shows_what_is_there_with_every_process_dead(node: Node) -> None:
     assert {a["hook"] for a in found["attached"]} == {"ingress", "egress"}
 
 
-def test_ipam_through_the_command(node: Node) -> None:
-    node.fibril(*UP)
-    node.fibril(
+def test_ipam_through_the_command(shared: Node) -> None:
+    shared.fibril(
         "ipam", "pool", "put", "blue", "--cidr", "10.77.0.0/24", "--block-v4", "26", "--exclude", "10.77.0.2"
     )
-    assert "blue" in {p["pool"]["name"] for p in node.json("ipam", "pool", "ls")}
-    held = node.json("ipam", "allocate", "job", "--pool", "blue", "--ttl", "600")
+    assert "blue" in {p["pool"]["name"] for p in shared.json("ipam", "pool", "ls")}
+    held = shared.json("ipam", "allocate", "job", "--pool", "blue", "--ttl", "600")
     assert held[0]["address"].startswith("10.77.0.")
-    assert node.json("ipam", "get", held[0]["address"])["owner"] == "job"
-    assert node.json("ipam", "block", "ls", "--pool", "blue")[0]["cidr"].endswith("/26")
-    assert node.json("ipam", "renew", "job", "--ttl", "0")[0]["expires_unix_seconds"] == 0
-    assert node.json("ipam", "release", "job") == [{"released": held[0]["address"]}]
-    refused = node.fibril("ipam", "pool", "put", "red", "--cidr", "10.77.0.0/16", code=1)
+    assert shared.json("ipam", "get", held[0]["address"])["owner"] == "job"
+    assert shared.json("ipam", "block", "ls", "--pool", "blue")[0]["cidr"].endswith("/26")
+    assert shared.json("ipam", "renew", "job", "--ttl", "0")[0]["expires_unix_seconds"] == 0
+    assert shared.json("ipam", "release", "job") == [{"released": held[0]["address"]}]
+    refused = shared.fibril("ipam", "pool", "put", "red", "--cidr", "10.77.0.0/16", code=1)
     assert "blue" in refused.stderr or "10.77" in refused.stderr
-    node.fibril("ipam", "pool", "rm", "blue")
+    shared.fibril("ipam", "pool", "rm", "blue")
 
 
-def test_monitor_names_a_drop_as_it_happens(node: Node, tmp_path: Path) -> None:
-    node.fibril(*UP)
-    pod = node.json("pod", "add", "a")
-    node.fibril("pod", "exec", "a", "--", "ip", "address", "add", "192.0.2.9/32", "dev", "lo")
+def test_monitor_names_a_drop_as_it_happens(shared: Node, tmp_path: Path) -> None:
+    pod = shared.json("pod", "add", "a")
+    shared.fibril("pod", "exec", "a", "--", "ip", "address", "add", "192.0.2.9/32", "dev", "lo")
     # From an address that is not the pod's: refused by anti-spoofing.
     spoof = (
         "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
@@ -202,13 +214,13 @@ def test_monitor_names_a_drop_as_it_happens(node: Node, tmp_path: Path) -> None:
     )
 
     def spoofed_and_seen() -> dict[str, Any] | None:
-        node.fibril("pod", "exec", "a", "--", "python3", "-c", spoof)
+        shared.fibril("pod", "exec", "a", "--", "python3", "-c", spoof)
         events = map(json.loads, shown.read_text().splitlines())
         return next((e for e in events if e["source"] == "192.0.2.9"), None)
 
     shown = tmp_path / "events"
     with shown.open("w") as output:
-        watching = node.start(*FIBRIL, "-o", "json", "monitor", "--endpoint", "a", stdout=output)
+        watching = shared.start(*FIBRIL, "-o", "json", "monitor", "--endpoint", "a", stdout=output)
     try:
         # Until the watch is on, nothing is reported; so packets are sent until something is.
         event = wait_for(spoofed_and_seen, "the event")
@@ -220,15 +232,14 @@ def test_monitor_names_a_drop_as_it_happens(node: Node, tmp_path: Path) -> None:
     assert (event["verdict"], event["source_pod"]) == ("VERDICT_DROPPED", "a")
     assert event["direction"] == "DIRECTION_FROM_POD"
     assert event["reason"] != "DROP_REASON_UNSPECIFIED"
-    counters = node.json("monitor", "--counters")
+    counters = shared.json("monitor", "--counters")
     assert event["reason"] in {c["reason"] for c in counters}
 
 
-def test_endpoint_check_sees_damage(node: Node) -> None:
-    node.fibril(*UP)
-    node.fibril("pod", "add", "a")
-    assert node.fibril("endpoint", "check").stdout.strip() == "1 checked, no difference"
-    assert node.json("endpoint", "get", "a")["pod"] == "a"
+def test_endpoint_check_compares_with_the_kernel(shared: Node) -> None:
+    shared.fibril("pod", "add", "a")
+    assert shared.fibril("endpoint", "check").stdout.strip() == "1 checked, no difference"
+    assert shared.json("endpoint", "get", "a")["pod"] == "a"
 
 
 @pytest.mark.parametrize("missing", ["etcd"])

@@ -15,6 +15,8 @@ from ctlnode import FIBRIL, Node
 
 from services.ctl import pods
 
+# Who runs where is told by these.
+UP = ("up", "--services", "ipam,identity")
 CONNECT = "import socket, sys; socket.socket().connect_ex((sys.argv[1], 7))"
 
 
@@ -43,7 +45,7 @@ def event(popen: subprocess.Popen[str], **wanted: Any) -> dict[str, Any]:
 
 
 def test_processes_are_named_by_pod(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "web", "--label", "app=web", "--label", "tier=front")
     cart = node.json("pod", "add", "cart")
 
@@ -71,12 +73,12 @@ def test_processes_are_named_by_pod(node: Node) -> None:
 
 
 def test_a_trace_goes_on_with_a_restarted_service(node: Node) -> None:
-    node.fibril("up")
+    node.fibril(*UP)
     node.fibril("pod", "add", "web")
     with tracing(node, "exec") as before:
         os.kill(node.processes()["identity"], signal.SIGKILL)
         assert before.wait(10) == 1
-    node.fibril("up")
+    node.fibril(*UP)
     with tracing(node, "exec", "--count", "1") as after:
         node.fibril("pod", "exec", "web", "--", "/bin/true")
         assert event(after)["process"]["workload"]["pod"] == "web"

@@ -24,6 +24,9 @@ from services.common.kernel import cgroup
 from services.ctl import procs
 from tests import session
 
+# What is about addresses needs no more.
+NETWORK = ("--services", "ipam,identity")
+
 
 class LabRun:
     """`fibril lab …` with private directories."""
@@ -87,7 +90,7 @@ def test_a_lab_of_one_node_reaches_the_world(lab: LabRun) -> None:
 
 
 def test_two_clusters_have_nodes_and_pools_of_their_own(lab: LabRun) -> None:
-    lab("lab", "up", "--name", lab.name, "--clusters", "2")
+    lab("lab", "up", "--name", lab.name, "--clusters", "2", *NETWORK)
     addresses = []
     for node in ("c1n1", "c2n1"):
         lab.exec(node, "fibril", "pod", "add", "a")
@@ -102,7 +105,7 @@ def test_two_clusters_have_nodes_and_pools_of_their_own(lab: LabRun) -> None:
 
 
 def test_nodes_of_one_cluster_share_its_pool_through_the_first_one_s_etcd(lab: LabRun) -> None:
-    lab("lab", "up", "--name", lab.name, "--nodes", "2")
+    lab("lab", "up", "--name", lab.name, "--nodes", "2", *NETWORK)
     blocks = json.loads(lab.exec("c1n2", "fibril", "-o", "json", "ipam", "block", "ls", "--all-nodes").stdout)
     by_node: dict[str, set[str]] = {}
     for block in blocks:
