@@ -81,12 +81,12 @@ class Mirror:
         first = self.revision == 0
         # Revisions of different etcds cannot be compared: then everything counts as changed.
         stale = self._known if self.same_etcd(listing.cluster_id, listing.revision) else {}
-        missing = self._known.keys() - {kv.key for kv in listing.kvs}
-        changed = [kv for kv in listing.kvs if stale.get(kv.key) != kv.mod_revision]
-        self._known = {kv.key: kv.mod_revision for kv in listing.kvs}
+        known, self._known = self._known, {kv.key: kv.mod_revision for kv in listing.kvs}
         self._cluster, self.revision = listing.cluster_id, listing.revision
         if first:
             return [Snapshot(listing.kvs, listing.revision), Synced(listing.revision)]
+        missing = known.keys() - self._known.keys()
+        changed = [kv for kv in listing.kvs if stale.get(kv.key) != kv.mod_revision]
         changed.sort(key=lambda kv: kv.mod_revision)
         events: list[Event] = [Delete(key, listing.revision) for key in sorted(missing)]
         events += [Put(kv.key, kv.value, kv.mod_revision) for kv in changed]
