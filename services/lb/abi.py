@@ -178,6 +178,20 @@ class Backend(ct.Structure):
     )  # fmt: skip
 
 
+_FRONT_KEY: Final = struct.Struct("=16sHB5x")
+_FRONT: Final = struct.Struct("=IHH")
+
+
+def front_key(address: IPAddress, port: int, proto: int) -> bytes:
+    """struct lb_front_key; port in host order."""
+    return _FRONT_KEY.pack(addr_bytes(address), socket.htons(port), proto)
+
+
+def front(service: int, first: int, flags: int) -> bytes:
+    """struct lb_front."""
+    return _FRONT.pack(service, first, flags)
+
+
 class FrontKey(ct.Structure):
     """struct lb_front_key."""
 
@@ -186,7 +200,7 @@ class FrontKey(ct.Structure):
     @classmethod
     def of(cls, address: IPAddress, port: int, proto: int) -> Self:
         """Port in host order."""
-        return cls(addr=FibAddr.of(address), port=socket.htons(port), proto=proto)
+        return cls.from_buffer_copy(front_key(address, port, proto))
 
 
 class Front(ct.Structure):
@@ -343,7 +357,12 @@ def name_hash(name: str) -> int:
 
 def hint_of(address: IPAddress) -> int:
     """The index of an address's hint, as lb_hint() computes it."""
-    w0, w1, w2, w3 = _WORDS.unpack(addr_bytes(address))
+    return hint_at(addr_bytes(address))
+
+
+def hint_at(address: bytes) -> int:
+    """The same for an address as struct fib_addr."""
+    w0, w1, w2, w3 = _WORDS.unpack(address)
     fold: int = (w3 ^ w2 * 3 ^ w1 * 5 ^ w0 * 7) & 0xFFFFFFFF
     return (fold * 0x9E3779B1 & 0xFFFFFFFF) >> 16
 

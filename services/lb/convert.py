@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Final
 
 from fibril.lb.v1 import lb_pb2 as pb
@@ -122,6 +123,9 @@ def backends(messages: Iterable[pb.Backend], at: str, limit: int = CALL_MAX) -> 
 
 def backend(message: pb.Backend, at: str) -> Backend:
     """effective_state and health, which are output, are not looked at."""
+    rest = _rest(message.weight, message.zone, message.node, message.cluster, message.state, message.origin)
+    if rest is not None:
+        return Backend(_key(message.address, message.port, at), *rest)
     return Backend(
         key=_key(message.address, message.port, at),
         weight=fields.number(message.weight, 1, 65535, 1, f"{at}.weight"),
@@ -131,6 +135,24 @@ def backend(message: pb.Backend, at: str) -> Backend:
         state=state(message.state, f"{at}.state", BackendState.ACTIVE),
         origin=fields.text(message.origin, f"{at}.origin"),
     )
+
+
+@lru_cache(1 << 14)
+def _rest(
+    weight: int, zone: str, node: str, cluster: str, wanted: int, origin: str
+) -> tuple[int, str, str, str, BackendState, str] | None:
+    """What a backend has besides its key, if there is nothing wrong with it: thousands have it in common."""
+    try:
+        return (
+            fields.number(weight, 1, 65535, 1, ""),
+            fields.text(zone, ""),
+            fields.text(node, ""),
+            fields.text(cluster, ""),
+            state(wanted, "", BackendState.ACTIVE),
+            fields.text(origin, ""),
+        )
+    except errors.InvalidArgument:
+        return None
 
 
 def keys(messages: Iterable[pb.BackendKey], at: str) -> tuple[BackendKey, ...]:
@@ -316,6 +338,8 @@ def _anywhere(value: str, at: str) -> tuple[IPAddress, ...]:
 
 
 def _check_collisions(found: Spec, at: str) -> None:
+    if len(found.frontends) == 1 and not found.health_check_node_port:
+        return
     # More than one port of SCTP would need backends with more than one port.
     ports = {front.port for front in found.frontends if front.proto == SCTP}
     if len(ports) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
+import socket
 from functools import lru_cache
 from typing import Final, TypeVar
 
@@ -19,6 +20,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,252}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _HAIRPIN: Final = {ipaddress.ip_address("169.254.42.1"), ipaddress.ip_address("fd00:fb:42::1")}
 """What a backend sees as its client when it has reached itself."""
+_SPECIAL_V4: Final = (127, 169)
+"""First bytes of addresses that may not be a single host's: loopback, and _HAIRPIN's."""
 
 
 def shown(text: str) -> str:
@@ -95,9 +98,19 @@ def any_address(value: str, at: str) -> IPAddress:
     return found
 
 
+def _host_v4(value: str) -> IPAddress | None:
+    """The address if there is nothing wrong with it, as with nearly all of the hundreds of thousands there may be."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET, value)
+    except (OSError, ValueError):
+        return None
+    plain = 0 < packed[0] < 224 and packed[0] not in _SPECIAL_V4
+    return ipaddress.IPv4Address(packed) if plain else None
+
+
 @lru_cache(1 << 15)
 def _host(value: str) -> IPAddress | None:
-    """The address if there is nothing wrong with it; the same ones come again and again."""
+    """The same of both families; the same ones come again and again."""
     try:
         return _checked(value, "")
     except errors.InvalidArgument:
@@ -106,7 +119,7 @@ def _host(value: str) -> IPAddress | None:
 
 def address(value: str, at: str) -> IPAddress:
     """Of a single host that every node can mean the same by."""
-    return _host(value) or _checked(value, at)
+    return _host_v4(value) or _host(value) or _checked(value, at)
 
 
 def _checked(value: str, at: str) -> IPAddress:

@@ -61,9 +61,22 @@ def service_of(key: str) -> str:
     return _unquote(key.removeprefix(SERVICES))
 
 
-def backend_name(key: str) -> str:
-    """The service in a backend's key."""
-    return _unquote(key.removeprefix(BACKENDS).partition("/")[0])
+@lru_cache(1 << 12)
+def _owner(prefix: str) -> str:
+    """The name whose backends' keys begin so. ValueError."""
+    name = _unquote(prefix.removeprefix(BACKENDS))
+    if backends_prefix(name) != prefix + "/":
+        raise ValueError(f"{prefix!r} names no service")
+    return name
+
+
+def read_backend(key: str, value: bytes) -> tuple[str, Backend]:
+    """Service and backend. ValueError if the value is another one's; InvalidArgument, protobuf's DecodeError."""
+    prefix, _, where = key.rpartition("/")
+    name, backend = _owner(prefix), decode_backend(value)
+    if where != f"{backend.key.address}:{backend.key.port}":
+        raise ValueError(f"it holds the backend {backend.key}")
+    return name, backend
 
 
 def backend_of(key: str) -> tuple[str, BackendKey]:

@@ -39,8 +39,15 @@ Verdict = Callable[[str, BackendKey], str]
 class Stretch:
     """Backends by slot. ordered: the slot matters (a Maglev table), else only who is in it and how often."""
 
-    slots: tuple[BackendKey, ...] = ()
+    members: tuple[BackendKey, ...] = ()
+    order: tuple[int, ...] = ()
+    """Which of the members each slot has; empty: one slot each."""
     ordered: bool = False
+
+    @property
+    def slots(self) -> tuple[BackendKey, ...]:
+        """Whom each slot has."""
+        return tuple(self.members[index] for index in self.order) if self.order else self.members
 
 
 NOBODY: Final = Stretch()
@@ -102,25 +109,32 @@ def _family(
     family: int,
 ) -> FamilyPlan:
     mine = [backend for key, backend in backends.items() if key.address.version == family]
-    states = {backend.key: effective_state(spec, backend, verdict) for backend in mine}
-    inside, outside = _inside(spec, mine, states, here), _outside(spec, mine, states, here)
+    if spec.health_check:
+        states = {backend.key: effective_state(spec, backend, verdict) for backend in mine}
+    else:
+        states = {backend.key: backend.state for backend in mine}
+    able = _Able(mine, states.values())
     own = tuple(front for front in fronts if front.address.version == family)
-    open_to_world = any(front.outside for front in own)
-    far = _table(spec, outside) if open_to_world else NOBODY
-    near = far if open_to_world and inside == outside else _table(spec, inside)
+    inside = _inside(spec, able, here)
+    near: Stretch | None = None
+    far = NOBODY
+    if any(front.outside for front in own):
+        outside = _outside(spec, able, here)
+        far = _table(spec, outside)
+        near = far if inside == outside else None
     return FamilyPlan(
         own,
         _flags(spec, defaults),
         spec.affinity_s,
         states,
         frozenset(backend.key for backend in mine if here.is_local(backend)),
-        near,
+        near or _table(spec, inside),
         far,
     )
 
 
 def _flags(spec: Spec, defaults: Defaults) -> ServiceFlag:
-    flags = ServiceFlag(0)
+    flags = 0
     forwarding = spec.forwarding or defaults.forwarding
     for wanted, flag in (
         (spec.algorithm is Algorithm.MAGLEV, ServiceFlag.MAGLEV),
@@ -132,22 +146,32 @@ def _flags(spec: Spec, defaults: Defaults) -> ServiceFlag:
         (spec.external is TrafficPolicy.LOCAL, ServiceFlag.LOCAL_OUTSIDE),
     ):
         if wanted:
-            flags |= flag
-    return flags
+            flags += flag.value
+    return ServiceFlag(flags)
 
 
-def _among(backends: Iterable[Backend], states: Mapping[BackendKey, BackendState]) -> list[Backend]:
-    """Who gets new connections: the active ones, or for want of any those that are on their way out."""
-    given = list(backends)
-    active = [backend for backend in given if states[backend.key] is BackendState.ACTIVE]
-    return active or [backend for backend in given if states[backend.key] is BackendState.TERMINATING]
+class _Able:
+    """Those that may get connections."""
+
+    def __init__(self, backends: Iterable[Backend], states: Iterable[BackendState]) -> None:
+        self.active: list[Backend] = []
+        self.leaving: list[Backend] = []
+        for backend, state in zip(backends, states, strict=True):
+            if state is BackendState.ACTIVE:
+                self.active.append(backend)
+            elif state is BackendState.TERMINATING:
+                self.leaving.append(backend)
+
+    def among(self, near: Callable[[Backend], bool] | None = None) -> list[Backend]:
+        """Who gets new ones: the active, or for want of any those that are on their way out."""
+        if near is None:
+            return self.active or self.leaving
+        return list(filter(near, self.active)) or list(filter(near, self.leaving))
 
 
-def _inside(
-    spec: Spec, backends: list[Backend], states: Mapping[BackendKey, BackendState], here: Locality
-) -> list[Backend]:
+def _inside(spec: Spec, able: _Able, here: Locality) -> list[Backend]:
     if spec.internal is TrafficPolicy.LOCAL:
-        return _among(filter(here.is_local, backends), states)
+        return able.among(here.is_local)
     steps: list[Callable[[Backend], bool]] = []
     if spec.topology is Topology.SAME_NODE:
         steps.append(here.is_local)
@@ -155,27 +179,24 @@ def _inside(
         steps += [here.same_zone, here.same_cluster]
     for near in steps:
         # Only who is active is preferred: better an active one farther off than one that is leaving.
-        found = [b for b in backends if states[b.key] is BackendState.ACTIVE and near(b)]
+        found = list(filter(near, able.active))
         if found:
             return found
-    return _among(backends, states)
+    return able.among()
 
 
-def _outside(
-    spec: Spec, backends: list[Backend], states: Mapping[BackendKey, BackendState], here: Locality
-) -> list[Backend]:
-    if spec.external is TrafficPolicy.LOCAL:
-        return _among(filter(here.is_local, backends), states)
-    return _among(backends, states)
+def _outside(spec: Spec, able: _Able, here: Locality) -> list[Backend]:
+    return able.among(here.is_local if spec.external is TrafficPolicy.LOCAL else None)
 
 
 def _table(spec: Spec, backends: list[Backend]) -> Stretch:
     if spec.algorithm is Algorithm.RANDOM or not backends:
         return _list(backends)
-    names = sorted((_name(backend.key), backend) for backend in backends)
+    named = {_name(backend.key): backend for backend in backends}
+    names = sorted(named)
     size = spec.maglev_size or maglev.size_for(len(backends))
-    entries = maglev.table([(name, backend.weight) for name, backend in names], size)
-    return Stretch(tuple(names[index][1].key for index in entries), ordered=True)
+    entries = maglev.table([(name, named[name].weight) for name in names], size)
+    return Stretch(tuple(named[name].key for name in names), tuple(entries), ordered=True)
 
 
 def _name(key: BackendKey) -> bytes:
@@ -187,13 +208,14 @@ def _list(backends: list[Backend]) -> Stretch:
     if not backends:
         return NOBODY
     weights = [backend.weight for backend in backends]
+    members = tuple(backend.key for backend in backends)
     divisor = math.gcd(*weights)
     total = sum(weights) // divisor
     if total == len(backends):
-        return Stretch(tuple(backend.key for backend in backends))
+        return Stretch(members)
     if total > LIST_MAX:
         share = max(LIST_MAX, len(backends)) / sum(weights)
         times = [max(1, round(weight * share)) for weight in weights]
     else:
         times = [weight // divisor for weight in weights]
-    return Stretch(tuple(b.key for b, count in zip(backends, times, strict=True) for _ in range(count)))
+    return Stretch(members, tuple(index for index, count in enumerate(times) for _ in range(count)))

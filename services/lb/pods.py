@@ -23,10 +23,8 @@ class LocalAddresses:
         self._changed = changed
         self.host: frozenset[IPAddress] = frozenset()
         self._pods: frozenset[IPAddress] = frozenset()
-
-    @property
-    def all(self) -> frozenset[IPAddress]:
-        return self.host | self._pods
+        self.all: frozenset[IPAddress] = frozenset()
+        """Both."""
 
     def look(self) -> None:
         """Read the pods anew."""
@@ -36,13 +34,16 @@ class LocalAddresses:
         except FibrilError:
             pods = frozenset()
         changed, self._pods = pods ^ self._pods, pods
-        if changed:
-            self._changed(changed)
+        self._tell(changed)
 
     def set_host(self, addresses: frozenset[IPAddress]) -> None:
         """The node's own are others."""
         changed, self.host = addresses ^ self.host, addresses
+        self._tell(changed)
+
+    def _tell(self, changed: frozenset[IPAddress]) -> None:
         if changed:
+            self.all = self.host | self._pods
             self._changed(changed)
 
     async def run(self) -> None:

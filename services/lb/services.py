@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Final
+from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from services.common.errors import FibrilError
-from services.common.etcd.client import EtcdClient
+from services.common.etcd.client import EtcdClient, KeyValue
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
+from services.common.keeping import keeping
 from services.lb import keys
 from services.lb.model import BackendKey, Backends, Spec
 
 log = logging.getLogger(__name__)
 
 HISTORY: Final = 4096
+TURN: Final = 256
+T = TypeVar("T")
 Callback = Callable[[str, frozenset[BackendKey] | None], None]
 
 
@@ -84,28 +87,35 @@ class Services:
             async for event in events:
                 match event:
                     case Snapshot(kvs):
-                        # A hundred thousand keys take a second: others must have their turns.
-                        for count, kv in enumerate(kvs):
-                            self._put(kv.key.removeprefix(self._root), kv.value, kv.mod_revision)
-                            if count % 256 == 255:
-                                await asyncio.sleep(0)
+                        await self._take_all(kvs)
                     case Put(key, value, revision):
                         self._changed(*self._put(key.removeprefix(self._root), value, revision))
                     case Delete(key, revision):
                         self._changed(*self._delete(key.removeprefix(self._root), revision))
                     case Synced() if not self.synced.is_set():
                         self.synced.set()
-                        for name in list(self.specs):
-                            self._changed(name, None)
+                        for names in _turns(list(self.specs)):
+                            for name in names:
+                                self._call_back(name, None)
+                            await asyncio.sleep(0)
+
+    async def _take_all(self, kvs: Sequence[KeyValue]) -> None:
+        """What there is at first. Hundreds of thousands of keys take seconds: others must have their turns."""
+        with keeping():
+            for several in _turns(kvs):
+                for kv in several:
+                    self._put(kv.key.removeprefix(self._root), kv.value, kv.mod_revision)
+                await asyncio.sleep(0)
 
     def _replaced(self) -> None:
         """What follows is another etcd's, with revisions of its own."""
         self._backend_revisions.clear()
         self.revisions = dict.fromkeys(self.revisions, 0)
 
-    def _put(self, key: str, value: bytes, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
-        """Which service has changed, "" for none, and which backends of it."""
-        self._unusable.pop(key, None)
+    def _put(self, key: str, value: bytes, revision: int) -> tuple[str, BackendKey | None]:
+        """Which service has changed, "" for none, and which backend of it."""
+        if self._unusable:
+            self._unusable.pop(key, None)
         try:
             if key.startswith(keys.SERVICES):
                 spec = keys.decode_spec(value)
@@ -117,22 +127,23 @@ class Services:
                 # Written anew, perhaps for its revision's sake only.
                 return (spec.name, None) if spec != before else ("", None)
             if key.startswith(keys.BACKENDS):
-                name, backend = keys.backend_name(key), keys.decode_backend(value)
+                name, backend = keys.read_backend(key, value)
                 which = backend.key
-                if keys.backend_key(name, which) != key:
-                    raise ValueError(f"it holds the backend {which}")
-                self.backends.setdefault(name, {})[which] = backend
+                known = self.backends.get(name)
+                if known is None:
+                    known = self.backends[name] = {}
+                known[which] = backend
                 self._backend_revisions[name] = max(revision, self._backend_revisions.get(name, 0))
                 if name in self.specs:
                     self.revisions[name] = max(revision, self.revisions[name])
-                return name, frozenset({which})
+                return name, which
         except (FibrilError, ValueError, DecodeError) as error:
             # Written by another version, or by hand: what was known before goes on.
             self._unusable[key] = str(error)
             log.error("not usable", extra={"key": self._root + key, "cause": str(error)})
         return "", None
 
-    def _delete(self, key: str, revision: int) -> tuple[str, frozenset[BackendKey] | None]:
+    def _delete(self, key: str, revision: int) -> tuple[str, BackendKey | None]:
         self._unusable.pop(key, None)
         if key.startswith(keys.SERVICES):
             name = keys.service_of(key)
@@ -149,12 +160,20 @@ class Services:
                 if not known:
                     del self.backends[name]
                     self._backend_revisions.pop(name, None)
-                return name, frozenset({which})
+                return name, which
         return "", None
 
-    def _changed(self, name: str, which: frozenset[BackendKey] | None) -> None:
+    def _changed(self, name: str, which: BackendKey | None) -> None:
         if not name or not self.synced.is_set() or (which is not None and name not in self.specs):
             return
+        self._call_back(name, frozenset((which,)) if which is not None else None)
+        self.feed.publish("put" if name in self.specs else "delete", name)
+
+    def _call_back(self, name: str, which: frozenset[BackendKey] | None) -> None:
         for callback in self._callbacks:
             callback(name, which)
-        self.feed.publish("put" if name in self.specs else "delete", name)
+
+
+def _turns(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """As many at a time as take a few milliseconds."""
+    return (items[at : at + TURN] for at in range(0, len(items), TURN))

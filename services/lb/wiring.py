@@ -21,6 +21,7 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.hostaddrs import HostAddresses
 from services.common.instance import Instance
+from services.common.keeping import keeping
 from services.common.kernel.netlink import Netlink
 from services.common.pipeline.abi import FibAddr, IPAddress, be32
 from services.common.pipeline.datapath import Datapath, Parts
@@ -191,7 +192,8 @@ class LbService:
     async def _when_known(self) -> None:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
-        await self._plane.settled()
+        with keeping():
+            await self._plane.settled()
         self._outside.complete()
 
     def _need_outside(self, wanted: bool) -> None:
@@ -202,7 +204,7 @@ class LbService:
         """Whatever has a backend at one of these may be local now, or no longer."""
         for name in list(self._services.specs):
             backends = self._services.backends.get(name, {})
-            if any(key.address in changed for key in backends):
+            if any(key.address in changed for key, backend in backends.items() if not backend.node):
                 self._plane.mark(name)
 
     def _configure(self) -> None:

@@ -135,6 +135,8 @@ class Health:
     def look(self, name: str, keys: frozenset[BackendKey] | None = None) -> None:
         """A service, or some of its backends, are other than before."""
         spec, backends = self._services.specs.get(name), self._services.backends.get(name, {})
+        if name not in self._asked_of and (spec is None or spec.health_check is None):
+            return
         if keys is None:
             keys = frozenset(backends) | self._asked_of.get(name, set())
         for key in keys:

@@ -30,6 +30,7 @@ class HealthCheckPorts:
         self._specs, self._local = specs, local
         self._servers: dict[int, asyncio.Server] = {}
         self._names: dict[int, str] = {}
+        self._ports: dict[str, int] = {}
         self._problems: dict[int, str] = {}
         self._dirty = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -54,10 +55,12 @@ class HealthCheckPorts:
         """A service has changed, come or gone."""
         spec = self._specs().get(name)
         wanted = spec.health_check_node_port if spec is not None else 0
-        had = [port for port, owner in self._names.items() if owner == name]
-        if had != ([wanted] if wanted else []):
-            for port in had:
-                del self._names[port]
+        had = self._ports.pop(name, 0)
+        if wanted:
+            self._ports[name] = wanted
+        if had != wanted or (wanted and self._names.get(wanted) != name):
+            if had and self._names.get(had) == name:
+                del self._names[had]
             if wanted:
                 self._names[wanted] = name
             self._dirty.set()

@@ -56,6 +56,8 @@ class Known(Generic[K, V]):
     def put_many(self, pairs: Mapping[bytes, bytes]) -> None:
         """ResourceExhausted when it is full: part of them is there then."""
         new = {key: value for key, value in pairs.items() if self.held.get(key) != value}
+        if not new:
+            return
         done, failure = self.table.update_packed(b"".join(new), b"".join(new.values()))
         for key in list(new)[:done]:
             self.held[key] = new[key]
@@ -125,8 +127,11 @@ class Fronts:
 
     def put_many(self, pairs: Mapping[bytes, bytes]) -> None:
         """ResourceExhausted beyond the limit: nothing has changed."""
-        new = sum(key not in self._inner.held for key in pairs)
-        self._ensure(len(self._inner.held) + new)
+        held = self._inner.held
+        if all(held.get(key) == value for key, value in pairs.items()):
+            return
+        new = sum(key not in held for key in pairs)
+        self.ensure(len(held) + new)
         try:
             self._inner.put_many(pairs)
         finally:
@@ -142,7 +147,8 @@ class Fronts:
             self.changed()
         return found
 
-    def _ensure(self, count: int) -> None:
+    def ensure(self, count: int) -> None:
+        """Have room for so many. ResourceExhausted beyond the limit: nothing has changed."""
         if count > self.limit:
             raise errors.ResourceExhausted(
                 f"{count} frontends are wanted, the limit is {self.limit}", fix="declare fewer frontends"

@@ -7,6 +7,7 @@ what is there and only differences are written. Functions do not block: nearly a
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -15,8 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from services.common.kernel.indexes import Indexes
-from services.common.kernel.room import Room
+from services.common import errors
+from services.common.kernel.indexes import FIRST, Indexes
+from services.common.kernel.room import SMALLEST, Room
 from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.lb import abi
 from services.lb.kernel.fronts import range_keys
@@ -35,8 +37,17 @@ Name = tuple[str, int]
 """A service's name and a family."""
 
 _BACKEND: Final = struct.Struct("=16sIIHBBI6sHQ16x")
+_BEGINNING: Final = struct.Struct("=16sIIH")
+"""Of a backend's line: address, id, service, port."""
+_BEGINNINGS: Final = struct.Struct("=16sII2s38x")
+_SERVICES: Final = struct.Struct("=Q8xIIII32x")
+_STATE_FLAGS: Final = struct.Struct("=BB")
+_STATE: Final = abi.Backend.state.offset
 _LAST_ID: Final = 40
 """Where a backend's line keeps the id of whom it was last."""
+_NOWHERE: Final = bytes(16)
+_VIP, _RANGE, _OF_BACKEND = int(abi.Hint.VIP), int(abi.Hint.RANGE), int(abi.Hint.BACKEND)
+_TX, _LOCAL = int(abi.BackendFlag.TX), int(abi.BackendFlag.LOCAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +73,8 @@ class Held:
     fronts: dict[bytes, bytes] = field(default_factory=dict)
     ranges: dict[bytes, bytes] = field(default_factory=dict)
     sources: frozenset[bytes] = frozenset()
-    vips: tuple[tuple[IPAddress, abi.Hint], ...] = ()
-    """Hints it has set."""
+    vips: tuple[tuple[bytes, int], ...] = ()
+    """Hints it has set, by address (struct fib_addr)."""
     whole: bool = False
     """Its frontends are as they were wanted last; else some of those here may not be in the kernel."""
     protos: frozenset[int] = frozenset()
@@ -76,18 +87,28 @@ def line_name(name: Name) -> int:
 
 def _front_flags(front: Frontend) -> int:
     """LB_FRONT_* of a frontend."""
-    flags = abi.FrontFlag.OUTSIDE if front.outside else abi.FrontFlag(0)
-    return flags | abi.FrontFlag.EVERY if front.type is FrontendType.NODE_PORT else flags
+    flags = abi.FrontFlag.OUTSIDE.value if front.outside else 0
+    return flags | abi.FrontFlag.EVERY.value if front.type is FrontendType.NODE_PORT else flags
 
 
-def _hinted(held: Held) -> dict[tuple[IPAddress, abi.Hint], None]:
+def _raw(key: BackendKey) -> bytes:
+    """Address and port as a backend's line has them."""
+    return addr_bytes(key.address) + key.port.to_bytes(2, "big")
+
+
+def _key(raw: bytes) -> BackendKey:
+    """The same back."""
+    return BackendKey(FibAddr.from_buffer_copy(raw).ip() or ANY_V6, int.from_bytes(raw[16:], "big"))
+
+
+def _hinted(held: Held) -> dict[tuple[bytes, int], None]:
     """The hints that frontends in the kernel need."""
-    found: dict[tuple[IPAddress, abi.Hint], None] = {}
+    found: dict[tuple[bytes, int], None] = {}
     for raw in held.fronts:
-        found[abi.FrontKey.from_buffer_copy(raw).addr.ip() or ANY_V6, abi.Hint.VIP] = None
+        found[raw[:16], _VIP] = None
+    at = abi.RangeKey.addr.offset
     for raw in held.ranges:
-        address = FibAddr.from_buffer_copy(raw, abi.RangeKey.addr.offset).ip() or ANY_V6
-        found |= dict.fromkeys(((address, abi.Hint.VIP), (address, abi.Hint.RANGE)))
+        found |= dict.fromkeys(((raw[at : at + 16], _VIP), (raw[at : at + 16], _RANGE)))
     return found
 
 
@@ -110,32 +131,29 @@ class Program:
         self.writes = 0
         """Lines and words stored, slots and elements of maps not counted."""
         self._addresses: frozenset[IPAddress] = frozenset()
-        self._resting: deque[tuple[float, IPAddress]] = deque()
+        self._resting: deque[tuple[float, bytes]] = deque()
         self._adopt()
 
     # ---- what an earlier process left ---------------------------------------------------------------------
     def _adopt(self) -> None:
         tables = self.tables
-        self._left = {
-            line.name: index
-            for index in range(1, tables.services.size)
-            if (line := tables.services.at(index, abi.Service)).name
-        }
-        self._left_backends: dict[int, dict[BackendKey, int]] = {}
+        self._left: dict[int, int] = {}
+        """Lines by name."""
+        words = []
+        for index, (name, *stretches) in enumerate(_SERVICES.iter_unpack(tables.services.mem[:])):
+            if name and index:
+                self._left[name] = index
+                words += [(first, count) for first, count in (stretches[:2], stretches[2:]) if count]
+        self._left_backends: dict[int, dict[bytes, int]] = {}
+        """Ids by address and port, by the index of their service."""
         used = []
-        for index in range(1, tables.backends.size):
-            backend = tables.backends.at(index, abi.Backend)
-            if backend.id and (address := backend.addr.ip()) is not None:
+        for index, (address, ident, service, port) in enumerate(_BEGINNINGS.iter_unpack(tables.backends.mem[:])):
+            if ident and index and address != _NOWHERE:
                 used.append(index)
-                key = BackendKey(address, socket.ntohs(backend.port))
-                self._left_backends.setdefault(backend.service, {})[key] = backend.id
+                self._left_backends.setdefault(service, {})[address + port] = ident
         self._backend_indexes = Indexes(tables.backends.limit, "backends", used)
         self._service_indexes = Indexes(tables.services.limit, "services", self._left.values())
         self.room = Room(tables.slots, abi.SLOTS_A_LINE)
-        words = []
-        for index in self._left.values():
-            line = tables.services.at(index, abi.Service)
-            words += [(w.first, w.count) for w in (line.inside, line.outside) if w.count]
         self.room.adopt(words)
         self._left_fronts = _by_service(tables.fronts.held)
         self._left_ranges = _by_service(tables.ranges.held)
@@ -143,11 +161,11 @@ class Program:
         for source in tables.sources.held:
             self._left_sources.setdefault(struct.unpack_from("!I", source, 4)[0], []).append(source)
 
-    def _begin(self, name: Name) -> Held:
+    def _begin(self, name: Name, wanted: Iterable[BackendKey]) -> Held:
         """What there is of a service, or a line for it. ResourceExhausted."""
         index = self._left.pop(line_name(name), 0)
         if index:
-            return self._found(index)
+            return self._found(index, wanted)
         index = self._service_indexes.take()
         try:
             self.tables.services.ensure(index + 1)
@@ -158,15 +176,19 @@ class Program:
         empty = Stretch(self.room)
         return Held(index, empty, empty)
 
-    def _found(self, index: int) -> Held:
-        """What an earlier process left in a line."""
+    def _found(self, index: int, wanted: Iterable[BackendKey] = ()) -> Held:
+        """What an earlier process left in a line. wanted: backends that it has most likely."""
         line = self.tables.services.at(index, abi.Service)
         inside = Stretch.read(self.room, line.inside)
         same = bytes(line.inside) == bytes(line.outside)
         held = Held(index, inside, inside if same else Stretch.read(self.room, line.outside))
-        held.backends = self._left_backends.pop(index, {})
-        for key in held.backends:
-            self.hints.add(key.address, abi.Hint.BACKEND)
+        left = self._left_backends.pop(index, {})
+        for raw in left:
+            self.hints.add(raw[:16], _OF_BACKEND)
+        for key in wanted:
+            if ident := left.pop(_raw(key), 0):
+                held.backends[key] = ident
+        held.backends.update((_key(raw), ident) for raw, ident in left.items())
         held.fronts = self._left_fronts.pop(index, {})
         held.ranges = self._left_ranges.pop(index, {})
         held.sources = frozenset(self._left_sources.pop(index, ()))
@@ -184,33 +206,52 @@ class Program:
     def state_of(self, name: Name, key: BackendKey) -> abi.BackendState:
         """A backend's state in the kernel, whoever wrote it; FREE if it is not there."""
         held = self.held.get(name)
-        known = held.backends if held is not None else self._left_backends.get(self._left.get(line_name(name), 0), {})
-        ident = known.get(key, 0)
+        if held is not None:
+            ident = held.backends.get(key, 0)
+        else:
+            ident = self._left_backends.get(self._left.get(line_name(name), 0), {}).get(_raw(key), 0)
         return abi.BackendState(
             self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend).state if ident else abi.BackendState.FREE
         )
+
+    def expect(self, services: int, backends: int, fronts: int) -> None:
+        """Have room for so many, where there may be as many: each time a table grows, all programs under way are waited for,
+        and many little steps would take as many waits.
+        """
+        tables = self.tables
+        for lines, count in ((tables.services, services), (tables.backends, backends)):
+            with contextlib.suppress(errors.ResourceExhausted):
+                lines.ensure(min(count + FIRST, lines.limit))
+        with contextlib.suppress(errors.ResourceExhausted):
+            tables.fronts.ensure(min(fronts, tables.fronts.limit))
+        with contextlib.suppress(errors.ResourceExhausted):
+            # As much as random choice takes; a Maglev table takes more.
+            places = backends + services * SMALLEST
+            tables.slots.ensure(min(places // abi.SLOTS_A_LINE + FIRST, tables.slots.limit))
 
     # ---- one service ----------------------------------------------------------------------------------------
     def apply(self, name: Name, plan: FamilyPlan, sources: tuple[IPNetwork, ...]) -> None:
         """Have the kernel do as planned. ResourceExhausted: part of it may be done, and is gone on with next time."""
         held = self.held.get(name)
         if held is None:
-            held = self.held[name] = self._begin(name)
+            held = self.held[name] = self._begin(name, plan.states)
         held.protos = frozenset(front.proto for front in plan.fronts)
+        local = plan.local
         for key, state in plan.states.items():
-            flags = abi.BackendFlag.LOCAL if key in plan.local else abi.BackendFlag(0)
-            self._backend(held, key, state, flags)
+            self._backend(held, key, state, _LOCAL if local and key in local else 0)
         self._stretches(held, plan)
         admitted = frozenset(bytes(abi.SourceKey.of(held.index, prefix)) for prefix in sources)
         self._admit(held, admitted)
         line = self.tables.services.at(held.index, abi.Service)
-        wanted = (int(plan.flags), plan.affinity_s, line_name(name))
+        wanted = (plan.flags.value, plan.affinity_s, line_name(name))
         if (line.flags, line.affinity_s, line.name) != wanted:
             line.flags, line.affinity_s, line.name = wanted
             self.writes += 1
         self._expel(held, admitted)
         self._fronts(held, plan)
-        self._forget_backends(name, held, held.backends.keys() - plan.states.keys())
+        # All that are wanted are held by now.
+        if len(held.backends) > len(plan.states):
+            self._forget_backends(name, held, held.backends.keys() - plan.states.keys())
 
     def remove(self, name: Name) -> bool:
         """Take a service away; whether it was there."""
@@ -254,20 +295,20 @@ class Program:
         stretch.set((), False, lambda _: None)
 
     # ---- backends -------------------------------------------------------------------------------------------
-    def _backend(self, held: Held, key: BackendKey, state: abi.BackendState, flags: abi.BackendFlag) -> None:
+    def _backend(self, held: Held, key: BackendKey, state: abi.BackendState, flags: int) -> None:
         ident = held.backends.get(key)
         if ident is None:
             self._new_backend(held, key, state, flags)
             return
-        line = self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend)
-        wanted = (line.flags & abi.BackendFlag.TX) | flags
-        if line.state != state or line.flags != wanted:
+        at = (ident & abi.BACKEND_INDEX) * abi.LINE + _STATE
+        was, before = _STATE_FLAGS.unpack_from(self.tables.backends.mem, at)
+        wanted = before & _TX | flags
+        if was != state or before != wanted:
+            line = self.tables.backends.at(ident & abi.BACKEND_INDEX, abi.Backend)
             line.state, line.flags = state, wanted
             self.writes += 1
 
-    def _new_backend(
-        self, held: Held, key: BackendKey, state: abi.BackendState, flags: abi.BackendFlag
-    ) -> None:
+    def _new_backend(self, held: Held, key: BackendKey, state: abi.BackendState, flags: int) -> None:
         index = self._backend_indexes.take()
         lines = self.tables.backends
         try:
@@ -277,8 +318,8 @@ class Program:
             raise
         at = index * abi.LINE
         ident = next_id(index, struct.unpack_from("=Q", lines.mem, at + _LAST_ID)[0])
-        self.hints.add(key.address, abi.Hint.BACKEND)
         address, port = addr_bytes(key.address), socket.htons(key.port)
+        self.hints.add(address, _OF_BACKEND)
         _BACKEND.pack_into(
             lines.mem, at, address, ident, held.index, port, state, flags, 0, bytes(6), 0, ident
         )
@@ -289,7 +330,7 @@ class Program:
         for key in list(gone):
             ident = held.backends.pop(key)
             self._free(ident)
-            self._resting.append((time.monotonic() + BACKEND_HINT_REST_S, key.address))
+            self._resting.append((time.monotonic() + BACKEND_HINT_REST_S, addr_bytes(key.address)))
             self._removed(RemovedBackend(name[0], key.address, key.port, held.protos, ident))
 
     def _free(self, ident: int) -> None:
@@ -336,7 +377,9 @@ class Program:
         self._set(held, held.inside, plan.inside, ("inside",))
 
     def _set(self, held: Held, stretch: Stretch, wanted: Wanted, words: tuple[str, ...]) -> None:
-        ids = [held.backends[key] for key in wanted.slots]
+        ids = [held.backends[key] for key in wanted.members]
+        if wanted.order:
+            ids = [ids[index] for index in wanted.order]
         stretch.set(ids, wanted.ordered, lambda word: self._word(held, words, word))
 
     def _word(self, held: Held, words: tuple[str, ...], word: abi.Stretch) -> None:
@@ -350,14 +393,15 @@ class Program:
     def _fronts(self, held: Held, plan: FamilyPlan) -> None:
         exact: dict[bytes, bytes] = {}
         ranges: dict[bytes, bytes] = {}
-        vips: dict[tuple[IPAddress, abi.Hint], None] = {}
+        vips: dict[tuple[bytes, int], None] = {}
         for front in plan.fronts:
-            value = bytes(abi.Front(service=held.index, first=front.port, flags=_front_flags(front)))
-            vips[front.address, abi.Hint.VIP] = None
+            value = abi.front(held.index, front.port, _front_flags(front))
+            address = addr_bytes(front.address)
+            vips[address, _VIP] = None
             if front.port == front.port_last:
-                exact[bytes(abi.FrontKey.of(front.address, front.port, front.proto))] = value
+                exact[abi.front_key(front.address, front.port, front.proto)] = value
             else:
-                vips[front.address, abi.Hint.RANGE] = None
+                vips[address, _RANGE] = None
                 ranges.update(
                     dict.fromkeys(range_keys(front.address, front.proto, front.port, front.port_last), value)
                 )
@@ -404,20 +448,20 @@ class Program:
         mark = bytes(abi.Front(flags=abi.FrontFlag.NODE))
         wanted = {bytes(abi.FrontKey.of(address, 0, 0)): mark for address in addresses}
         for address in addresses - self._addresses:
-            self.hints.add(address, abi.Hint.NODE)
+            self.hints.add(addr_bytes(address), abi.Hint.NODE)
         self.tables.fronts.put_many(wanted)
         for key, value in list(self.tables.fronts.held.items()):
             if value == mark and key not in wanted:
                 self.tables.fronts.drop(key)
         for address in self._addresses - addresses:
-            self.hints.remove(address, abi.Hint.NODE)
+            self.hints.remove(addr_bytes(address), abi.Hint.NODE)
         self._addresses = addresses
 
     def rest(self) -> None:
         """What is done once in a while: hints of backends that left long ago."""
         now = time.monotonic()
         while self._resting and self._resting[0][0] <= now:
-            self.hints.remove(self._resting.popleft()[1], abi.Hint.BACKEND)
+            self.hints.remove(self._resting.popleft()[1], _OF_BACKEND)
 
     def damaged(self, name: Name, held: Held) -> bool:
         """Whether somebody else has written into a service's lines."""
@@ -431,12 +475,11 @@ class Program:
             there = struct.unpack_from(f"={count}I", self.tables.slots.mem, stretch.first * 4)
             if list(there) != stretch.ids:
                 return True
-        lines = self.tables.backends
+        lines = self.tables.backends.mem
         for key, ident in held.backends.items():
-            backend = lines.at(ident & abi.BACKEND_INDEX, abi.Backend)
-            if backend.id != ident or backend.service != held.index or backend.port != socket.htons(key.port):
-                return True
-            if bytes(backend.addr) != addr_bytes(key.address):
+            due = _BEGINNING.pack(addr_bytes(key.address), ident, held.index, socket.htons(key.port))
+            at = (ident & abi.BACKEND_INDEX) * abi.LINE
+            if lines[at : at + len(due)] != due:
                 return True
         return False
 

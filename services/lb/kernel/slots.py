@@ -47,6 +47,8 @@ class Stretch:
 
         ResourceExhausted: nothing has changed.
         """
+        if ids and self.ids == ids:
+            return
         if room_for(len(ids)) != self._size if ids else True:
             self._move(ids, publish)
         elif ordered:
@@ -75,11 +77,10 @@ class Stretch:
         if len(ids) != len(self.ids):
             self._move(ids, publish)
             return
-        if self.ids != ids:
-            for at, (old, new) in enumerate(zip(self.ids, ids, strict=True)):
-                if old != new:
-                    self._store(at, new)
-            self.ids = list(ids)
+        for at, (old, new) in enumerate(zip(self.ids, ids, strict=True)):
+            if old != new:
+                self._store(at, new)
+        self.ids = list(ids)
 
     def _exchange(self, ids: Sequence[int], publish: Callable[[abi.Stretch], None]) -> None:
         """A list: who is new takes the place of who is gone; then the last one fills the hole, or more are added."""

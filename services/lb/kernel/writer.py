@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -33,6 +34,8 @@ from services.lb.plan import Defaults, FamilyPlan, Verdict, plan
 log = logging.getLogger(__name__)
 
 STEP_S: Final = 0.008
+MANY: Final = 256
+"""Services to be done at which tables are made as large as all need."""
 RESYNC_S: Final = 60.0
 REST_S: Final = 5.0
 
@@ -107,7 +110,8 @@ class Plane:
         self.flows: Flows | None = None
         self._plans: dict[str, dict[int, FamilyPlan]] = {}
         self._problems: dict[str, str] = {}
-        self._dirty: dict[str, None] = {}
+        # In a dict the first one is looked for behind all that have been taken out.
+        self._dirty: OrderedDict[str, None] = OrderedDict()
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
         self._pruned = False
@@ -335,10 +339,11 @@ class Plane:
             self._news.clear()
             if self.program is None:
                 continue
+            if len(self._dirty) > MANY:
+                self._expect()
             until = time.monotonic() + STEP_S
             while self._dirty:
-                name = next(iter(self._dirty))
-                del self._dirty[name]
+                name, _ = self._dirty.popitem(last=False)
                 self._do(name)
                 if time.monotonic() >= until:
                     self._tell_removed()
@@ -347,6 +352,14 @@ class Plane:
             self._tell_removed()
             self._prune()
             self._idle.set()
+
+    def _expect(self) -> None:
+        """Much is about to be written."""
+        assert self.program is not None
+        specs, backends = self._services.specs, self._services.backends
+        fronts = [spec.frontends for spec in specs.values()]
+        families = sum(len({front.address.version for front in each}) for each in fronts)
+        self.program.expect(families, sum(map(len, backends.values())), sum(map(len, fronts)))
 
     def _do(self, name: str) -> None:
         assert self.program is not None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fibril.lb.v1 import lb_pb2 as pb
 from services.common.errors import InvalidArgument
-from services.lb import convert
+from services.lb import convert, fields, keys
 from services.lb.abi import BackendState
 from services.lb.claims import BLOCK, Claim, Claims, Place, wanted
 from services.lb.model import (
@@ -249,6 +249,34 @@ def test_what_is_wrong_is_named(spoil: Callable[[pb.Service], Any], field: str) 
         convert.service(message)
     assert caught.value.field == field
     assert caught.value.fix
+
+
+ANYTHING = st.integers(0, 2**32 - 1).map(lambda number: str(IPv4Address(number)))
+EDGES = ("0.0.0.0", "0.0.0.1", "127.0.0.1", "169.254.42.1", "223.255.255.255", "224.0.0.1", "255.255.255.255", "10.0.0.01",
+         "10.0.0", "010.0.0.1", "10.0.0.1 ", "10.0.0.1\0", "1e1.0.0.1", "10.0.0.256", "\u0661.0.0.1", "", "fd00::1",
+         "::1")  # fmt: skip
+
+
+@given(st.one_of(ANYTHING, st.sampled_from(EDGES)))
+def test_an_address_is_taken_or_refused_alike_by_the_short_way(text: str) -> None:
+    try:
+        wanted = fields._checked(text, "x")
+    except InvalidArgument as refusal:
+        with pytest.raises(InvalidArgument) as caught:
+            fields.address(text, "x")
+        assert str(caught.value) == str(refusal)
+    else:
+        assert fields.address(text, "x") == wanted
+
+
+def test_a_backends_key_and_value_belong_together() -> None:
+    made = Backend(BackendKey(ip_address("fd00::1"), 80), weight=3, node="n")
+    value = keys.encode_backend(made)
+    assert keys.read_backend("backends/shop%2Fweb/fd00::1:80", value) == ("shop/web", made)
+    for wrong in ("backends/shop%2Fweb/fd00::1:81", "backends/shop%2Fweb/fd00:0::1:80", "backends/shop%2fweb/fd00::1:80",
+                  "backends/shop/web/fd00::1:80", "fd00::1:80"):  # fmt: skip
+        with pytest.raises(ValueError):
+            keys.read_backend(wrong, value)
 
 
 def test_ports_of_different_nodes_do_not_meet() -> None:
