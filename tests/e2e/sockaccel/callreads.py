@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 from typing import Any
@@ -277,6 +279,22 @@ def signal_while_reading(w: socket.socket, r: socket.socket) -> Any:
 
 
 @case
+def told_by_a_signal(w: socket.socket, r: socket.socket) -> Any:
+    """O_ASYNC: the process gets one when there is something to read."""
+    process = os.fork()
+    if not process:
+        with contextlib.suppress(BaseException):
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGIO])
+            fcntl.fcntl(r, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+            w.sendall(b"abc")
+            told = signal.sigtimedwait([signal.SIGIO], 2)
+            os._exit(0 if told and r.recv(9) == b"abc" else 1)
+        os._exit(2)
+    return os.waitpid(process, 0)[1]
+
+
+@case
 def room_to_write_while_reading(w: socket.socket, r: socket.socket) -> Any:
     """One thread reads, another writes until it must wait."""
     with beside(lambda: w.recv(9)) as found:
@@ -336,6 +354,19 @@ def passed_to_another(w: socket.socket, r: socket.socket) -> Any:
     for each in (here, there, passed):
         each.close()
     return [*found, got(w)]
+
+
+@case
+def standard_input_of_a_program(w: socket.socket, r: socket.socket) -> Any:
+    """As inetd hands it on."""
+    with subprocess.Popen(["cat"], stdin=r.fileno(), stdout=r.fileno()):
+        r.close()
+        found = []
+        for number in range(20):
+            w.sendall(b"%02d" % number)
+            found.append(exactly(w, 2).decode())
+        w.shutdown(socket.SHUT_WR)
+        return [found, got(w)]
 
 
 @case

@@ -47,6 +47,14 @@ def bad_address_to_write_from(w: socket.socket, r: socket.socket) -> Any:
 
 
 @case
+def to_an_address(w: socket.socket, r: socket.socket) -> Any:
+    """Of a connected socket, where it means nothing, or (MSG_FASTOPEN) that it is to be connected."""
+    sent = [tell(lambda flags=flags: w.sendto(b"abc", flags, w.getpeername())) for flags in (0, 0x20000000)]  # type: ignore[misc]
+    time.sleep(PAUSE_S)
+    return [sent, got(r)]
+
+
+@case
 def sendfile(w: socket.socket, r: socket.socket) -> Any:
     file = os.memfd_create("words")
     whole = pattern(20_000)

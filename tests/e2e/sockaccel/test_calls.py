@@ -43,6 +43,7 @@ DIFFERENCES: dict[str, Any] = {
     "inq": [],
     "timestamps": 0,
     "bad_address_to_write_from": [0, None, "abc"],
+    "to_an_address": [[3, 3], "abcabc"],
 }
 ENDS = {
     "waitall_of_what_is_there": abi.EndReason.READS,
