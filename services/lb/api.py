@@ -47,6 +47,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
         spec, backends = convert.service(request.service)
         self._require_synced()
         done = await self._store.upsert(spec, backends, request.service.revision)
+        await self._store.settle()
         message = convert.to_proto(spec, backends, revision=done.revision)
         return pb.UpsertServiceResponse(service=message, created=done.created)
 
@@ -54,6 +55,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
         self, request: pb.DeleteServiceRequest, context: object
     ) -> pb.DeleteServiceResponse:
         await self._store.delete(fields.name(request.name, "name"))
+        await self._store.settle()
         return pb.DeleteServiceResponse()
 
     async def GetService(self, request: pb.GetServiceRequest, context: object) -> pb.GetServiceResponse:
@@ -105,6 +107,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
             convert.check_backends(spec, backends.values(), "backends")
 
         added, changed = await self._store.add_backends(name, backends, check)
+        await self._store.settle()
         return pb.AddBackendsResponse(added=added, changed=changed)
 
     async def RemoveBackends(
@@ -112,7 +115,9 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
     ) -> pb.RemoveBackendsResponse:
         name = fields.name(request.service, "service")
         gone = convert.keys(request.backends, "backends")
-        return pb.RemoveBackendsResponse(removed=await self._store.remove_backends(name, gone))
+        removed = await self._store.remove_backends(name, gone)
+        await self._store.settle()
+        return pb.RemoveBackendsResponse(removed=removed)
 
     async def SetBackendState(
         self, request: pb.SetBackendStateRequest, context: object
@@ -121,7 +126,9 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
         wanted = convert.keys(request.backends, "backends")
         state = convert.state(request.state, "state", BackendState.ACTIVE)
         self._require_synced()
-        return pb.SetBackendStateResponse(changed=await self._store.set_state(name, wanted, state))
+        changed = await self._store.set_state(name, wanted, state)
+        await self._store.settle()
+        return pb.SetBackendStateResponse(changed=changed)
 
     async def ImportServices(
         self, request_iterator: AsyncIterator[pb.ImportServicesRequest], context: object
@@ -149,6 +156,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
             total.created += created
             total.changed += changed
             total.unchanged += unchanged
+        await self._store.settle()
         return total
 
     async def TraceService(self, request: pb.TraceServiceRequest, context: object) -> pb.TraceServiceResponse:

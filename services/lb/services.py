@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from services.common.errors import FibrilError
 from services.common.etcd.client import EtcdClient, KeyValue
+from services.common.etcd.seen import Seen
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
 from services.common.keeping import keeping
@@ -46,6 +47,7 @@ class Services:
         """Set when all there is has been read once; nobody is told of anything before."""
         self.feed: Feed[str] = Feed(lambda: list(self.specs), HISTORY)
         """Names. `tell` says that the way a service is served here has changed."""
+        self.seen = Seen()
         self._callbacks: list[Callback] = []
         self._unusable: dict[str, str] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,14 +92,21 @@ class Services:
                         await self._take_all(kvs)
                     case Put(key, value, revision):
                         self._changed(*self._put(key.removeprefix(self._root), value, revision))
+                        self.seen.reach(revision)
                     case Delete(key, revision):
                         self._changed(*self._delete(key.removeprefix(self._root), revision))
-                    case Synced() if not self.synced.is_set():
-                        self.synced.set()
-                        for names in _turns(list(self.specs)):
-                            for name in names:
-                                self._call_back(name, None)
-                            await asyncio.sleep(0)
+                        self.seen.reach(revision)
+                    case Synced(revision):
+                        self.seen.reach(revision)
+                        if not self.synced.is_set():
+                            await self._begin()
+
+    async def _begin(self) -> None:
+        self.synced.set()
+        for names in _turns(list(self.specs)):
+            for name in names:
+                self._call_back(name, None)
+            await asyncio.sleep(0)
 
     async def _take_all(self, kvs: Sequence[KeyValue]) -> None:
         """What there is at first. Hundreds of thousands of keys take seconds: others must have their turns."""
@@ -109,6 +118,7 @@ class Services:
 
     def _replaced(self) -> None:
         """What follows is another etcd's, with revisions of its own."""
+        self.seen.restart()
         self._backend_revisions.clear()
         self.revisions = dict.fromkeys(self.revisions, 0)
 

@@ -37,6 +37,12 @@ class Store:
         self._reader = Reader(etcd, cluster)
         self._upserts = Upserts(etcd, self._reader)
         self._services = services
+        self._written = 0
+
+    async def settle(self) -> None:
+        """Wait until what was written here is known here too (Services), so that who asks next is told of it."""
+        if self._services.synced.is_set():
+            await self._services.seen.wait(self._written)
 
     # ---- services -------------------------------------------------------------------------------------------
     async def upsert(self, spec: Spec, backends: Backends, revision: int = 0) -> Upserted:
@@ -45,7 +51,9 @@ class Store:
         AlreadyExists names the service that has one of the frontends; FailedPrecondition: another revision; Aborted: too
         many others change the same.
         """
-        return await self._upserts.upsert(spec, backends, revision)
+        done = await self._upserts.upsert(spec, backends, revision)
+        self._wrote(done.revision)
+        return done
 
     async def upsert_many(self, services: Iterable[tuple[Spec, Backends]]) -> tuple[int, int, int]:
         """Upsert all; how many were created, changed, unchanged. When one is refused, others may have been written."""
@@ -55,6 +63,7 @@ class Store:
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+            self._wrote(result.revision)
             counts[0 if result.created else 1 if result.changed else 2] += 1
         return counts[0], counts[1], counts[2]
 
@@ -75,8 +84,9 @@ class Store:
                 elif revision:
                     gone.append(reader.vip(place))
             below = [reader.backends(name)]
-            if await self._etcd.transact(expect, put=put, delete=gone, delete_below=below) is not None:
-                return
+            done = await self._etcd.transact(expect, put=put, delete=gone, delete_below=below)
+            if done is not None:
+                return self._wrote(done)
 
     # ---- backends -------------------------------------------------------------------------------------------
     async def add_backends(
@@ -168,7 +178,12 @@ class Store:
         done = await self._etcd.transact(
             expect, put=values, delete=[reader.backend(name, key) for key in gone]
         )
+        if done is not None:
+            self._wrote(done)
         return done is not None
+
+    def _wrote(self, revision: int) -> None:
+        self._written = max(self._written, revision)
 
 
 async def _attempts(name: str) -> AsyncIterator[int]:

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from fibril.policy.v1 import policy_pb2 as pb
 from services.common.errors import Aborted, FailedPrecondition, FibrilError, NotFound, ResourceExhausted
 from services.common.etcd.client import EtcdClient
+from services.common.etcd.seen import Seen
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
 from services.common.feed import Feed
 from services.policy import convert
@@ -63,11 +64,12 @@ class Store:
         self.synced = asyncio.Event()
         self.feed: Feed[PolicyKey] = Feed(lambda: list(self.policies))
         self._unusable: dict[str, str] = {}
+        self._seen = Seen()
 
     # ---- following ------------------------------------------------------------------------------------------
     async def run(self) -> None:
         """Until cancelled."""
-        async with aclosing(watch_prefix(self._etcd, self._root)) as events:
+        async with aclosing(watch_prefix(self._etcd, self._root, self._seen.restart)) as events:
             async for event in events:
                 match event:
                     case Snapshot(kvs, revision):
@@ -75,16 +77,25 @@ class Store:
                             self._put(kv.key.removeprefix(self._root), kv.value, kv.mod_revision)
                             if count % 64 == 63:
                                 await asyncio.sleep(0)
-                        self._told(revision)
+                        self._reached(revision)
                     case Put(key, value, revision):
                         self._put(key.removeprefix(self._root), value, revision)
-                        self._told(revision)
+                        self._reached(revision)
                     case Delete(key, revision):
                         self._delete(key.removeprefix(self._root))
-                        self._told(revision)
+                        self._reached(revision)
                     case Synced(revision):
-                        self._told(revision)
+                        self._reached(revision)
                         self.synced.set()
+
+    def _reached(self, revision: int) -> None:
+        self._told(revision)
+        self._seen.reach(revision)
+
+    async def _settle(self, revision: int) -> None:
+        """Wait until what was written is known here too, so that who asks next is told of it."""
+        if self.synced.is_set():
+            await self._seen.wait(revision)
 
     def _put(self, text: str, value: bytes, revision: int) -> None:
         self._unusable.pop(text, None)
@@ -147,10 +158,12 @@ class Store:
                 if text not in there or there[text].value != value
             }
             if not put:
+                await self._settle(max((kv.mod_revision for kv in listing.kvs), default=0))
                 return result, listing.revision
             expect = {key: there[text].mod_revision if (text := key.removeprefix(self._root)) in there else 0 for key in put}
             done = await self._etcd.transact(expect, put=put)
             if done is not None:
+                await self._settle(done)
                 return result, done
         raise Aborted("others keep changing the same policies", fix="try again")
 
@@ -178,6 +191,7 @@ class Store:
                     raise NotFound(f"there is no {key}", field=f"keys[{at}]", fix="see: fibril policy ls")
             done = await self._etcd.transact(there, delete=list(there))
             if done is not None:
+                await self._settle(done)
                 return done
         raise Aborted("others keep changing the same policies", fix="try again")
 

@@ -34,6 +34,9 @@ class LbServiceStub:
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     def __init__(self, channel):
@@ -108,6 +111,9 @@ class LbServiceServicer:
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     def UpsertService(self, request, context):
@@ -263,6 +269,9 @@ class LbService:
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     @staticmethod

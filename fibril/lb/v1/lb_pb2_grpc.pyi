@@ -35,6 +35,9 @@ class LbServiceStub:
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     @_typing.overload
@@ -76,6 +79,9 @@ class LbServiceAsyncStub(LbServiceStub):
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -113,6 +119,9 @@ class LbServiceServicer(metaclass=_abc_1.ABCMeta):
     but for two cases. When the connection to etcd broke under way it is not known whether the change was made; and a call that
     changes more than 120 backends is made in steps, so when etcd goes away in between, what was written stays (a new service is
     not there before the last step). Either call can be made again.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
+    Whether the kernel serves it is in the service's status; other nodes follow by themselves.
     """
 
     @_abc_1.abstractmethod

@@ -43,6 +43,8 @@ class PolicyServiceStub:
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     def __init__(self, channel):
@@ -141,6 +143,8 @@ class PolicyServiceServicer:
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     def UpsertPolicies(self, request, context):
@@ -341,6 +345,8 @@ class PolicyService:
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     @staticmethod

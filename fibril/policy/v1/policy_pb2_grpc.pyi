@@ -44,6 +44,8 @@ class PolicyServiceStub:
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     @_typing.overload
@@ -100,6 +102,8 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -152,6 +156,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     Errors: INVALID_ARGUMENT names the field, or document and path within it; NOT_FOUND; FAILED_PRECONDITION when another revision was
     expected; RESOURCE_EXHAUSTED when a policy cannot fit (count and limit); UNAVAILABLE while etcd is needed and away. A call that
     fails has changed nothing.
+
+    A change is answered when etcd has it and this node knows it (or etcd has not told it for 2 s): who asks this node next reads it.
     """
 
     @_abc_1.abstractmethod

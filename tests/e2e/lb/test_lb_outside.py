@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import grpc
 import pytest
 
 from fibril.lb.v1 import lb_pb2 as pb
@@ -123,11 +122,7 @@ def declare(
     )
 
     def ready() -> bool:
-        try:
-            found = service.GetService(pb.GetServiceRequest(name=f"default/outside{family}")).service
-        except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.NOT_FOUND, error
-            return False  # etcd has it, and has not told yet
+        found = service.GetService(pb.GetServiceRequest(name=f"default/outside{family}")).service
         return found.status.programmed and found.status.outside == len(backends)
 
     wait_for(ready, "the service in the kernel")
