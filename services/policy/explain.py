@@ -91,7 +91,7 @@ class Explainer:
     """Used from one event loop."""
 
     def __init__(self, enforcer: Enforcer, allow_local_host: bool) -> None:
-        self._enforcer, self._allow_local_host = enforcer, allow_local_host
+        self._enforcer, self.allow_local_host = enforcer, allow_local_host
 
     @property
     def world(self) -> World:
@@ -153,10 +153,6 @@ class Explainer:
         return Who(identity, labels, address, node=node)
 
     # ---- rules ----------------------------------------------------------------------------------------------
-    def is_local_host(self, direction: Direction, peer: int) -> bool:
-        """Whether it is this node's host that comes to one of its own pods, which no policy is asked about."""
-        return self._allow_local_host and direction is Direction.INGRESS and peer == Reserved.HOST
-
     def decide(
         self,
         direction: Direction,
@@ -169,7 +165,7 @@ class Explainer:
         """What policies say of a connection in one direction. policies: instead of those there are."""
         if protocol in (ICMP, ICMPV6) and port > 255:
             raise InvalidArgument(f"{port} is no type of ICMP", field="port", fix="give 0 to 255")
-        if self.is_local_host(direction, peer.identity):
+        if direction is Direction.INGRESS and peer.identity == Reserved.HOST and self.allow_local_host:
             return Found(direction, True, True, None, (), local_host=True)
         rules = self._selecting(subject, direction, self._enforcer.policies.values() if policies is None else policies)
         matching = tuple(each for each in rules if self._matches(each.rule, subject, peer, protocol, port))
