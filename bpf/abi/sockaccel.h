@@ -25,6 +25,7 @@
 #define SA_OPENING_MAX 16384
 #define SA_SPACES_MAX 65536
 #define SA_SPLICERS_MAX 4096
+#define SA_BLOCKING_MAX 16384
 #define SA_MESSAGE 256      /* what a send that waits unread counts for besides its bytes: the kernel keeps some 1000 bytes for each */
 #define SA_WAITS (1U << 31)
 #define SA_MESSAGES_MAX 256 /* so many may wait, whatever their size */
@@ -222,6 +223,9 @@ FIB_MAP("hash", __u64, __u32, sa_groups, 4096, BPF_F_NO_PREALLOC);
 FIB_MAP("hash", struct fib_addr, __u32, sa_hosts, 4096, BPF_F_NO_PREALLOC);
 /* Pairs (client's cookie) that are switched off. */
 FIB_MAP("hash", __u64, __u32, sa_off, 65536, BPF_F_NO_PREALLOC);
+/* Servers that wait in recv() (network namespace cookie << 16 | port), until somebody listens there anew: no pair is made for them where nobody is
+ * to wait. */
+FIB_MAP("lru_hash", __u64, __u32, sa_blocking, SA_BLOCKING_MAX, 0);
 /* Processes (thread group id) that read otherwise than by recv() and read(): nothing is handed to them. */
 FIB_MAP("lru_hash", __u32, __u32, sa_splicers, SA_SPLICERS_MAX, 0);
 /* Programs whose processes have: their next are known before they read. */

@@ -66,10 +66,16 @@ static __always_inline bool sa_is_known_to_splice(const struct sa_end *end)
 	       sa_programs.lookup(&program);
 }
 
-/* Whether nobody may wait in recv() at the ends of a pair: what wakes him without data, a signal, gives EAGAIN there. */
-static __always_inline bool sa_must_not_wait(const struct sa_pair *pair, const struct sa_config *config)
+/* Whether nobody may wait in recv() at the ends of pairs of a class: what wakes him without data, a signal, gives EAGAIN there. */
+static __always_inline bool sa_must_not_wait(__u32 class, const struct sa_config *config)
 {
-	return config->flags & SA_CFG_NONBLOCKING && config->nonblocking & 1U << (pair->class & 31);
+	return config->flags & SA_CFG_NONBLOCKING && config->nonblocking & 1U << (class & 31);
+}
+
+/* Servers that wait are known by where they listen, so that their next connections are no candidates. */
+static __always_inline __u64 sa_listener(__u64 netns, __u32 port)
+{
+	return netns << 16 | port;
 }
 
 /* Whether calls at a socket wait unless they say otherwise. */
@@ -83,12 +89,12 @@ static __always_inline bool sa_is_blocking(const struct sa_end *end)
 /* (sk, length, flags). A peek is fine. */
 int fib_sa_recv(__u64 *ctx)
 {
-	__u32 special, process, reader, zero = 0;
+	__u32 special, process, reader, zero = 0, one = 1;
 	struct sa_config *config;
 	struct sa_mine *mine;
 	struct sa_pair *pair;
+	__u64 task, listener;
 	struct sa_end *me;
-	__u64 task;
 
 	/* Before any call: this is behind each recv() of the machine. */
 	if (likely(sa_is_plain(ctx[0])))
@@ -111,7 +117,13 @@ int fib_sa_recv(__u64 *ctx)
 			me->stuck = SA_DOUBT;
 	}
 	config = sa_config.lookup(&zero);
-	if (special || sa_splicers.lookup(&process) || (reader & SA_WAITS && config && sa_must_not_wait(pair, config))) {
+	if (reader & SA_WAITS && config && sa_must_not_wait(pair->class, config)) {
+		sa_finish(pair, SA_READS);
+		if (mine->side) {
+			listener = sa_listener(me->netns, me->port);
+			sa_blocking.update(&listener, &one);
+		}
+	} else if (special || sa_splicers.lookup(&process)) {
 		sa_finish(pair, SA_READS);
 	} else if (!me->reads && sa_is_known_to_splice(me)) {
 		sa_note_splicer();

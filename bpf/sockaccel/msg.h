@@ -178,7 +178,7 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 		return true;
 	}
 	/* Who sends before he has read will read as his socket says: so he is left alone before he waits. */
-	if (sa_must_not_wait(pair, config) &&
+	if (sa_must_not_wait(pair->class, config) &&
 	    ((me->reader | other->reader) & SA_WAITS || (!me->reads && sa_is_blocking(me)))) {
 		sa_finish(pair, SA_READS);
 		return false;

@@ -221,6 +221,7 @@ static __always_inline void sa_accepted(struct bpf_sock_ops *ctx, const struct s
 	struct sa_mine mine = { .side = 1 };
 	struct sa_pair *opening, *pair;
 	bool redirected;
+	__u64 listener;
 	struct bpf_sock *sk;
 	void *tcp;
 	__u32 class;
@@ -249,6 +250,9 @@ static __always_inline void sa_accepted(struct bpf_sock_ops *ctx, const struct s
 	redirected = me.port != opening->ends[1].port || !fib_addr_same(&me.addr, &opening->ends[1].addr) ||
 		     (opening->ends[0].netns == netns && sa_is_transparent(&me));
 	class = sa_class_of(config, opening, space, &me, redirected);
+	listener = sa_listener(netns, me.port);
+	if (class < SA_CLASSES && sa_must_not_wait(class, config) && sa_blocking.lookup(&listener))
+		class = SA_CLASSES;
 	if (class < SA_CLASSES) {
 		mine.pair = opening->ends[0].cookie;
 		me.cookie = sa_cookie_of(ctx);
@@ -334,7 +338,7 @@ int fib_sa_ops(struct bpf_sock_ops *ctx)
 	__u32 op = ctx->op, zero = 0;
 	struct sa_config *config;
 	struct sa_space *space;
-	__u64 netns;
+	__u64 netns, listener;
 
 	if (op == BPF_SOCK_OPS_RTT_CB) {
 		sa_settle(ctx);
@@ -358,8 +362,11 @@ int fib_sa_ops(struct bpf_sock_ops *ctx)
 		sa_connected(ctx, config, space, netns);
 	} else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB) {
 		sa_accepted(ctx, config, space, netns);
-	} else if (space->server & config->proxies && (sa_is_proxy_port(ctx->local_port) || sa_is_proxy_uid(sa_uid_of(ctx)))) {
-		space->flags |= SA_SPACE_PROXIED;
+	} else {
+		listener = sa_listener(netns, ctx->local_port);
+		sa_blocking.delete(&listener);
+		if (space->server & config->proxies && (sa_is_proxy_port(ctx->local_port) || sa_is_proxy_uid(sa_uid_of(ctx))))
+			space->flags |= SA_SPACE_PROXIED;
 	}
 	return 1;
 }

@@ -13,7 +13,7 @@ MAPS: Final = {
     name: f"{FAMILY}/{name}"
     for name in (
         "sa_socks", "sa_pairs", "sa_mine", "sa_opening", "sa_config", "sa_spaces", "sa_ports", "sa_uids", "sa_groups",
-        "sa_hosts", "sa_off", "sa_splicers", "sa_programs", "sa_splicing", "sa_stats", "sa_events",
+        "sa_hosts", "sa_off", "sa_blocking", "sa_splicers", "sa_programs", "sa_splicing", "sa_stats", "sa_events",
     )
 }  # fmt: skip
 """Map -> pin path below an instance's pin directory."""

@@ -257,6 +257,34 @@ def test_nobody_gives_up_waiting_where_nobody_is_to_wait(rig: Rig, caller: Proce
     assert caller.give(f"run({name!r}, {w}, {r})") == plain != DIFFERENCES[name]
 
 
+def test_a_server_that_waits_is_a_candidate_once(rig: Rig, caller: Process) -> None:
+    """Where nobody is to wait; until somebody listens there anew."""
+    rig.write(nonblocking=1)
+    caller.do("""
+def serve(port):
+    global l
+    l = socket.socket(); l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    l.bind(("127.0.0.1", port)); l.listen()
+    return l.getsockname()[1]
+def asked(waits):
+    c = socket.create_connection(l.getsockname(), 5); d, _ = l.accept(); d.setblocking(waits)
+    for _ in range(20):
+        for one, other in ((c, d), (d, c)):
+            one.sendall(b"word")
+            assert ready(other) and other.recv(9) == b"word"
+    c.close(); d.close()
+""")
+    port = caller.give("serve(0)")
+    made = rig.stat(abi.Stat.PAIRS)
+    for _ in range(3):
+        caller.give("asked(True)")
+        assert rig.stat(abi.Stat.PAIRS) == made + 1
+    caller.give("asked(False)")
+    assert rig.stat(abi.Stat.PAIRS) == made + 1
+    caller.do(f"l.close(); serve({port}); asked(False)")
+    assert rig.stat(abi.Stat.PAIRS) == made + 2 and rig.stat(abi.Stat.SHORTENED)
+
+
 @pytest.mark.parametrize("calls", ["setblocking", "MSG_DONTWAIT"])
 def test_who_does_not_wait_is_shortened_where_nobody_is_to_wait(rig: Rig, caller: Process, calls: str) -> None:
     """Until somebody does, or is to: then all goes by TCP."""
