@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,20 +21,11 @@ from typing import Any, NamedTuple
 import grpc
 from aetcd import rpc
 
-from services.common.errors import (
-    Aborted,
-    FibrilError,
-    InvalidArgument,
-    NotFound,
-    ResourceExhausted,
-    Unavailable,
-    by_code,
-)
-from services.common.etcd.endpoint import Endpoint, EtcdTls, endpoints
+from services.common.errors import InvalidArgument, NotFound
+from services.common.etcd.endpoint import Endpoint, EtcdTls
+from services.common.etcd.members import CallFailed, Compacted, Members
 
 __all__ = ["Compacted", "EtcdClient", "EtcdTls", "KeyValue", "Listing"]
-
-log = logging.getLogger(__name__)
 
 # etcd's own default of --max-txn-ops.
 TXN_OPS_MAX = 128
@@ -45,21 +34,6 @@ TXN_OPS_MAX = 128
 _PAGE, _PAGE_BYTES, _PAGE_MAX = 2000, 2 << 20, 16_000
 # Keys that are taken from a page before others have their turn.
 _TURN = 2000
-# UNKNOWN is what etcd lets through when it has no quorum or is about to end ("context deadline exceeded",
-# "raft: stopped"); every refusal has a code of its own.
-_TRANSIENT = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.UNKNOWN,
-}
-
-
-_OF_NOW = (rpc.RangeResponse, rpc.PutResponse, rpc.DeleteRangeResponse, rpc.TxnResponse)
-
-
-class Compacted(Aborted):
-    """The revision asked for is no longer kept; list again."""
 
 
 class KeyValue(NamedTuple):
@@ -92,14 +66,7 @@ class EtcdClient:
 
         timeout_s: the most any call takes. Raises InvalidArgument for a malformed URL; connects to nothing.
         """
-        self._endpoints = endpoints(urls, tls)
-        self._timeout_s = timeout_s
-        self._current = 0
-        self._known = (0, 0)
-        self._put_back = False
-        self._healthy = False
-        self._error = "not connected yet"
-        self._since = time.time()
+        self._members = Members(urls, tls, timeout_s)
 
     async def __aenter__(self) -> EtcdClient:
         return self
@@ -111,28 +78,27 @@ class EtcdClient:
 
     async def close(self) -> None:
         """End every call and watch. The client may be used again."""
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        await self._members.close()
 
     @property
     def healthy(self) -> bool:
         """Whether the last call or watch reached etcd."""
-        return self._healthy
+        return self._members.healthy
 
     @property
     def error(self) -> str:
         """Why not healthy, one sentence; "" when healthy."""
-        return self._error
+        return self._members.error
 
     @property
     def since(self) -> float:
         """Unix time of the last change of `healthy`."""
-        return self._since
+        return self._members.since
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The endpoints, as given."""
-        return tuple(endpoint.address.url for endpoint in self._endpoints)
+        return self._members.urls
 
     # Reading
 
@@ -144,11 +110,7 @@ class EtcdClient:
         """Whether etcd is another than this client has known, or in a state from before something it has been told: restored
         from a snapshot, made anew. Told once; what etcd is now is what counts from then on.
         """
-        answer = await self._range(rpc.RangeRequest(key=b"\0", count_only=True))
-        found, self._put_back = self._put_back, False
-        if found:
-            self._known = answer.header.cluster_id, answer.header.revision
-        return found
+        return self._members.put_back(await self._range(rpc.RangeRequest(key=b"\0", count_only=True)))
 
     async def get(self, key: str) -> KeyValue | None:
         """The key, or None. Linearizable, as every read here."""
@@ -160,12 +122,7 @@ class EtcdClient:
         """Those of these keys that exist, all as of the same revision. Raises InvalidArgument above 128 keys."""
         if len(keys) > TXN_OPS_MAX:
             raise InvalidArgument(f"{len(keys)} keys exceed the limit of {TXN_OPS_MAX} in one read")
-        request = rpc.TxnRequest()
-        for key in keys:
-            request.success.add().request_range.key = encode(key)
-        answer = await self._read(lambda e, t: e.kv.Txn(request, timeout=t))
-        found = tuple(key_value(kv) for part in answer.responses for kv in part.response_range.kvs)
-        return Listing(found, answer.header.revision, answer.header.cluster_id)
+        return await self._at_once(rpc.RangeRequest(key=encode(key)) for key in keys)
 
     async def get_below(self, prefixes: Collection[str]) -> Listing:
         """Every key that begins with one of these, all as of the same revision and in one answer: for few keys each. Raises
@@ -173,12 +130,14 @@ class EtcdClient:
         """
         if len(prefixes) > TXN_OPS_MAX:
             raise InvalidArgument(f"{len(prefixes)} prefixes exceed the limit of {TXN_OPS_MAX} in one read")
-        request = rpc.TxnRequest()
-        for prefix in prefixes:
-            request.success.add().request_range.MergeFrom(
-                rpc.RangeRequest(key=encode(prefix) or b"\0", range_end=range_end(encode(prefix)))
-            )
-        answer = await self._read(lambda e, t: e.kv.Txn(request, timeout=t))
+        return await self._at_once(
+            rpc.RangeRequest(key=encode(prefix) or b"\0", range_end=range_end(encode(prefix)))
+            for prefix in prefixes
+        )
+
+    async def _at_once(self, ranges: Iterable[Any]) -> Listing:
+        request = rpc.TxnRequest(success=[rpc.RequestOp(request_range=each) for each in ranges])
+        answer = await self._members.read(lambda e, t: e.kv.Txn(request, timeout=t))
         found = tuple(key_value(kv) for part in answer.responses for kv in part.response_range.kvs)
         return Listing(found, answer.header.revision, answer.header.cluster_id)
 
@@ -211,27 +170,27 @@ class EtcdClient:
             limit = min(max(_PAGE_BYTES // average, 1), _PAGE_MAX)
 
     async def _range(self, request: Any) -> Any:
-        return await self._read(lambda endpoint, limit_s: endpoint.kv.Range(request, timeout=limit_s))
+        return await self._members.read(lambda endpoint, limit_s: endpoint.kv.Range(request, timeout=limit_s))
 
     # Writing
 
     async def put(self, key: str, value: bytes, *, lease: int = 0) -> int:
         """Set the key whatever it was; its new revision. Raises NotFound for a lease that has ended."""
         request = rpc.PutRequest(key=encode(key), value=value, lease=lease)
-        answer = await self._write(lambda e, t: e.kv.Put(request, timeout=t))
+        answer = await self._members.write(lambda e, t: e.kv.Put(request, timeout=t))
         return int(answer.header.revision)
 
     async def delete(self, key: str) -> bool:
         """Delete the key; whether there was one."""
         request = rpc.DeleteRangeRequest(key=encode(key))
-        answer = await self._write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
+        answer = await self._members.write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
         return bool(answer.deleted)
 
     async def delete_prefix(self, prefix: str) -> int:
         """Delete every key that begins with `prefix`; how many."""
         start = encode(prefix)
         request = rpc.DeleteRangeRequest(key=start or b"\0", range_end=range_end(start))
-        answer = await self._write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
+        answer = await self._members.write(lambda e, t: e.kv.DeleteRange(request, timeout=t))
         return int(answer.deleted)
 
     async def create(self, items: Mapping[str, bytes], *, lease: int = 0) -> bool:
@@ -295,14 +254,14 @@ class EtcdClient:
             request.success.add().request_delete_range.MergeFrom(
                 rpc.DeleteRangeRequest(key=start or b"\0", range_end=range_end(start))
             )
-        answer = await self._write(lambda e, t: e.kv.Txn(request, timeout=t))
+        answer = await self._members.write(lambda e, t: e.kv.Txn(request, timeout=t))
         return int(answer.header.revision) if answer.succeeded else None
 
     # Leases; see lease.py for one that is kept alive.
 
     async def grant(self, ttl_s: int) -> int:
         """A new lease's id. Keys attached to it vanish when it is not renewed for `ttl_s` seconds."""
-        answer = await self._write(
+        answer = await self._members.write(
             lambda e, t: e.lease.LeaseGrant(rpc.LeaseGrantRequest(TTL=ttl_s), timeout=t)
         )
         return int(answer.ID)
@@ -317,23 +276,25 @@ class EtcdClient:
                 answer = await stream.read()
                 if answer is grpc.aio.EOF:
                     # The status says why; a stream that ends well without an answer is a broken one too.
-                    raise _Failed(await stream.code(), await stream.details() or "no answer")
+                    raise CallFailed(await stream.code(), await stream.details() or "no answer")
                 return int(answer.TTL)
             finally:
                 stream.cancel()
 
-        return int(await self._read(once))
+        return int(await self._members.read(once))
 
     async def keys_of(self, lease: int) -> list[str]:
         """The keys attached to it; none when it has ended."""
         request = rpc.LeaseTimeToLiveRequest(ID=lease, keys=True)
-        answer = await self._read(lambda e, t: e.lease.LeaseTimeToLive(request, timeout=t))
+        answer = await self._members.read(lambda e, t: e.lease.LeaseTimeToLive(request, timeout=t))
         return [decode(key) for key in answer.keys]
 
     async def revoke(self, lease: int) -> None:
         """End it and delete its keys; one that has ended is fine."""
         try:
-            await self._write(lambda e, t: e.lease.LeaseRevoke(rpc.LeaseRevokeRequest(ID=lease), timeout=t))
+            await self._members.write(
+                lambda e, t: e.lease.LeaseRevoke(rpc.LeaseRevokeRequest(ID=lease), timeout=t)
+            )
         except NotFound:
             pass
 
@@ -345,163 +306,13 @@ class EtcdClient:
         create = rpc.WatchCreateRequest(
             key=start or b"\0", range_end=range_end(start), start_revision=revision
         )
-        endpoint = await self._connect(time.monotonic() + self._timeout_s)
+        request = rpc.WatchRequest(create_request=create)
         # A server cut off from its cluster ends the watch instead of keeping it silent.
-        call = endpoint.watch.Watch(metadata=(("hasleader", "true"),))
-        try:
-            with _closing_fails():
-                await call.write(rpc.WatchRequest(create_request=create))
-                # A server that hangs accepts the connection and never answers. Not wait_for: with Python 3.11 it
-                # may swallow the cancellation of its caller.
-                async with asyncio.timeout(self._timeout_s):
-                    answer = await call.read()
-            while answer is not grpc.aio.EOF:
-                self._reached()
+        async with contextlib.aclosing(
+            self._members.stream(lambda e: e.watch.Watch(metadata=(("hasleader", "true"),)), request)
+        ) as answers:
+            async for answer in answers:
                 yield answer
-                with _closing_fails():
-                    answer = await call.read()
-            raise _Failed(await call.code(), await call.details() or "the server ended the watch")
-        except (grpc.aio.AioRpcError, _Failed, TimeoutError, asyncio.InvalidStateError) as error:
-            self._rotate(endpoint)
-            raise self._translate(error, endpoint, ambiguous=False) from error
-        finally:
-            call.cancel()
-
-    # The way to a server
-
-    async def _read(self, call: Callable[[Endpoint, float], Awaitable[Any]]) -> Any:
-        """Repeat a call without effect (or one that may be repeated) on any server until it succeeds."""
-        deadline = time.monotonic() + self._timeout_s
-        # A hanging server must leave time to ask another.
-        share = self._timeout_s / len(self._endpoints)
-        while True:
-            endpoint = await self._connect(deadline)
-            left, known = deadline - time.monotonic(), self._known
-            try:
-                with _closing_fails():
-                    answer = await call(endpoint, max(0.01, min(left, share)))
-            except (grpc.aio.AioRpcError, _Failed) as error:
-                translated = self._translate(error, endpoint, ambiguous=False)
-                if not isinstance(translated, Unavailable):
-                    raise translated from error
-                self._rotate(endpoint)
-                if time.monotonic() + 0.01 >= deadline:
-                    raise translated from error
-                await asyncio.sleep(0.01)
-            else:
-                self._reached()
-                self._note(answer, known)
-                return answer
-
-    async def _write(self, call: Callable[[Endpoint, float], Awaitable[Any]]) -> Any:
-        """Make a call once, as soon as there is a connection."""
-        deadline = time.monotonic() + self._timeout_s
-        endpoint = await self._connect(deadline)
-        known = self._known
-        try:
-            with _closing_fails():
-                answer = await call(endpoint, max(0.01, deadline - time.monotonic()))
-        except (grpc.aio.AioRpcError, _Failed) as error:
-            translated = self._translate(error, endpoint, ambiguous=True)
-            if isinstance(translated, Unavailable):
-                self._rotate(endpoint)
-            raise translated from error
-        self._reached()
-        self._note(answer, known)
-        return answer
-
-    async def _connect(self, deadline: float) -> Endpoint:
-        """The current server, or the next one that can be reached. Raises Unavailable at `deadline`."""
-        alone = len(self._endpoints) == 1
-        while True:
-            for _ in self._endpoints:
-                endpoint = self._endpoints[self._current]
-                # An address that swallows packets must leave time for the others.
-                limit = deadline if alone else min(deadline, time.monotonic() + self._timeout_s / 3)
-                if await endpoint.ready(limit, patient=alone):
-                    return endpoint
-                self._rotate(endpoint)
-            if time.monotonic() >= deadline:
-                break
-            await asyncio.sleep(0.02)
-        reasons = [f"{e.address.url}: {await e.why()}" for e in self._endpoints]
-        raise self._unreachable(f"etcd cannot be reached ({'; '.join(reasons)})")
-
-    def _note(self, answer: Any, before: tuple[int, int]) -> None:
-        """Remember how far etcd has come. before: what was known when the call was made. Answers may arrive in another order
-        than they were given, but none is from before what was known then.
-        """
-        # Of leases a member tells that may lag behind.
-        if isinstance(answer, _OF_NOW):
-            cluster, revision = answer.header.cluster_id, answer.header.revision
-            if before[0] and (cluster != before[0] or revision < before[1]):
-                self._put_back = True
-            if self._known[0] in (0, cluster):
-                self._known = cluster, max(self._known[1], revision)
-
-    def _rotate(self, failed: Endpoint) -> None:
-        """Turn to the next server, unless another call has done so already."""
-        if self._endpoints[self._current] is failed:
-            self._current = (self._current + 1) % len(self._endpoints)
-
-    def _reached(self) -> None:
-        if not self._healthy:
-            log.info("etcd is reachable", extra={"endpoint": self._endpoints[self._current].address.url})
-            self._healthy, self._error, self._since = True, "", time.time()
-
-    def _unreachable(self, message: str) -> Unavailable:
-        if self._healthy:
-            log.warning("etcd is not reachable", extra={"error": message})
-            self._healthy, self._since = False, time.time()
-        self._error = message
-        return Unavailable(message, fix="check that etcd runs and the endpoints are right; it is tried again")
-
-    def _translate(self, error: Exception, endpoint: Endpoint, *, ambiguous: bool) -> FibrilError:
-        code, details = grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time"
-        if isinstance(error, (grpc.aio.AioRpcError, _Failed)):
-            code, details = error.code(), error.details() or code.name
-        url = endpoint.address.url
-        if code in _TRANSIENT:
-            doubt = "; whether the change was made is unknown" if ambiguous else ""
-            return self._unreachable(f"etcd at {url} failed: {details}{doubt}")
-        self._reached()  # a refusal is an answer
-        if code is grpc.StatusCode.OUT_OF_RANGE:
-            return Compacted(f"etcd at {url}: {details}")
-        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return ResourceExhausted(
-                f"etcd at {url} refuses changes: {details}",
-                fix="compact and defragment it and disarm its alarm with etcdctl, or raise its quota",
-            )
-        return by_code(code.name)(f"etcd at {url}: {details}")
-
-
-class _Failed(Exception):
-    """A stream ended with this status."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        # A stream that the server ended without complaint has still ended.
-        self._code = grpc.StatusCode.UNAVAILABLE if code is grpc.StatusCode.OK else code
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return str(self)
-
-
-@contextlib.contextmanager
-def _closing_fails() -> Iterator[None]:
-    """When a channel is closed, gRPC raises CancelledError in those who wait for an answer on it. They were not
-    cancelled; their call has failed.
-    """
-    try:
-        yield
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise _Failed(grpc.StatusCode.UNAVAILABLE, "the connection was closed") from None
 
 
 def encode(key: str) -> bytes:
