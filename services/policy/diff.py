@@ -15,10 +15,11 @@ from typing import Final
 from fibril.flow.v1 import flow_pb2
 from fibril.policy.v1 import policy_pb2 as pb
 from services.common.pipeline.abi import IPAddress
+from services.identity.numbers import Reserved
 from services.policy.answers import Answers
 from services.policy.contents import HOST
 from services.policy.enforcer import Enforcer
-from services.policy.explain import Explainer, Found, Who
+from services.policy.explain import Explainer, Found, Match, Who
 from services.policy.labels import effective
 from services.policy.model import ICMP, ICMPV6, Direction, Policy, PolicyKey
 from services.policy.pairs import Pairs
@@ -77,17 +78,18 @@ class Differ:
 
     # ---- flows ----------------------------------------------------------------------------------------------
     async def _broken(self, answer: pb.DiffResponse, after: Sequence[Policy], seconds: float) -> None:
+        now, then = (_Selecting(self._explainer, side) for side in (list(self._enforcer.policies.values()), after))
         for count, flow in enumerate(self._flows(seconds)):
             if count % _STEP == _STEP - 1:
                 await asyncio.sleep(0)
-            found = self._denied(flow, after)
+            found = self._denied(flow, now, then)
             if found is None:
                 continue
             answer.flow_count += 1
             if len(answer.flows) < SHOWN_MAX:
                 answer.flows.add(flow=flow, decision=self._answers.decision(found))
 
-    def _denied(self, flow: flow_pb2.Flow, after: Sequence[Policy]) -> Found | None:
+    def _denied(self, flow: flow_pb2.Flow, now: _Selecting, then: _Selecting) -> Found | None:
         """What would deny a connection that is allowed now; None: nothing."""
         client, server = self._end(flow.source), self._end(flow.destination)
         port = flow.icmp_type if flow.protocol in (ICMP, ICMPV6) else flow.destination.port
@@ -95,17 +97,34 @@ class Differ:
         for direction, subject, peer in ((Direction.EGRESS, client, server), (Direction.INGRESS, server, client)):
             if subject.endpoint is None:
                 continue
+            asked = direction, subject, peer, flow.protocol, port
             # What the client's end let pass may have been refused at the server's.
-            if not self._explainer.decide(direction, subject, peer, flow.protocol, port).allowed:
+            if not self._explainer.decide(*asked, now.rules(subject, direction)).allowed:
                 return None
-            then = self._explainer.decide(direction, subject, peer, flow.protocol, port, after)
-            if not then.allowed and refused is None:
-                refused = then
+            found = self._explainer.decide(*asked, then.rules(subject, direction))
+            if not found.allowed and refused is None:
+                refused = found
         return refused
 
     def _end(self, end: flow_pb2.FlowEnd) -> Who:
-        endpoint = self._enforcer.endpoints.get(end.endpoint) if end.endpoint else None
         address = ip_address(end.address)
+        if end.identity == Reserved.HOST:
+            return Who(end.identity, self._explainer.labels(end.identity), address, {}, HOST, self._enforcer.node_labels)
+        endpoint = self._enforcer.endpoints.get(end.endpoint) if end.endpoint else None
         if endpoint is not None and address in endpoint.addresses:
             return Who(endpoint.identity, effective(endpoint.labels), address, endpoint.named, endpoint.number)
         return Who(end.identity, self._explainer.labels(end.identity), address)
+
+
+class _Selecting:
+    """Which rules of some policies select an endpoint: found once for each."""
+
+    def __init__(self, explainer: Explainer, policies: Sequence[Policy]) -> None:
+        self._explainer, self._policies = explainer, policies
+        self._known: dict[tuple[int | None, Direction], list[Match]] = {}
+
+    def rules(self, subject: Who, direction: Direction) -> list[Match]:
+        key = subject.endpoint, direction
+        if key not in self._known:
+            self._known[key] = self._explainer.selecting(subject, direction, self._policies)
+        return self._known[key]

@@ -160,19 +160,21 @@ class Explainer:
         peer: Who,
         protocol: int,
         port: int,
-        policies: Iterable[Policy] | None = None,
+        rules: Sequence[Match] | None = None,
     ) -> Found:
-        """What policies say of a connection in one direction. policies: instead of those there are."""
+        """What policies say of a connection in one direction. rules: instead of those that select the subject (`selecting`)."""
         if protocol in (ICMP, ICMPV6) and port > 255:
             raise InvalidArgument(f"{port} is no type of ICMP", field="port", fix="give 0 to 255")
         if direction is Direction.INGRESS and peer.identity == Reserved.HOST and self.allow_local_host:
             return Found(direction, True, True, None, (), local_host=True)
-        rules = self._selecting(subject, direction, self._enforcer.policies.values() if policies is None else policies)
+        if rules is None:
+            rules = self.selecting(subject, direction, self._enforcer.policies.values())
         matching = tuple(each for each in rules if self._matches(each.rule, subject, peer, protocol, port))
         decided, allowed, selecting = _by_tiers(rules, matching)
         return Found(direction, allowed, bool(rules), decided, matching, selecting)
 
-    def _selecting(self, subject: Who, direction: Direction, policies: Iterable[Policy]) -> list[Match]:
+    def selecting(self, subject: Who, direction: Direction, policies: Iterable[Policy]) -> list[Match]:
+        """Rules of these that select somebody, in the order they are asked."""
         node = subject.node is not None
         labels = subject.node if subject.node is not None else subject.labels
         found = [

@@ -101,6 +101,20 @@ async def test_flows_that_would_break() -> None:
     assert [each.flow.destination.port for each in found.flows] == [80]
 
 
+async def test_connections_of_the_host_that_would_break() -> None:
+    """Whoever is about to shut himself out is told."""
+    ssh = flow_pb2.Flow(
+        protocol=TCP,
+        source=flow_pb2.FlowEnd(address="192.0.2.1", identity=Reserved.WORLD),
+        destination=flow_pb2.FlowEnd(address="172.30.0.1", identity=Reserved.HOST, port=22),
+    )
+    made = policy("host", 80)
+    made = Policy(made.key, (replace(made.rules[0], subject=Selector(), subject_is_node=True, peers=None),))
+    found = await diff([], [made], False, ssh)
+    assert [each.flow for each in found.flows] == [ssh] and found.pair_count == 0
+    assert not (await diff([], [made], False, flow(80))).flow_count
+
+
 async def test_a_policy_that_goes() -> None:
     found = await diff([policy("p", 80)], [policy("p", 80)], True, flow(80))
     assert found.flow_count == 0 and found.pair_count
