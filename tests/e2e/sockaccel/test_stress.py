@@ -98,6 +98,7 @@ class Faults:
         self.kinds: dict[Callable[[], None], int] = {
             self.off: 2, self.class_off: 2, self.one_off: 4, self.policy: 8, self.judge: 8, self.limits: 4,
             self.other_class: 2, self.restart: 4, self.calls: 2, self.reattach: 1,
+            self.nonblocking: 1,
         }  # fmt: skip
 
     def step(self) -> None:
@@ -135,6 +136,10 @@ class Faults:
             proofs=self.rand.choice((0, 1, 4)),
             beat_s=self.rand.choice((0.001, 0.1, 30.0)),
         )
+
+    def nonblocking(self) -> None:
+        """Whoever waits in recv() is left to TCP."""
+        self._for_a_moment(nonblocking=1)
 
     def restart(self) -> None:
         """As a service that finds everything in place."""
