@@ -239,9 +239,9 @@ def test_a_million_prefixes(rig: Rig, tables: Tables) -> None:
     rnd = random.Random(7)
     raw = {rnd.getrandbits(32).to_bytes(4) + b"\x20" for _ in range(1_000_000)}
     each = PrefixSet("drop", 1, False, Keys.of(4, dict.fromkeys(raw, 0)))
-    begin = time.monotonic()
+    begin = time.process_time()
     tables.rebuild(Sets([each]))
-    took = time.monotonic() - begin
+    took = time.process_time() - begin
     assert took < 20, took  # 2 s on an idle machine
     assert tables.memory() < 46 << 20
     for key in rnd.sample(sorted(raw), 1000):
@@ -273,11 +273,13 @@ def test_a_source_may_send_a_burst_and_then_its_rate(
     assert state.counters.count(abi.COUNT_PASSED + limit.ident).packets == 6
     assert state.counters.count(abi.COUNT_DROPPED + limit.ident).packets == 3
     assert rig.dropped(Reason.PREFILTER_RATE) - before == 3
-    begin = time.monotonic()
-    passed = 0
-    while time.monotonic() - begin < 0.5:
+    # Who sends nothing for a tenth of a second, as a test that has no CPU, has saved up a burst and no more.
+    begin = last = time.monotonic()
+    passed, due = 0, 0.0
+    while (now := time.monotonic()) - begin < 0.5:
+        due, last = due + min(50 * (now - last), 5), now
         passed += rig.run(source) == PASS
-    assert 22 <= passed <= 27, passed
+    assert due - 3 <= passed <= 50 * (last - begin) + 2, (passed, due)
 
 
 def test_an_ipv6_source_is_a_64(rig: Rig, state: State) -> None:

@@ -75,7 +75,7 @@ def rig(instance: Instance, sockets: Sockets, spaces: tuple[Path, Path]) -> Iter
     made.close()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 3.0) -> float:
+async def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> float:
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < timeout_s, "in vain"
@@ -138,8 +138,8 @@ for kind in (tcp, udp):
     sockets.backends_removed([Gone(ident) for ident in gone])
     expected = {f"{kind} {name}" for kind in ("tcp", "udp") for name in ("v4", "mapped", "v6")}
     for process in processes:
-        took = await until(lambda process=process: set(process.give("ends")) >= expected, 2)  # type: ignore[misc]
-        assert took < 1
+        took = await until(lambda process=process: set(process.give("ends")) >= expected)  # type: ignore[misc]
+        assert took < 5
     await asyncio.sleep(0.4)
     for process in processes:
         assert process.give("ends") == dict.fromkeys(expected, "ECONNABORTED")
@@ -167,7 +167,7 @@ s.connect(("10.96.0.10", 80))
     sockets.backends_removed([Gone(ids[0])])
     with pytest.raises(ConnectionAbortedError):
         await asyncio.to_thread(rig.client.receive)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
 
 
 async def test_a_sweep_finds_what_nobody_told(rig: Rig, sockets: Sockets, instance: Instance) -> None:

@@ -133,7 +133,7 @@ async def test_a_lost_etcd_is_unavailable_after_a_bounded_time_and_found_again(
         began = time.monotonic()
         with pytest.raises(Unavailable, match="client:0"):
             await call
-        assert time.monotonic() - began < 2.0 + 1.0
+        assert time.monotonic() - began < 2.0 + 8.0
     assert not client.healthy and "reached" in client.error
     await etcd.start()
     found = await until(lambda: client.get("key"), "reading again")
@@ -158,7 +158,7 @@ async def test_a_hanging_etcd_is_unavailable_after_a_bounded_time_and_found_agai
             began = time.monotonic()
             with pytest.raises(Unavailable) as caught:
                 await call
-            assert time.monotonic() - began < 2.0 + 1.0
+            assert time.monotonic() - began < 2.0 + 8.0
             assert ("whether the change was made is unknown" in str(caught.value)) == doubt
         assert not client.healthy
     assert (await until(lambda: client.get("key"), "reading again")).value == b"1"

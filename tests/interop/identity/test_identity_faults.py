@@ -206,7 +206,7 @@ async def test_a_node_cut_off_for_longer_than_its_lease_goes_on_with_what_it_hol
         for holder, app in (("b", "shop"), ("c", "web")):
             with pytest.raises(Unavailable, match="cannot be allocated: the lease of this node"):
                 await one.allocate(holder, app=app)
-        assert time.monotonic() - began < 0.5, "refused at once"
+        assert time.monotonic() - began < 1.0, "refused without asking, which takes twice half a second"
         assert await one.allocate("a", app="web") == web
         assert one.allocator.get(web.number) == web == one.allocator.find({"app": "web"})
         assert one.allocator.status().state == "degraded"

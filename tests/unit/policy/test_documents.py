@@ -424,10 +424,10 @@ def test_what_an_administrators_rule_leaves_empty_is_not_everything(rule: str, p
     ],
 )
 def test_what_is_no_policy_is_refused_quickly(text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(InvalidArgument):
         read(text)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_aliases_are_refused_before_anything_is_made_of_them() -> None:

@@ -190,7 +190,7 @@ def test_what_many_rules_make_of_many_peers_is_refused_before_it_is_worked_out()
         for at in range(3000)
     ]
     refs = [numbers.ref(KEY, at, rule) for at, rule in enumerate(rules)]
-    began = time.monotonic()
+    began = time.process_time()
     resolved = Resolved(refs, {}, World())
     resolved.classify()
     with pytest.raises(ResourceExhausted, match="9006000 combinations"):
@@ -200,7 +200,7 @@ def test_what_many_rules_make_of_many_peers_is_refused_before_it_is_worked_out()
     resolved = Resolved(allowing, {}, World())
     resolved.classify()
     assert resolved.tables().prefix_classes == 3001
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15
 
 
 def test_selectors_of_several_values_are_found_by_each() -> None:
