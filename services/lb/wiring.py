@@ -21,7 +21,6 @@ from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.hostaddrs import HostAddresses
 from services.common.instance import Instance
-from services.common.keeping import keeping
 from services.common.kernel.netlink import Netlink
 from services.common.pipeline.abi import FibAddr, IPAddress, be32
 from services.common.pipeline.datapath import Datapath, Parts
@@ -192,8 +191,7 @@ class LbService:
     async def _when_known(self) -> None:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
-        with keeping():
-            await self._plane.settled()
+        await self._plane.settled()
         self._outside.complete()
 
     def _need_outside(self, wanted: bool) -> None:

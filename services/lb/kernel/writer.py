@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 
 from services.common import errors
 from services.common.instance import Instance
+from services.common.keeping import keeping
 from services.common.pipeline.abi import IPAddress
 from services.common.service import ComponentStatus
 from services.common.telemetry import metrics
@@ -341,17 +342,23 @@ class Plane:
                 continue
             if len(self._dirty) > MANY:
                 self._expect()
-            until = time.monotonic() + STEP_S
-            while self._dirty:
-                name, _ = self._dirty.popitem(last=False)
-                self._do(name)
-                if time.monotonic() >= until:
-                    self._tell_removed()
-                    await asyncio.sleep(0)
-                    until = time.monotonic() + STEP_S
-            self._tell_removed()
+                with keeping():
+                    await self._work_off()
+            else:
+                await self._work_off()
             self._prune()
             self._idle.set()
+
+    async def _work_off(self) -> None:
+        until = time.monotonic() + STEP_S
+        while self._dirty:
+            name, _ = self._dirty.popitem(last=False)
+            self._do(name)
+            if time.monotonic() >= until:
+                self._tell_removed()
+                await asyncio.sleep(0)
+                until = time.monotonic() + STEP_S
+        self._tell_removed()
 
     def _expect(self) -> None:
         """Much is about to be written."""
