@@ -21,6 +21,7 @@ from services.policy.documents.selectors import (
     selects_namespace,
     within,
 )
+from services.policy.model import RESERVED
 
 _ENTITIES: Final = {
     "all": pb.ENTITY_ALL,
@@ -149,6 +150,8 @@ def _rule(fields: Fields, rule: pb.Rule, direction: int, namespace: str) -> None
         if not selects_init(rule.subject):
             found = within(found, namespace) if namespace else everywhere(found)
         rule.peers.add(endpoints=found)
+        if f"{RESERVED}kube-apiserver" in found.match_labels:
+            rule.peers.append(_apiserver())
     rule.peers.extend(_entities(fields, f"{way}Entities"))
     for at, text in enumerate(fields.texts(f"{way}CIDR")):
         rule.peers.append(cidr(fields, f"{way}CIDR[{at}]", text))
@@ -189,8 +192,12 @@ def _entities(fields: Fields, name: str) -> Iterable[pb.Peer]:
             raise fields.refuse(name, f"names {text!r}", f"one of: {', '.join(_ENTITIES)}")
         yield pb.Peer(entity=_ENTITIES[text])
         if text == "kube-apiserver":
-            # Nobody is given that identity here: the servers are whoever stands behind the cluster's service of that name.
-            yield pb.Peer(service=pb.ServicePeer(name=_KUBE_APISERVER))
+            yield _apiserver()
+
+
+def _apiserver() -> pb.Peer:
+    """Nobody is given that identity here: the servers are whoever stands behind the cluster's service of that name."""
+    return pb.Peer(service=pb.ServicePeer(name=_KUBE_APISERVER))
 
 
 def _services(items: Iterable[Fields], namespace: str) -> Iterable[pb.Peer]:

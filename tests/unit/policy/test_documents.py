@@ -193,10 +193,11 @@ def test_cilium_sets_entities_services_nodes_and_icmp() -> None:
     address = ipaddress.ip_address("10.1.0.9")
     found = decide(services, web, Direction.EGRESS, pod("x"), 6, 80, services={"x/db": [address]})
     assert found.allowed and not egress(services, web, pod("x"))
-    policies = cilium("{endpointSelector: {}, egress: [{toEntities: [kube-apiserver]}]}")
-    found = decide(policies, web, Direction.EGRESS, pod("x"), 6, 6443, services={"default/kubernetes": [address]})
-    assert found.allowed and not egress(policies, web, pod("x"), 6443)
-    assert egress(policies, web, Who({"reserved:kube-apiserver": ""}, 7), 6443)
+    for servers in ("toEntities: [kube-apiserver]", "toEndpoints: [{matchLabels: {'reserved:kube-apiserver': ''}}]"):
+        policies = cilium(f"{{endpointSelector: {{}}, egress: [{{{servers}}}]}}")
+        found = decide(policies, web, Direction.EGRESS, pod("x"), 6, 6443, services={"default/kubernetes": [address]})
+        assert found.allowed and not egress(policies, web, pod("x"), 6443)
+        assert egress(policies, web, Who({"reserved:kube-apiserver": ""}, 7), 6443)
     nodes = cilium("{nodeSelector: {}, ingress: [{fromEntities: [world]}]}", clusterwide=True)
     assert nodes[0].rules[0].subject_is_node
 
