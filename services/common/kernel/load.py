@@ -24,6 +24,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ from services.common.kernel import bpf, btf, compiled
 from services.common.kernel.source import SourceError, flatten
 
 LOG_LINES = 40
+_DATA = {"hash", "array", "percpu_hash", "percpu_array", "lru_hash", "lru_percpu_hash", "lpm_trie", "ringbuf"}
 
 
 class LoadError(Exception):
@@ -108,6 +110,7 @@ class Loader:
                 self._load_unit(unit, made)
             start = time.monotonic()
             self._commit()
+            self._forget_layouts()
             self.seconds["commit"] = round(time.monotonic() - start, 4)
         finally:
             os.close(lock)
@@ -171,7 +174,9 @@ class Loader:
                 raise LoadError("INVALID_ARGUMENT", f"{source.name} declares no map {name}")
             self._adopt(name, path, made.fds[name])
         start = time.monotonic()
-        fds = {name: self._load_function(made, source, name, kind) for name, kind in unit["functions"].items()}
+        fds = {
+            name: self._load_function(made, source, name, kind) for name, kind in unit["functions"].items()
+        }
         self.seconds[f"verify {source.name}"] = round(time.monotonic() - start, 4)
         for name, fd in fds.items():
             self.programs[str(self.pin_dir / "prog" / unit["service"] / name)] = fd
@@ -271,6 +276,35 @@ class Loader:
             for path in self.programs:
                 os.rename(path + "~", path)
             undo.pop_all()
+
+    def _forget_layouts(self) -> None:
+        """Of each family of maps keep this version and the one before, for who goes back to it; what is older would hold
+        its memory for as long as the node lives."""
+        for layout in {Path(path).parent for path in self.maps}:
+            older = [other for other in layout.parent.iterdir() if 0 < _version(other) < _version(layout)]
+            for old in sorted(older, key=_version)[:-1]:
+                # What cannot be removed is no reason to forward no packets.
+                with contextlib.suppress(OSError):
+                    _forget(old)
+
+
+def _version(layout: Path) -> int:
+    """The number of a directory such as "lb/v2"; 0 of any other."""
+    found = re.fullmatch(r"v([1-9][0-9]*)", layout.name)
+    return int(found[1]) if found else 0
+
+
+def _forget(layout: Path) -> None:
+    """Remove the pins of maps that only hold data: programs of that version, should some be attached still, go on with them.
+    Others, of programs or sockets, lose their content with their last pin; they are small."""
+    for path in layout.iterdir():
+        fd = bpf.get(str(path))
+        try:
+            if bpf.map_info(fd).type in _DATA:
+                path.unlink()
+        finally:
+            os.close(fd)
+    layout.rmdir()
 
 
 def _unlink_if_there(path: str) -> None:

@@ -71,6 +71,29 @@ async def test_a_program_opened_before_a_reload_calls_the_new_slots(pin_dir: Pat
     assert counts(pin_dir) == {0: 1, 7: 1}
 
 
+async def test_the_layout_before_stays_and_older_ones_go_but_for_programs(pin_dir: Path) -> None:
+    async def upgrade(version: int) -> None:
+        await load_counter(
+            pin_dir, maps={name: f"family/v{version}/{name}" for name in ("counts", "slots", "samples")}
+        )
+
+    def kept(version: int) -> set[str]:
+        return {path.rpartition("/")[2] for path in pins(pin_dir) if path.startswith(f"family/v{version}/")}
+
+    every = {"counts", "slots", "samples"}
+    await upgrade(1)
+    # Attached, as it were, and never replaced.
+    with progs.opened(pin_dir / "prog/test/count_packets") as oldest:
+        for version in (2, 9, 10):
+            await upgrade(version)
+        assert [kept(version) for version in (1, 2, 9, 10)] == [{"slots"}, {"slots"}, every, every]
+        assert progs.slots(pin_dir / "family/v1/slots")
+        progs.test_run(oldest, PACKET)
+    # Whoever goes back finds what he left.
+    await upgrade(9)
+    assert kept(10) == every
+
+
 async def test_what_the_verifier_refuses_changes_nothing(pin_dir: Path) -> None:
     await load_counter(pin_dir)
     before = {path: progs.info(pin_dir / path).id for path in ALL_PINS if path.startswith("prog")}
