@@ -177,9 +177,9 @@ static __always_inline bool sa_may_pass(struct sa_pair *pair, __u32 side, void *
 		}
 		return true;
 	}
-	/* Who sends before he has read will read as his socket says: so he is left alone before he waits. */
+	/* Who sends before he has been told anything will read as his socket says: so he is left alone before he waits. */
 	if (sa_must_not_wait(pair->class, config) &&
-	    ((me->reader | other->reader) & SA_WAITS || (!me->reads && sa_is_blocking(me)))) {
+	    ((me->reader | other->reader) & SA_WAITS || (!me->reads && !other->tcp_sends && sa_is_blocking(me)))) {
 		sa_finish(pair, SA_READS);
 		return false;
 	}

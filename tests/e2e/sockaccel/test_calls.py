@@ -19,7 +19,7 @@ import pytest
 from accelrig import A4, B4, Rig, until
 from calltools import CASES
 
-from services.sockaccel import abi
+from services.sockaccel import abi, hooks
 from tests.e2e.lb.sockrig import Process
 
 DIFFERENCES: dict[str, Any] = {
@@ -283,6 +283,24 @@ def asked(waits):
     assert rig.stat(abi.Stat.PAIRS) == made + 1
     caller.do(f"l.close(); serve({port}); asked(False)")
     assert rig.stat(abi.Stat.PAIRS) == made + 2 and rig.stat(abi.Stat.SHORTENED)
+
+
+def test_who_is_told_something_before_anybody_looks_is_not_taken_for_one_who_waits(rig: Rig, caller: Process) -> None:
+    """The programs behind recv() come with the first pair of a node: its first words are not seen."""
+    rig.write(nonblocking=1)
+    hooks.detach_calls(rig.instance)
+    caller.do("""
+c, d = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns=0); c.setblocking(False)
+def talk(turns):
+    for _ in range(turns):
+        for one, other in ((c, d), (d, c)):
+            one.sendall(b"word")
+            assert ready(other) and other.recv(9, socket.MSG_DONTWAIT) == b"word"
+talk(2)
+""")
+    hooks.attach_all(rig.instance, rig.group.name)
+    caller.do("talk(20)")
+    assert not newest(rig).ended and newest(rig).ends[1].mode == abi.Mode.SHORT
 
 
 @pytest.mark.parametrize("calls", ["setblocking", "MSG_DONTWAIT"])
