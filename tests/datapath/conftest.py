@@ -93,6 +93,14 @@ def network(instance: Instance) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def cluster(network: None, dp: Datapath) -> Iterator[Cluster]:
+    """What the ipcache knows of other nodes: nothing yet."""
+    made = Cluster(dp)
+    yield made
+    made.close()
+
+
 @pytest.fixture(scope="module")
 def space(instance: Instance) -> Iterator[Space]:
     """Pods' links, and the policy service's programs."""
