@@ -6,7 +6,6 @@ pod p1 -- c1n1 ---- underlay (and router) ---- c1n2 -- pod p1
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,6 @@ def moded(request: pytest.FixtureRequest) -> Iterator[tuple[ModeLab, dict[str, t
     if request.param == "overlay":
         yield request.getfixturevalue("overlay"), {"c1n2": ("OVERLAY", 1450)}
         return
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
     shape, ways = SHAPES[request.param]
     with lab(*shape, "--pods", "1", *NETWORK) as made:
         yield made, ways
