@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ctypes as ct
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,55 +12,25 @@ import pytest
 from services.common.kernel import loader
 from services.common.pipeline import abi
 from services.identity.numbers import Reserved
+from tests.datapath.abikit import compile_layouts, require_same
 
 STRUCTS = {"fib_addr": abi.FibAddr, "endpoint": abi.Endpoint, "pkt_ctx": abi.PktCtx, "node_config": abi.NodeConfig,
            "pl_counter": abi.PlCounter, "event": abi.Event, "ipcache_entry": abi.IpcacheEntry,
            "ipcache_prefix": abi.IpcachePrefix, "ipcache_near": abi.IpcacheNear, "node_entry": abi.NodeEntry,
            "network_config": abi.NetworkDevices}
 
-# Runs in a child, as everything that imports bcc does: one map a struct, whose leaf type BCC describes.
-CHILD = """
-import json, sys
-from pathlib import Path
-from bcc import BPF
-from services.common.kernel.source import flatten
-root, names = Path(sys.argv[1]), sys.argv[2].split(",")
-source = Path(sys.argv[3])
-source.write_text('#include "abi/endpoint.h"\\n#include "abi/pipeline.h"\\n'
-                  '#include "abi/ipcache.h"\\n#include "abi/node.h"\\n'
-                  + "".join(f"BPF_ARRAY(m_{n}, struct {n}, 1);\\n" for n in names))
-bpf = BPF(text=flatten(source, [root]).encode(), cflags=sys.argv[4:])
-def leaf(name):
-    kind = bpf[f"m_{name}".encode()].Leaf
-    return {"size": __import__("ctypes").sizeof(kind), "fields": {
-        f[0]: [getattr(kind, f[0]).offset, getattr(kind, f[0]).size] for f in kind._fields_}}
-print(json.dumps({n: leaf(n) for n in names}))
-"""
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = loader.bpf_root()
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, root, ",".join(STRUCTS), tmp_path_factory.mktemp("abi") / "probe.c",
-         f"-I{root}", "-I/usr/include", f"-I/usr/include/{os.uname().machine}-linux-gnu"],
-        env={**os.environ, "BCC_KERNEL_SOURCE": str(root / "headers"), "PYTHONPATH": str(loader.ROOT)},
-        capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    headers = ("abi/endpoint.h", "abi/pipeline.h", "abi/ipcache.h", "abi/node.h")
+    return compile_layouts(headers, STRUCTS, tmp_path_factory.mktemp("abi"))
 
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
-    mirror = STRUCTS[name]
-    assert ct.sizeof(mirror) == compiled[name]["size"]
     if name == "fib_addr":  # a union in C
+        assert ct.sizeof(STRUCTS[name]) == compiled[name]["size"]
         return
-    mine = {field[0]: [getattr(mirror, field[0]).offset, getattr(mirror, field[0]).size] for field in mirror._fields_}
-    # BCC adds padding fields of its own and puts arrays' elements first.
-    theirs = {field: place for field, place in compiled[name]["fields"].items() if not field.startswith("__pad")}
-    assert mine == theirs
+    require_same(STRUCTS[name], compiled[name])
 
 
 def numbers(header: str, pattern: str) -> dict[str, int]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes as ct
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from services.common.kernel import loader
 from services.lb import abi
-from tests.datapath.test_abi import CHILD, numbers
+from tests.datapath.abikit import compile_layouts, require_same
+from tests.datapath.test_abi import numbers
 
 STRUCTS = {"lb_stretch": abi.Stretch, "lb_service": abi.Service, "lb_backend": abi.Backend, "lb_front_key": abi.FrontKey,
            "lb_front": abi.Front, "lb_range_key": abi.RangeKey, "lb_source_key": abi.SourceKey, "lb_flow": abi.Flow,
@@ -24,25 +19,12 @@ STRUCTS = {"lb_stretch": abi.Stretch, "lb_service": abi.Service, "lb_backend": a
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = loader.bpf_root()
-    child = CHILD.replace('#include "abi/endpoint.h"', '#include "abi/lb.h"')
-    done = subprocess.run(
-        [sys.executable, "-c", child, root, ",".join(STRUCTS), tmp_path_factory.mktemp("abi") / "probe.c",
-         f"-I{root}", "-I/usr/include", f"-I/usr/include/{os.uname().machine}-linux-gnu"],
-        env={**os.environ, "BCC_KERNEL_SOURCE": str(root / "headers"), "PYTHONPATH": str(loader.ROOT)},
-        capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return compile_layouts(("abi/lb.h",), STRUCTS, tmp_path_factory.mktemp("abi"))
 
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
-    mirror = STRUCTS[name]
-    assert ct.sizeof(mirror) == compiled[name]["size"]
-    mine = {field[0]: [getattr(mirror, field[0]).offset, getattr(mirror, field[0]).size] for field in mirror._fields_}
-    theirs = {field: place for field, place in compiled[name]["fields"].items() if not field.startswith("__pad")}
-    assert mine == theirs
+    require_same(STRUCTS[name], compiled[name])
 
 
 @pytest.mark.parametrize(("prefix", "mirror"), [

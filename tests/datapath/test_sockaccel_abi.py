@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes as ct
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from services.common.kernel import loader
 from services.sockaccel import abi
-from tests.datapath.test_abi import CHILD, numbers
+from tests.datapath.abikit import compile_layouts, require_same
+from tests.datapath.test_abi import numbers
 
 STRUCTS = {"sa_config": abi.Config, "sa_space": abi.Space, "sa_port": abi.Port, "sa_end": abi.End, "sa_pair": abi.Pair,
            "sa_program": abi.Program, "sa_event": abi.Event}  # fmt: skip
 WORDS = {"class_": "class"}
+NO_CODE = "int none(void *ctx) { return 0; }"
+"""Types of a socket's storage are known to the kernel only with those of a function."""
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = loader.bpf_root()
-    # Types of a socket's storage are known to the kernel only with those of a function.
-    child = CHILD.replace('#include "abi/endpoint.h"', '#include "abi/sockaccel.h"\\nint none(void *ctx) { return 0; }')
-    done = subprocess.run(
-        [sys.executable, "-c", child, root, ",".join(STRUCTS), tmp_path_factory.mktemp("abi") / "probe.c",
-         f"-I{root}", "-I/usr/include", f"-I/usr/include/{os.uname().machine}-linux-gnu"],
-        env={**os.environ, "BCC_KERNEL_SOURCE": str(root / "headers"), "PYTHONPATH": str(loader.ROOT)},
-        capture_output=True, text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return compile_layouts(("abi/sockaccel.h",), STRUCTS, tmp_path_factory.mktemp("abi"), NO_CODE)
 
 
 @pytest.mark.parametrize("name", STRUCTS)
 def test_layout_is_the_compilers(compiled: dict[str, Any], name: str) -> None:
-    mirror = STRUCTS[name]
-    assert ct.sizeof(mirror) == compiled[name]["size"]
-    mine = {
-        WORDS.get(field[0], field[0]): [getattr(mirror, field[0]).offset, getattr(mirror, field[0]).size]
-        for field in mirror._fields_
-    }
-    theirs = {
-        field: place for field, place in compiled[name]["fields"].items() if not field.startswith("__pad")
-    }
-    assert mine == theirs
+    require_same(STRUCTS[name], compiled[name], WORDS)
 
 
 @pytest.mark.parametrize(("pattern", "mirror"), [
