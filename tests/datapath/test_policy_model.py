@@ -100,7 +100,10 @@ class Known:
     identities: tuple[int, int]
     """Its client's and its server's, when it began or when the client has spoken since."""
     answered: bool = False
+    established: bool = False
+    """The client has heard the answer."""
     closed: bool = False
+    reset: bool = False
     passed: set[Direction] = field(default_factory=set)
     since: dict[Direction, int] = field(default_factory=dict)
 
@@ -170,8 +173,10 @@ class Model:
         self, end: Direction, subject: Who, flow: Flow, back: bool, flags: str, sender: Who
     ) -> Expected:
         known = self.known.get(flow.key())
-        if known is not None and flow.proto == 6 and flags == "S" and known.closed:
-            known = None
+        if known is not None and flow.proto == 6 and flags == "S":
+            # Answers begin nothing: a SYN to whoever opened it is of another connection.
+            is_another = known.closed or (known.established and known.client != sender.address)
+            known = None if is_another else known
         if known is None:
             return self.begin(end, subject, flow, back, flags, sender)
         forward = known.client == sender.address
@@ -198,6 +203,7 @@ class Model:
                 known.since[direction] = self.epoch
         known.answered |= not forward
         self.end(known, flow, flags, forward)
+        known.established |= forward and known.answered and not known.reset
         return Expected(Reason.NONE)
 
     def begin(
@@ -226,6 +232,7 @@ class Model:
     def end(known: Known, flow: Flow, flags: str, forward: bool) -> None:
         if flow.proto == 6 and ("F" in flags or "R" in flags):
             known.closed = True
+            known.reset |= "R" in flags
 
 
 def refused(decision: Decision) -> Expected:
