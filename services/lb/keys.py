@@ -74,7 +74,8 @@ def read_backend(key: str, value: bytes) -> tuple[str, Backend]:
     """Service and backend. ValueError if the value is another one's; InvalidArgument, protobuf's DecodeError."""
     prefix, _, where = key.rpartition("/")
     name, backend = _owner(prefix), decode_backend(value)
-    if where != f"{backend.key.address}:{backend.key.port}":
+    # !s: an address is slow to format.
+    if where != f"{backend.key.address!s}:{backend.key.port}":
         raise ValueError(f"it holds the backend {backend.key}")
     return name, backend
 
