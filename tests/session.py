@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -44,9 +43,10 @@ _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _TAG: Final = re.compile(r"q[0-9a-f]{4}")
 _PATIENCE_S: Final = 10.0
 
-_exit = contextlib.ExitStack()
 _tag = ""
 _directory = Path()
+_held: Pidfile | None = None
+_reaper: subprocess.Popen[bytes] | None = None
 _numbers = itertools.count()
 
 
@@ -60,16 +60,17 @@ def name() -> str:
 
 def begin() -> str:
     """Sweep for those that died, and be a run until `end` or the end of this process; its tag. Again does nothing."""
-    global _tag, _directory
+    global _tag, _directory, _held, _reaper
     if _tag:
         return _tag
-    root = os.geteuid() == 0
-    if root:  # Others can make nothing that outlives them but files.
+    if os.geteuid() == 0:  # Others can make nothing that outlives them but files.
         LOCKS.mkdir(exist_ok=True)
         for line in sweep_dead():
             print(f"left by tests that were killed, removed: {line}", file=sys.stderr)
-    _exit.enter_context(_claimed() if root else contextlib.nullcontext())
-    _tag = _tag or _fresh()
+        _tag, _held = _claim()
+        _reaper = _start_reaper(_tag)
+    else:
+        _tag = _fresh()
     _directory = _TEMPORARY / _tag
     _directory.mkdir()
     os.environ[MARK] = _tag
@@ -89,22 +90,23 @@ def _fresh() -> str:
     return f"q{os.urandom(2).hex()}"
 
 
-@contextlib.contextmanager
-def _claimed() -> Iterator[None]:
-    """A tag that is this run's alone, with its reaper."""
-    global _tag
+def _claim() -> tuple[str, Pidfile]:
+    """A tag that is this run's alone."""
     while True:
-        _tag = _fresh()
-        held = Pidfile(LOCKS / f"{_tag}.pid")
+        tag = _fresh()
+        held = Pidfile(LOCKS / f"{tag}.pid")
         with contextlib.suppress(FailedPrecondition):
             held.__enter__()
-            if not _named(_tag) and not _devices(_tag):
-                break
+            if not _named(tag) and not _devices(tag) and not (_TEMPORARY / tag).exists():
+                return tag, held
             held.__exit__(None, None, None)  # Somebody else's things are called so.
+
+
+def _start_reaper(tag: str) -> subprocess.Popen[bytes]:
     me = os.pidfd_open(os.getpid())
     # A session of its own: what ends the run's whole process group (Ctrl-C, a killed job) leaves it alone.
     reaper = subprocess.Popen(
-        [sys.executable, "-m", "tests.session", _tag, str(me)],
+        [sys.executable, "-m", "tests.session", tag, str(me)],
         pass_fds=(me,),
         env={key: text for key, text in os.environ.items() if key != MARK},
         cwd=ROOT,
@@ -114,21 +116,19 @@ def _claimed() -> Iterator[None]:
         start_new_session=True,
     )
     os.close(me)
-    try:
-        yield
-    finally:
-        reaper.kill()
-        reaper.wait()
-        held.__exit__(None, None, None)
+    return reaper
 
 
 def end() -> None:
-    """The run ends as it should: there is nothing left, or some test is to be mended."""
-    with _exit:
-        if os.geteuid() == 0:
-            for line in sweep(_tag):
-                print(f"left by these tests, removed: {line}", file=sys.stderr)
-        _remove_directory(_directory)
+    """The run ends as it should: there is nothing left, or some test is to be mended. Without this the reaper does it."""
+    if _held is not None:
+        for line in sweep(_tag):
+            print(f"left by these tests, removed: {line}", file=sys.stderr)
+    _remove_directory(_directory)
+    if _held is not None and _reaper is not None:
+        _reaper.kill()
+        _reaper.wait()
+        _held.__exit__(None, None, None)
 
 
 def sweep_dead(tag: str = "*") -> list[str]:
