@@ -44,6 +44,23 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 
 
+def _checked(
+    addresses: list[str], check: Callable[[Address, str], None]
+) -> tuple[list[Address], list[errors.FibrilError | None]]:
+    """Those that are right, and per address None or what is wrong. check: gets the field's name too, and raises that."""
+    good: list[Address] = []
+    results: list[errors.FibrilError | None] = []
+    for i, text in enumerate(addresses):
+        try:
+            address = check_address(text, f"addresses[{i}]")
+            check(address, f"addresses[{i}]")
+            good.append(address)
+            results.append(None)
+        except errors.FibrilError as error:
+            results.append(error)
+    return good, results
+
+
 class AddressBook:
     """See the module's text."""
 
@@ -234,42 +251,28 @@ class AddressBook:
     async def add_cloud(self, name: str, addresses: list[str]) -> list[errors.FibrilError | None]:
         """Addresses a provider gives to this node; per address None or what was wrong."""
         pool = self._cloud(name)
-        results: list[errors.FibrilError | None] = []
-        good: list[Address] = []
-        for i, text in enumerate(addresses):
-            try:
-                address = check_address(text, f"addresses[{i}]")
-                if not pool.holds(address):
-                    raise errors.InvalidArgument(
-                        f"{address} is outside pool {name}",
-                        field=f"addresses[{i}]",
-                        fix="add its prefix to the pool first",
-                    )
-                good.append(address)
-                results.append(None)
-            except errors.FibrilError as error:
-                results.append(error)
+
+        def is_inside(address: Address, field: str) -> None:
+            if not pool.holds(address):
+                raise errors.InvalidArgument(
+                    f"{address} is outside pool {name}", field=field, fix="add its prefix to the pool first"
+                )
+
+        good, results = _checked(addresses, is_inside)
         self._holdings.add_cloud(pool, good)
         return results
 
     async def remove_cloud(self, name: str, addresses: list[str]) -> list[errors.FibrilError | None]:
         """Addresses a provider withdraws; per address None or why not (FailedPrecondition: it is in use)."""
         pool = self._cloud(name)
-        results: list[errors.FibrilError | None] = []
-        good: list[Address] = []
-        for i, text in enumerate(addresses):
-            try:
-                address = check_address(text, f"addresses[{i}]")
-                if (held := self._holdings.at(str(address))) is not None and held.pool == name:
-                    raise errors.FailedPrecondition(
-                        f"{address} is in use by {held.owner}",
-                        field=f"addresses[{i}]",
-                        fix="release it first",
-                    )
-                good.append(address)
-                results.append(None)
-            except errors.FibrilError as error:
-                results.append(error)
+
+        def is_free(address: Address, field: str) -> None:
+            if (held := self._holdings.at(str(address))) is not None and held.pool == name:
+                raise errors.FailedPrecondition(
+                    f"{address} is in use by {held.owner}", field=field, fix="release it first"
+                )
+
+        good, results = _checked(addresses, is_free)
         self._holdings.remove_cloud(pool, good)
         return results
 
