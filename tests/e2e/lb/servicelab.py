@@ -87,7 +87,7 @@ class Client:
         self._running.stdin.flush()
         return self._answer()
 
-    def names(self, address: str, times: int = 16, port: int = 80) -> set[str]:
+    def names(self, address: str, times: int = 24, port: int = 80) -> set[str]:
         """Who answers."""
         return {str(self("ask", address, port)[0]) for _ in range(times)}
 

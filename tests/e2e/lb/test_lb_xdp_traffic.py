@@ -222,7 +222,7 @@ def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
 @BOTH
 @pytest.mark.parametrize("port", [DIRECT, TRANSLATED])
 def test_connections_reach_both_servers(scene: Scene, family: int, port: int) -> None:
-    seen = {scene.call(family, port) for _ in range(16)}
+    seen = {scene.call(family, port) for _ in range(24)}
     client = address("client" if port == DIRECT else "node", family)
     assert seen == {("s0", client), ("s1", client)}
 
@@ -230,7 +230,7 @@ def test_connections_reach_both_servers(scene: Scene, family: int, port: int) ->
 @BOTH
 @pytest.mark.parametrize("port", [DIRECT, TRANSLATED])
 def test_datagrams_reach_both_servers(scene: Scene, family: int, port: int) -> None:
-    seen = {scene.ask(family, port) for _ in range(16)}
+    seen = {scene.ask(family, port) for _ in range(24)}
     client = address("client" if port == DIRECT else "node", family)
     assert seen == {("s0", client), ("s1", client)}
 
