@@ -34,8 +34,8 @@ while True:
 _CLIENT = """
 import json, socket, sys, threading, time
 held, counts, stop = {}, {"ok": 0, "failures": []}, threading.Event()
-def ask(address, port):
-    with socket.create_connection((address, port), 10) as conn:
+def ask(address, port, seconds=10):
+    with socket.create_connection((address, port), seconds) as conn:
         peer = conn.getpeername()[0]
         return [conn.makefile().readline().strip(), peer]
 def hold(address, port):

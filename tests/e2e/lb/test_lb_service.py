@@ -41,7 +41,7 @@ def stubs(landscape: ModeLab) -> Iterator[list[lb_pb2_grpc.LbServiceStub]]:
             found[0].DeleteService(pb.DeleteServiceRequest(name=each.name))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def servers(landscape: ModeLab) -> Iterator[dict[str, str]]:
     """Server -> address, one on each node."""
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def test_a_service_is_served_changed_and_deleted(
     wait_for(lambda: clients["host"]("echo", number) != "x", "the connection's end")
     stubs[1].DeleteService(pb.DeleteServiceRequest(name="default/web:http"))
     wait_for(lambda: all(get(each) is None for each in stubs), "no service")
-    wait_for(lambda: "error" in clients["host"]("ask", VIP, 80), "no service in the kernel")
+    wait_for(lambda: "error" in clients["host"]("ask", VIP, 80, 2), "no service in the kernel")
 
 
 def test_traffic_goes_on_when_the_service_is_killed(
