@@ -159,7 +159,7 @@ def test_a_port_of_all_nodes_is_reached_from_outside(
     served(stubs, 2)
     with client(landscape, "world") as world:
         for node, (four, *_) in addresses.items():
-            wait_for(lambda four=four: "error" not in world("ask", four, 30080), f"the port of {node}")
+            wait_for(lambda four=four: "error" not in world("ask", four, 30080, 2), f"the port of {node}")
             # Each node to its own.
             assert world.names(four, 8, 30080) == {node}
         service.external_traffic_policy = pb.TRAFFIC_POLICY_CLUSTER
