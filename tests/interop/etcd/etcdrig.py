@@ -110,9 +110,9 @@ def hanging(etcd: EmbeddedEtcd) -> Iterator[None]:
         os.kill(etcd.process.pid, signal.SIGCONT)
 
 
-async def compact(etcd: EmbeddedEtcd, revision: int) -> None:
-    """Drop all history before a revision."""
-    async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
+async def compact(etcd: EmbeddedEtcd, revision: int, url: str = "") -> None:
+    """Drop all history before a revision. url: where it is found just now, if elsewhere."""
+    async with grpc.aio.insecure_channel(url or etcd.endpoint) as channel:
         await rpc.KVStub(channel).Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=5)
 
 

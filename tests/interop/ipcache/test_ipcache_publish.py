@@ -248,8 +248,9 @@ async def test_nothing_is_forgotten_before_it_is_listed_again(etcd: EmbeddedEtcd
             await there.delete(PREFIX + "10.0.0.3")
             await there.put(PREFIX + "10.0.0.4", stored_address("10.0.0.4", 9, "c"))
             last = await there.put("elsewhere", b"")
+        # Before it can be found again.
+        await compact(etcd, last, f"unix:{hidden}")
         hidden.rename(target)
-        await compact(etcd, last)
         wanted = {**everything, "10.0.0.4": (9, "c")}
         del wanted["10.0.0.3"]
         seen = set()
