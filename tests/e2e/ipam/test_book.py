@@ -44,7 +44,7 @@ class Node:
 
     def __init__(self, name: str, tmp: Path, url: str, first: Pool | None) -> None:
         self.clock = Clock()
-        self.etcd = EtcdClient([url], timeout_s=1.0)
+        self.etcd = EtcdClient([url], timeout_s=2.0)
         self.db = open_db(tmp / f"{name}.db")
         self.book = AddressBook(Holdings(self.db), self.etcd, PoolStore(self.etcd, "c"), name, first, self.clock)
 

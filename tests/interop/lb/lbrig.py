@@ -19,7 +19,7 @@ class Node:
     """Follows, and changes. told: what its users were called back with."""
 
     def __init__(self, url: str) -> None:
-        self.etcd = EtcdClient([url], timeout_s=1.0)
+        self.etcd = EtcdClient([url], timeout_s=3.0)
         self.services = Services(self.etcd, CLUSTER)
         self.store = Store(self.etcd, CLUSTER, self.services)
         self.told: list[tuple[str, frozenset[BackendKey] | None]] = []
