@@ -163,6 +163,9 @@ class World:
     def component(self) -> str:
         """What the service says of tracing; "" while it does not answer."""
         assert self._process is not None and self._process.poll() is None, self.log()
+        # gRPC, refused once, tries again only five seconds later.
+        if not self.instance.socket('identity').exists():
+            return ""
         try:
             answer = StatusServiceStub(self.channel).GetStatus(status_pb2.GetStatusRequest(), timeout=2)
         except grpc.RpcError:
