@@ -117,7 +117,17 @@ class IdentityNode(Node):
         )
 
     def all(self) -> dict[str, ep.Endpoint]:
-        answer = self.endpoints.ListEndpoints(ep.ListEndpointsRequest(), timeout=10, wait_for_ready=True)
+        """Asked again of who was killed with the question before him."""
+
+        def ask() -> ep.ListEndpointsResponse | None:
+            try:
+                return self.endpoints.ListEndpoints(ep.ListEndpointsRequest(), timeout=10, wait_for_ready=True)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                return None
+
+        answer = wait_for(ask, "an answer")
         return {endpoint.container_id: endpoint for endpoint in answer.endpoints}
 
     # ---- identities

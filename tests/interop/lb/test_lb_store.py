@@ -223,6 +223,7 @@ async def test_a_change_among_ten_thousand_backends_is_one_key(nodes: list[Node]
         assert [type(event) for event in watcher.events[2:]] == [Put, Put]
         assert await nodes[2].store.remove_backends("big", [more.key]) == 1
         await until(lambda: len(nodes[1].told) == 3, "news")
+        await until(lambda: len(watcher.events) >= 6, "both keys")
         assert len(watcher.events) == 6 and isinstance(watcher.events[-1], Delete)
     begun = time.monotonic()
     assert await nodes[0].store.set_state("big", list(backends)[:1000], BackendState.MAINTENANCE) == 1000
