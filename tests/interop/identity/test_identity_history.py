@@ -58,6 +58,9 @@ class Process:
         assert self._process is not None
         return self._process
 
+    def has_begun(self) -> bool:
+        return self.log.exists() and b"\n" in self.log.read_bytes()
+
     def signal(self, number: signal.Signals) -> None:
         self._running.send_signal(number)
 
@@ -159,6 +162,8 @@ async def test_a_recorded_history_has_no_contradiction(
     async with load(etcd, place, chance) as processes:
         faults = Faults(etcd, client, processes, chance)
         ends = time.monotonic() + SECONDS
+        # Who is killed before he is there has not been killed.
+        await until(lambda: all(process.has_begun() for process in processes), "all to be there")
         await until(lambda: client.get_prefix(REFS), "the first to be held")
         while time.monotonic() < ends:
             await faults.inject()
