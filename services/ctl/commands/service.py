@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from services.ctl import balancing
+from services.ctl.commands.backend import BACKENDS
 from services.ctl.context import Ctl, pass_ctl
 from services.ctl.render import columns, short, to_record
 
@@ -26,11 +27,29 @@ def _frontends(record: Mapping[str, Any]) -> str:
     )
 
 
+def _summary(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the service itself, without what is not set."""
+    shown = {field: value for field, value in record.items() if field not in ("frontends", "backends", "status")}
+    for field, prefix in ENUMS.items():
+        shown[field] = "" if shown[field].endswith("_UNSPECIFIED") else short(shown[field], prefix)
+    status = record["status"]
+    shown |= {"status": _status(record)} | {each: status[each] for each in ("inside", "outside", "connections")}
+    return {field: value for field, value in shown.items() if value or field in ("inside", "outside", "connections")}
+
+
 def _status(record: Mapping[str, Any]) -> str:
     status = record.get("status") or {}
     return "ok" if status.get("programmed") else str(status.get("problem") or "pending")
 
 
+ENUMS = {
+    "algorithm": "ALGORITHM_",
+    "internal_traffic_policy": "TRAFFIC_POLICY_",
+    "external_traffic_policy": "TRAFFIC_POLICY_",
+    "topology": "TOPOLOGY_",
+    "forwarding": "FORWARDING_",
+    "no_backend": "NO_BACKEND_",
+}
 SERVICES = columns(
     "name",
     ("FRONTENDS", _frontends),
@@ -39,6 +58,14 @@ SERVICES = columns(
     ("OUTSIDE", "status.outside"),
     ("CONNECTIONS", "status.connections"),
     ("STATUS", _status),
+)
+FRONTENDS = columns(
+    (
+        "FRONTEND",
+        lambda r: f"{balancing.shown_endpoint(r['address'], r['port'], r['port_last'])}/{short(r['protocol'], 'PROTOCOL_')}",
+    ),
+    ("TYPE", lambda r: short(r["type"], "FRONTEND_TYPE_")),
+    "node",
 )
 APPLIED = columns("name", "result", "backends")
 CHANGES = columns(
@@ -305,10 +332,16 @@ def ls(ctl: Ctl, prefix: str) -> None:
 @click.argument("name", shell_complete=balancing.complete_service)
 @pass_ctl
 def get(ctl: Ctl, name: str) -> None:
-    """Show a service as declared and as this node serves it."""
+    """Show a service as declared and as this node serves it; all its fields with -o yaml."""
     from fibril.lb.v1 import lb_pb2
 
-    ctl.describe(to_record(balancing.ask(ctl, "GetService", lb_pb2.GetServiceRequest(name=name)).service))
+    found = to_record(balancing.ask(ctl, "GetService", lb_pb2.GetServiceRequest(name=name)).service)
+    if ctl.output != "table":
+        ctl.describe(found)
+        return
+    ctl.describe(_summary(found))
+    ctl.show(found["frontends"], FRONTENDS, "no frontends")
+    ctl.show([{**backend, "service": name} for backend in found["backends"]], BACKENDS, "no backends")
 
 
 @command.command("rm")

@@ -113,5 +113,8 @@ def test_kubernetes_objects_are_applied_as_they_are(landscape: ModeLab, tmp_path
     results("service", "apply", "-f", str(file))
     assert "cannot read" in run("service", "apply", "-f", str(tmp_path / "none"), code=1)
     assert "there is no service" in run("service", "get", "nope", code=1)
+    lines = [line.split() for line in run("service", "get", "shop/web:http").splitlines()]
+    assert ["algorithm", "maglev"] in lines and not any("UNSPECIFIED" in word for line in lines for word in line)
+    assert [line[2:4] for line in lines if line[:1] == ["shop/web:http"]] == [["1", "active"]]
     run("service", "rm", "shop/web:http")
     wait_for(lambda: landscape.json(NODE, "service", "ls") == [], "nothing")
