@@ -373,7 +373,7 @@ def test_of_two_readers_whoever_is_left_reads_on(rig: Rig, caller: Process, tmp_
     source = Path(__file__).with_name("tworeaders.c")
     subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-pthread", "-o", program, source], check=True)
     before = rig.stat(abi.Stat.SHORTENED)
-    assert int(caller.do("import subprocess", f"subprocess.check_output(['{program}', '1500'], text=True)")) <= 1
+    assert int(caller.do("import subprocess", f"subprocess.check_output(['{program}', '1500'], text=True)")) <= 4
     assert rig.stat(abi.Stat.SHORTENED) > before + 50
 
 

@@ -312,7 +312,8 @@ t = [threading.Thread(target=pump, args=(s,)) for s in (c, d)]
 [each.start() for each in t]; [each.join(20) for each in t]
 """)
     (pair,) = rig.pairs()
-    assert not pair.ended and pair.ends[0].sends > 1900 and pair.ends[1].sends > 1900
+    # Who finds much unread sends by TCP: fewer on one CPU, some 600 on two that have nothing else to do.
+    assert not pair.ended and pair.ends[0].sends > 1000 and pair.ends[1].sends > 1000
 
 
 def test_an_urgent_byte_is_one(rig: Rig) -> None:
