@@ -309,13 +309,14 @@ async def test_a_hundred_thousand_entries_do_not_hold_up_the_process(
         keys = b"".join(bytes(abi.SockKey(cookie=1 << 40 | number, proto=TCP)) for number in range(count))
         assert table.update_packed(keys, value * count) == (count, None)
         longest = 0.0
-        start = last = time.monotonic()
+        start, last = time.monotonic(), time.thread_time()
         sockets.backends_removed([Gone(9)])
         while time.monotonic() - start < 0.8:
             await asyncio.sleep(0.002)
-            now = time.monotonic()
+            # Of this thread's own time: others' takes turns with it.
+            now = time.thread_time()
             longest, last = max(longest, now - last), now
-        assert longest < 0.2
+        assert longest < 0.1
         with contextlib.closing(Entries(instance)) as entries:
             begin = time.monotonic()
             assert entries.backends() == {7}
