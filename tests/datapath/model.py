@@ -135,9 +135,10 @@ def route(frame: bytes, parsed: Parsed, pods: Mapping[Address, abi.Endpoint]) ->
     data[:12] = bytes(to.pod_mac) + bytes(to.host_mac)
     if parsed.source.version == 4:
         data[22] -= 1
-        # One's complement: what the header summed up to, right or wrong, it sums up to afterwards.
+        # One's complement: what the header summed up to, right or wrong, it sums up to afterwards. Of the two zeros it is the
+        # one that a computation anew would give, for no header sums up to zero.
         check = int.from_bytes(frame[24:26], "big") + 0x0100
-        data[24:26] = ((check & 0xFFFF) + (check >> 16)).to_bytes(2, "big")
+        data[24:26] = (check + (check >= 0xFFFF) & 0xFFFF).to_bytes(2, "big")
     else:
         data[21] -= 1
     return Decision(abi.Verdict.DELIVERED, Reason.NONE, bytes(data), parsed)

@@ -265,21 +265,26 @@ def test_a_source_may_send_a_burst_and_then_its_rate(
 ) -> None:
     limit = state.set_limit(ip_network(prefix), 50, 5)
     before = rig.dropped(Reason.PREFILTER_RATE)
-    assert [rig.run(source) for _ in range(8)] == [PASS] * 5 + [DROP] * 3
-    assert state.counters.limited(limit, ip_address(source))
+    # One more may pass every 20 ms, as many as go by while these are sent.
+    begin = time.monotonic()
+    seen = [rig.run(source) for _ in range(8)]
+    early = seen.count(PASS) - 5
+    assert seen[:5] == [PASS] * 5 and 0 <= early <= 50 * (time.monotonic() - begin), seen
+    assert state.counters.limited(limit, ip_address(source)) or time.monotonic() - begin >= (1 + early) / 50
     assert not state.counters.limited(limit, ip_address(neighbour))
     assert rig.run(neighbour) == PASS
     assert [rig.run(other) for _ in range(20)] == [PASS] * 20
-    assert state.counters.count(abi.COUNT_PASSED + limit.ident).packets == 6
-    assert state.counters.count(abi.COUNT_DROPPED + limit.ident).packets == 3
-    assert rig.dropped(Reason.PREFILTER_RATE) - before == 3
+    assert state.counters.count(abi.COUNT_PASSED + limit.ident).packets == 6 + early
+    assert state.counters.count(abi.COUNT_DROPPED + limit.ident).packets == 3 - early
+    assert rig.dropped(Reason.PREFILTER_RATE) - before == 3 - early
     # Who sends nothing for a tenth of a second, as a test that has no CPU, has saved up a burst and no more.
-    begin = last = time.monotonic()
-    passed, due = 0, 0.0
-    while (now := time.monotonic()) - begin < 0.5:
-        due, last = due + min(50 * (now - last), 5), now
+    last = time.monotonic()
+    until, passed, due, saved = last + 0.5, 0, 0, 0.0
+    while (now := time.monotonic()) < until:
+        saved, last = min(saved + 50 * (now - last), 5), now
+        due, saved = (due + 1, saved - 1) if saved >= 1 else (due, saved)
         passed += rig.run(source) == PASS
-    assert due - 3 <= passed <= 50 * (last - begin) + 2, (passed, due)
+    assert due - 3 <= passed <= 50 * (time.monotonic() - begin) - early, (passed, due)
 
 
 def test_an_ipv6_source_is_a_64(rig: Rig, state: State) -> None:

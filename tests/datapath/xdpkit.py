@@ -22,6 +22,7 @@ from typing import Any
 from scapy.layers.inet import IP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Ether
+from scapy.utils import checksum
 
 from services.common.instance import Instance
 from services.common.kernel import features, loader, netns, progs
@@ -62,6 +63,16 @@ def ip(family: int, **fields: Any) -> IP | IPv6:
 def frame(packet: Any, dst: str = NODE_MAC) -> bytes:
     """As it comes from the router."""
     return bytes(Ether(src=ROUTER_MAC, dst=dst) / packet)
+
+
+def looks_unsummed(data: bytes) -> bool:
+    """Whether the checksum of a frame of TCP or UDP is by chance what it would be if a device were to compute it, the sum of
+    the pseudo header: XDP leaves such a frame to tc.
+    """
+    packet = Ether(data)[1]
+    proto, length = (packet.proto, packet.len - 20) if isinstance(packet, IP) else (packet.nh, packet.plen)
+    ends = ip_address(packet.src).packed + ip_address(packet.dst).packed
+    return bool(packet.payload.chksum == ~checksum(ends + struct.pack("!HH", length, proto)) & 0xFFFF)
 
 
 def exact(data: bytes) -> bytes:

@@ -220,7 +220,9 @@ def test_monitor_names_a_drop_as_it_happens(shared: Node, tmp_path: Path) -> Non
 
     shown = tmp_path / "events"
     with shown.open("w") as output:
-        watching = shared.start(*FIBRIL, "-o", "json", "monitor", "--endpoint", "a", stdout=output)
+        # As from a terminal: what a shell has put into the background, as perhaps this run, ignores SIGINT with all it starts.
+        terminal = ("env", "--default-signal=INT")
+        watching = shared.start(*terminal, *FIBRIL, "-o", "json", "monitor", "--endpoint", "a", stdout=output)
     try:
         # Until the watch is on, nothing is reported; so packets are sent until something is.
         event = wait_for(spoofed_and_seen, "the event")
