@@ -101,16 +101,18 @@ def test_no_packet_is_lost_while_slots_are_replaced(dp: Datapath, foreign: dict[
     array = dp.path(abi.SLOTS_MAP)
     dp.watch(drops=0, forward=0)
     packet = bytes(ether() / ip(B) / TCP(dport=80))
-    stop, changes = threading.Event(), 0
+    begun, stop, changes = threading.Event(), threading.Event(), 0
     results: set[int] = set()
 
     def send() -> None:
         while not stop.is_set():
             results.update(progs.test_run(dp.programs[install.FROM_POD], packet).retval for _ in range(200))
+            begun.set()
 
     sender = threading.Thread(target=send)
     sender.start()
     try:
+        assert begun.wait(20)
         for _ in range(10):
             for slot, fd in foreign.items():
                 progs.set_slot(array, slot, fd)
