@@ -26,5 +26,13 @@ async def etcd(place: Path) -> EmbeddedEtcd:
 
 @pytest.fixture
 async def client(etcd: EmbeddedEtcd) -> AsyncIterator[EtcdClient]:
-    async with EtcdClient([etcd.endpoint], timeout_s=2.0) as made:
+    """One with more patience than a busy machine may need."""
+    async with EtcdClient([etcd.endpoint], timeout_s=10.0) as made:
+        yield made
+
+
+@pytest.fixture
+async def hasty(etcd: EmbeddedEtcd) -> AsyncIterator[EtcdClient]:
+    """One that soon gives up, for those who wait for that."""
+    async with EtcdClient([etcd.endpoint], timeout_s=1.5) as made:
         yield made

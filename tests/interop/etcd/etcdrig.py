@@ -11,7 +11,6 @@ import ipaddress
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -32,6 +31,8 @@ from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.etcd.watch import Event, watch_prefix
 
 WAIT_S = 20.0
+# Of this process alone, so the ports on it are nobody else's, nor can a connection take one while no server has it.
+LOOPBACK = str(ipaddress.IPv4Address((127 << 24) + (1 << 16) + os.getpid()))
 
 
 @contextlib.contextmanager
@@ -90,11 +91,13 @@ def stop(pid: int) -> None:
     """Stop a process; the last of its threads has stopped at the end, as a signal reaches each by itself."""
     os.kill(pid, signal.SIGSTOP)
     for _ in range(1000):
-        if all(
-            stat.read_text().rpartition(")")[2].split()[0] == "T"
-            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
-        ):
-            return
+        # A thread that ends meanwhile has no state to be read.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if all(
+                stat.read_text().rpartition(")")[2].split()[0] == "T"
+                for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+            ):
+                return
         time.sleep(0.005)
     raise AssertionError(f"{pid} does not stop")
 
@@ -180,7 +183,7 @@ class Authority:
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))]),
                 critical=False,
             )
             .sign(self._key, hashes.SHA256())
@@ -206,9 +209,8 @@ class Cluster:
     def __init__(self, root: Path, authority: Authority) -> None:
         self._root = root
         self._tls = authority.issue("server")
-        ports = _free_ports(6)
-        self.urls = [f"https://127.0.0.1:{port}" for port in ports[:3]]
-        self._peers = [f"http://127.0.0.1:{port}" for port in ports[3:]]
+        self.urls = [f"https://{LOOPBACK}:{port}" for port in (2379, 2479, 2579)]
+        self._peers = [f"http://{LOOPBACK}:{port}" for port in (2380, 2480, 2580)]
         self._members: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, *members: int) -> None:
@@ -252,12 +254,3 @@ class Cluster:
         for member in self._members.values():
             member.kill()
             member.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Loopback ports nobody uses now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

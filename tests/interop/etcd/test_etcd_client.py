@@ -120,29 +120,29 @@ async def test_a_full_database_is_resource_exhausted_and_reading_goes_on(place: 
             for i in range(200):
                 await client.put(f"big/{i}", bytes(256 << 10))
         assert (await client.get_prefix("big/")).kvs
-        assert "full" in await etcd.check()
+        assert "full" in await etcd.check(10)
 
 
 async def test_a_lost_etcd_is_unavailable_after_a_bounded_time_and_found_again(
-    etcd: EmbeddedEtcd, client: EtcdClient
+    etcd: EmbeddedEtcd, hasty: EtcdClient
 ) -> None:
-    await client.put("key", b"1")
-    assert client.healthy
+    await until(lambda: hasty.put("key", b"1"), "a key")
+    assert hasty.healthy
     await kill(etcd)
-    for call in (client.get("key"), client.put("key", b"2"), client.renew(1)):
+    for call in (hasty.get("key"), hasty.put("key", b"2"), hasty.renew(1)):
         began = time.monotonic()
         with pytest.raises(Unavailable, match="client:0"):
             await call
-        assert time.monotonic() - began < 2.0 + 8.0
-    assert not client.healthy and "reached" in client.error
+        assert time.monotonic() - began < 1.5 + 8.0
+    assert not hasty.healthy and "reached" in hasty.error
     await etcd.start()
-    found = await until(lambda: client.get("key"), "reading again")
+    found = await until(lambda: hasty.get("key"), "reading again")
     assert found.value == b"1", "a call that found no server has had no effect"
-    assert client.healthy and client.error == ""
+    assert hasty.healthy and hasty.error == ""
 
 
 async def test_a_call_waits_for_an_etcd_that_is_about_to_come(etcd: EmbeddedEtcd, client: EtcdClient) -> None:
-    await client.put("key", b"1")
+    # The client has no connection yet: of one that has just broken it may not know, and then the call fails.
     await etcd.stop()
     waiting = asyncio.create_task(client.put("key", b"2"))
     await etcd.start()
@@ -150,19 +150,19 @@ async def test_a_call_waits_for_an_etcd_that_is_about_to_come(etcd: EmbeddedEtcd
 
 
 async def test_a_hanging_etcd_is_unavailable_after_a_bounded_time_and_found_again(
-    etcd: EmbeddedEtcd, client: EtcdClient
+    etcd: EmbeddedEtcd, hasty: EtcdClient
 ) -> None:
-    await client.put("key", b"1")
+    await until(lambda: hasty.put("key", b"1"), "a key")
     with hanging(etcd):
-        for call, doubt in ((client.get("key"), False), (client.cas("key", 0, b"x"), True)):
+        for call, doubt in ((hasty.get("key"), False), (hasty.cas("key", 0, b"x"), True)):
             began = time.monotonic()
             with pytest.raises(Unavailable) as caught:
                 await call
-            assert time.monotonic() - began < 2.0 + 8.0
+            assert time.monotonic() - began < 1.5 + 8.0
             assert ("whether the change was made is unknown" in str(caught.value)) == doubt
-        assert not client.healthy
-    assert (await until(lambda: client.get("key"), "reading again")).value == b"1"
-    assert client.healthy
+        assert not hasty.healthy
+    assert (await until(lambda: hasty.get("key"), "reading again")).value == b"1"
+    assert hasty.healthy
 
 
 async def test_keys_of_a_lease_go_with_it(client: EtcdClient) -> None:
@@ -198,12 +198,13 @@ class Kept:
 
 
 async def test_a_kept_lease_outlives_its_time_and_is_replaced_when_lost(client: EtcdClient) -> None:
-    kept = Kept(client, 2)
+    # It may come late to renew it by two thirds of the time.
+    kept = Kept(client, 5)
     task = asyncio.create_task(kept.keeper.run())
     try:
         await until(lambda: client.get("kept"), "the key written")
         began = time.monotonic()
-        await until(lambda: time.monotonic() - began > 3, "more than its time")
+        await until(lambda: time.monotonic() - began > 6, "more than its time")
         assert await client.get("kept") is not None
         assert kept.leases == kept.granted and len(kept.leases) == 1 and kept.keeper.valid
 
@@ -255,7 +256,7 @@ async def test_a_lease_is_gone_on_with_unless_it_has_ended(client: EtcdClient) -
 
 
 async def test_who_has_keys_under_a_lease_holds_up_nobody_else(client: EtcdClient) -> None:
-    kept = Kept(client, 2)
+    kept = Kept(client, 5)
     stuck = asyncio.Event()
 
     async def wait(_lease: int) -> None:
@@ -265,11 +266,11 @@ async def test_who_has_keys_under_a_lease_holds_up_nobody_else(client: EtcdClien
     task = asyncio.create_task(kept.keeper.run())
     try:
         await until(lambda: client.get("kept"), "the key written")
-        late = Kept(client, 2, key="late")
+        late = Kept(client, 5, key="late")
         kept.keeper.on_grant(late.write)
         await until(lambda: client.get("late"), "the key of one who came later")
         began = time.monotonic()
-        await until(lambda: time.monotonic() - began > 3, "more than the lease's time")
+        await until(lambda: time.monotonic() - began > 6, "more than the lease's time")
         assert kept.keeper.valid and len(kept.granted) == 1
     finally:
         task.cancel()

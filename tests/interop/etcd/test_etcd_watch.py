@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 
+import pytest
+
+from services.common.errors import Unavailable
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced
@@ -40,11 +43,13 @@ async def test_an_empty_prefix_is_a_snapshot_too(client: EtcdClient) -> None:
         assert isinstance(watcher.events[0], Snapshot) and watcher.events[0].kvs == ()
 
 
-async def test_a_watch_begins_when_etcd_comes(etcd: EmbeddedEtcd, client: EtcdClient) -> None:
+async def test_a_watch_begins_when_etcd_comes(
+    etcd: EmbeddedEtcd, client: EtcdClient, hasty: EtcdClient
+) -> None:
     await client.put("p/a", b"1")
     await etcd.stop()
-    async with watching(client, "p/") as watcher:
-        await until(lambda: "reached" in client.error, "the client's finding out")
+    async with watching(hasty, "p/") as watcher:
+        await until(lambda: "reached" in hasty.error, "the client's finding out")
         assert watcher.events == []
         await etcd.start()
         await until(lambda: len(watcher.events) == 2, "the snapshot")
@@ -123,13 +128,14 @@ async def test_another_etcd_in_the_same_place_is_noticed(etcd: EmbeddedEtcd, cli
 
 
 async def test_a_hanging_etcd_delays_a_watch_and_loses_nothing(
-    etcd: EmbeddedEtcd, client: EtcdClient
+    etcd: EmbeddedEtcd, client: EtcdClient, hasty: EtcdClient
 ) -> None:
-    async with watching(client, "p/") as watcher:
+    async with watching(hasty, "p/") as watcher:
         await until(lambda: len(watcher.events) == 2, "the snapshot")
         with hanging(etcd):
-            await asyncio.wait({asyncio.create_task(client.check())})
-            assert not client.healthy
+            with pytest.raises(Unavailable):
+                await hasty.check()
+            assert not hasty.healthy
         revision = await client.put("p/a", b"1")
         await watcher.told(Put("p/a", b"1", revision), since=2)
 
