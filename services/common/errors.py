@@ -1,9 +1,8 @@
 """The errors Fibril raises on purpose. Each names the object, the operation and, in `fix`, the next step.
 
-Domain code raises these; the RPC server turns them into a status in one place (`services.common.rpc.status`),
-and a client turns the status back with `from_rpc_error`. Any other exception is a bug and reaches a caller as
-INTERNAL. This module imports neither grpc nor protobuf: the BPF loader and command line use it where start-up
-time counts.
+Domain code raises these; `services.common.rpc.status` turns them into a gRPC status and back. Any other exception
+is a bug and reaches a caller as INTERNAL. This module imports neither grpc nor protobuf: the BPF loader and command
+line use it where start-up time counts.
 """
 
 from __future__ import annotations
@@ -140,13 +139,6 @@ _BY_NAME["OUT_OF_RANGE"] = InvalidArgument
 def by_code(name: str) -> type[FibrilError]:
     """The error class for a status code's name ("NOT_FOUND"); `Internal` for unknown ones."""
     return _BY_NAME.get(name, Internal)
-
-
-def from_rpc_error(error: grpc.aio.AioRpcError) -> FibrilError:
-    """The error a server raised, rebuilt from the status a client received: message, field and fix."""
-    from services.common.rpc.status import decode
-
-    return decode(error)
 
 
 def _rebuild(cls: type[FibrilError], message: str, field: str, fix: str) -> FibrilError:

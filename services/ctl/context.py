@@ -59,7 +59,8 @@ class Ctl:
 
         import grpc
 
-        from services.common.errors import Unavailable, from_rpc_error
+        from services.common.errors import Unavailable
+        from services.common.rpc.status import from_rpc_error
 
         async with self.channel(service) as channel:
             try:

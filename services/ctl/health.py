@@ -140,8 +140,8 @@ async def _ask(instance: Instance, service: str, wait: float) -> tuple[bool, lis
     import grpc
 
     from fibril.status.v1 import status_pb2, status_pb2_grpc
-    from services.common.errors import from_rpc_error
     from services.common.rpc.client import channel
+    from services.common.rpc.status import from_rpc_error
     from services.ctl.render import to_record
 
     async with channel(f"unix:{socket}") as to_service:

@@ -33,7 +33,7 @@ def enter_cgroup(node: Node) -> None:
 def up_words(lab: Lab, services: str, node: Node) -> list[str]:
     """How a node is started: `fibril …`. services: "" for all."""
     from services.common.instance import Instance
-    from services.ctl.node import embedded_etcd
+    from services.ctl.children import embedded_etcd
 
     line = ["up", "--cluster", node.cluster_name]
     if services:

@@ -19,56 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from services.common.errors import FailedPrecondition, FibrilError, InvalidArgument, NotFound, Unavailable
+from services.common.errors import FailedPrecondition, FibrilError, NotFound, Unavailable
 from services.common.instance import Instance
 from services.ctl import health, procs, supervisor
+from services.ctl.child import GRACE_S
+from services.ctl.children import ETCD, Options, embedded_etcd, own_etcd, specs
 from services.ctl.progress import Progress
 
-if TYPE_CHECKING:
-    from services.common.etcd.embedded import EmbeddedEtcd, Member
-
-# Service -> module that runs it; in order of start.
-SERVICES = {name: f"services.{name}" for name in ("ipam", "identity", "lb", "policy", "sockaccel")}
-ETCD = "etcd"  # name of the child process, its directory and its log
 POLL_S = 0.02
 HOPELESS_RESTARTS = 4  # a child that died this often while coming up will not come up
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a node is run. Kept by the supervisor; another `up` with other options starts the processes
-    anew."""
-
-    services: tuple[str, ...] = tuple(SERVICES)
-    in_process: bool = False
-    etcd: tuple[str, ...] = ()
-    config: str = ""
-    cluster: str = ""
-    etcd_members: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        # Lists come from JSON.
-        object.__setattr__(self, "services", tuple(self.services))
-        object.__setattr__(self, "etcd", tuple(self.etcd))
-        object.__setattr__(self, "etcd_members", tuple(self.etcd_members))
-        if self.etcd and self.etcd_members:
-            raise InvalidArgument(
-                "there cannot be both an etcd of others and members of our own",
-                field="etcd_members",
-                fix="give --etcd or --etcd-members",
-            )
-        unknown = [s for s in self.services if s not in SERVICES]
-        if unknown or not self.services:
-            raise InvalidArgument(
-                f"there is no service {', '.join(unknown) or 'named'}",
-                field="services",
-                fix=f"choose from: {', '.join(SERVICES)}",
-            )
 
 
 def up(instance: Instance, options: Options, timeout: float) -> health.NodeHealth:
@@ -166,7 +130,9 @@ def _wait_healthy(
             if child["restarts"] >= HOPELESS_RESTARTS and child["state"] != "running":
                 _died(instance, child["name"])
         # Asking costs an import of gRPC: only when there is somebody to ask.
-        absent = [s for s in state["services"] if not instance.socket(s).exists()] if state is not None else []
+        absent = (
+            [s for s in state["services"] if not instance.socket(s).exists()] if state is not None else []
+        )
         if absent:
             progress.step(f"waiting for {', '.join(absent)}; the first start compiles the BPF programs")
         elif state is not None:
@@ -258,7 +224,7 @@ def _locked(instance: Instance) -> Iterator[None]:
 def _stop_processes(instance: Instance) -> list[int]:
     """The supervisor first, so that it neither restarts what is ended nor leaves an order of its own;
     then what is left, until nothing is. Gives what cannot be ended."""
-    for name, grace in (("supervisor", 2 * supervisor.GRACE_S), ("", 5.0), ("", 1.0)):
+    for name, grace in (("supervisor", 2 * GRACE_S), ("", 5.0), ("", 1.0)):
         found = procs.find(instance.run_dir)
         try:
             procs.end([p for p in found if name in ("", p.name)], grace)
@@ -316,7 +282,7 @@ async def _leave(instance: Instance, options: Options) -> None:
     from services.identity.config import IdentityConfig
     from services.identity.leave import leave
 
-    given = {"etcd.endpoints": ",".join(_own_etcd(instance, options)[0]), "etcd.cluster": options.cluster}
+    given = {"etcd.endpoints": ",".join(own_etcd(instance, options)[0]), "etcd.cluster": options.cluster}
     file = Path(options.config) if options.config else None
     # Without a configuration that is right, or without etcd, the lease ends by itself a little later.
     with suppress(FibrilError):
@@ -353,68 +319,3 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         return  # not empty, not there, or not ours to remove
-
-
-def embedded_etcd(instance: Instance, member: Member | None = None) -> EmbeddedEtcd:
-    """The etcd a node has when it is given none, or the member of one that lives here."""
-    from services.common.etcd.embedded import EmbeddedEtcd
-
-    return EmbeddedEtcd(instance.state_dir / "etcd", instance.run_dir / ETCD, member=member)
-
-
-def _own_etcd(instance: Instance, options: Options) -> tuple[tuple[str, ...], EmbeddedEtcd | None]:
-    """URLs of the etcd to use, and the server that is to run here."""
-    from services.common.etcd.embedded import Member, client_url
-
-    if options.etcd:
-        return options.etcd, None
-    if not options.etcd_members:
-        alone = embedded_etcd(instance)
-        return (alone.endpoint,), alone
-    urls = tuple(client_url(address) for address in options.etcd_members)
-    own = next(filter(_is_local, options.etcd_members), None)
-    return urls, None if own is None else embedded_etcd(instance, Member(own, options.etcd_members))
-
-
-def _is_local(address: str) -> bool:
-    """Whether this host has an address. Raises InvalidArgument when it is none."""
-    import socket
-    from ipaddress import ip_address
-
-    try:
-        family = socket.AF_INET if ip_address(address).version == 4 else socket.AF_INET6
-    except ValueError:
-        raise InvalidArgument(f"{address!r} is not an IP address", field="etcd_members") from None
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            return False
-    return True
-
-
-def specs(instance: Instance, options: Options) -> list[supervisor.ChildSpec]:
-    """The processes of a node, in order of start. Raises FailedPrecondition when etcd is not installed."""
-    children = []
-    urls, etcd = _own_etcd(instance, options)
-    if etcd is not None:
-        children.append(supervisor.ChildSpec(ETCD, etcd.argv, etcd.env, etcd.cwd, etcd.prepare))
-    words = ["--instance", instance.name, "--etcd", ",".join(urls)]
-    if options.config:
-        words += ["--config", options.config]
-    if options.cluster:
-        words += ["--cluster", options.cluster]
-    if options.in_process:
-        argv = (
-            sys.executable,
-            "-m",
-            "services.ctl.together",
-            "--services",
-            ",".join(options.services),
-            *words,
-        )
-        return [*children, supervisor.ChildSpec("together", argv)]
-    for service in options.services:
-        argv = (sys.executable, "-m", SERVICES[service], *words)
-        children.append(supervisor.ChildSpec(service, argv))
-    return children

@@ -36,6 +36,7 @@ from services.lb.locality import Locality
 from services.lb.outside import Outside
 from services.lb.packets import Packets
 from services.lb.pods import LocalAddresses
+from services.lb.prefilter.api import PrefilterApi
 from services.lb.prefilter.part import PrefilterPart
 from services.lb.services import Services
 from services.lb.sockets.sockets import Sockets
@@ -134,7 +135,7 @@ class LbService:
         ctx.tasks.spawn("lb.known", self._when_known())
         ctx.tasks.spawn("lb.addresses", self._hostaddrs.run())
         ctx.tasks.spawn("lb.pods", self._local.run())
-        ctx.rpc.add(prefilter_pb2_grpc.add_PrefilterServiceServicer_to_server, self._prefilter.api)
+        ctx.rpc.add(prefilter_pb2_grpc.add_PrefilterServiceServicer_to_server, PrefilterApi(self._prefilter))
         ctx.rpc.add(
             lb_pb2_grpc.add_LbServiceServicer_to_server,
             LbApi(self._services, self._store, self._plane, self._health.verdict, self._tracer.trace),

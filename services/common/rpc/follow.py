@@ -18,6 +18,7 @@ import grpc.aio
 from fibril.types.v1 import types_pb2
 from services.common import errors
 from services.common.rpc.client import channel
+from services.common.rpc.status import from_rpc_error
 from services.common.service import ComponentStatus
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Follower(Generic[K]):
                         seen.add(key)
                     self._put(found)
             except grpc.aio.AioRpcError as error:
-                raise errors.from_rpc_error(error) from None
+                raise from_rpc_error(error) from None
         raise errors.Unavailable("the service ended the stream")
 
     def status(self) -> ComponentStatus:

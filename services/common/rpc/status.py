@@ -52,8 +52,10 @@ def encode(error: FibrilError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, b
     return error.code, text, ((DETAILS_KEY, status.SerializeToString()),)
 
 
-def decode(error: grpc.aio.AioRpcError) -> FibrilError:
-    """The error behind a status. One from a server that is not Fibril's keeps its code and message."""
+def from_rpc_error(error: grpc.aio.AioRpcError) -> FibrilError:
+    """The error a server raised, from the status a client has received. One of a server that is not Fibril's keeps its code
+    and message.
+    """
     from google.protobuf.message import DecodeError
     from google.rpc import error_details_pb2, status_pb2
 

@@ -193,7 +193,7 @@ def _show(ctl: Ctl, labs: list[str]) -> None:
     from lab import build
     from services.common.instance import Instance
     from services.ctl import health
-    from services.ctl.node import SERVICES
+    from services.ctl.children import SERVICES
 
     rows = []
     for name in labs:

@@ -189,7 +189,8 @@ async def _write(
     import grpc
 
     from fibril.lb.v1 import lb_pb2
-    from services.common.errors import AlreadyExists, from_rpc_error
+    from services.common.errors import AlreadyExists
+    from services.common.rpc.status import from_rpc_error
 
     room = asyncio.Semaphore(AT_ONCE)
 

@@ -36,7 +36,7 @@ def show(ctl: Ctl, node: NodeHealth) -> None:
 def command(ctl: Ctl) -> int:
     """Show how the node is; exit code 0 only when all of it is well."""
     from services.ctl import health
-    from services.ctl.node import SERVICES
+    from services.ctl.children import SERVICES
 
     node = health.ask(ctl.instance, list(SERVICES), min(ctl.seconds, 5.0))
     show(ctl, node)

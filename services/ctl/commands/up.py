@@ -49,12 +49,12 @@ def command(
     foreground: bool,
 ) -> None:
     """Start the node and wait until all of it is well; again is harmless and repairs what has died."""
-    from services.ctl import node
+    from services.ctl import children, node
     from services.ctl.commands.status import show
 
-    chosen = tuple(node.SERVICES) if services in ((), ("all",)) else services
+    chosen = tuple(children.SERVICES) if services in ((), ("all",)) else services
     config = "" if ctl.config is None else str(Path(ctl.config).absolute())
-    options = node.Options(
+    options = children.Options(
         services=chosen,
         in_process=in_process,
         etcd=etcd,

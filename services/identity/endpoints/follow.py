@@ -29,6 +29,7 @@ from fibril.types.v1 import types_pb2
 from services.common import errors
 from services.common.kernel.netlink import IPAddress
 from services.common.rpc.client import channel
+from services.common.rpc.status import from_rpc_error
 from services.common.service import ComponentStatus
 from services.identity.endpoints.tell import Teller
 from services.identity.endpoints.work import Work
@@ -198,7 +199,7 @@ class EndpointFollower:
                         seen.add(holder_of(change.endpoint))
                         self._there(change.endpoint)
             except grpc.aio.AioRpcError as error:
-                raise errors.from_rpc_error(error) from None
+                raise from_rpc_error(error) from None
             finally:
                 self._teller = None
         raise errors.Unavailable("ipam ended the stream")

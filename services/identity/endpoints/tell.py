@@ -10,6 +10,7 @@ import grpc
 from fibril.endpoint.v1 import endpoint_pb2 as pb
 from fibril.endpoint.v1.endpoint_pb2_grpc import EndpointServiceStub
 from services.common import errors
+from services.common.rpc.status import from_rpc_error
 
 TIMEOUT_S = 10.0
 MOST = 5000
@@ -55,7 +56,7 @@ class Teller:
         try:
             await self._stub.SetEndpointIdentities(request, timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            return errors.from_rpc_error(error)
+            return from_rpc_error(error)
         except asyncio.CancelledError:
             # That is how gRPC says that the channel was closed; nobody cancels this task.
             return errors.Unavailable("the connection to ipam was closed")

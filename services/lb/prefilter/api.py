@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from fibril.prefilter.v1 import prefilter_pb2 as pb
 from fibril.prefilter.v1 import prefilter_pb2_grpc
@@ -15,10 +15,8 @@ from services.lb.prefilter import abi
 from services.lb.prefilter.keys import Keys, address_of, family_of, parse, parse_all, text_of
 from services.lb.prefilter.limits import BURST_S, RATE_MAX, Limit, Traffic
 from services.lb.prefilter.model import CLUSTER, PrefixSet
+from services.lb.prefilter.part import PrefilterPart
 from services.lb.prefilter.state import State
-
-if TYPE_CHECKING:
-    from services.lb.prefilter.part import PrefilterPart
 
 MESSAGE_MAX: Final = 100_000
 PAGE_DEFAULT: Final = 1000

@@ -26,7 +26,6 @@ from services.common.pipeline.abi import IPAddress
 from services.common.service import ComponentStatus
 from services.common.telemetry import metrics
 from services.lb.prefilter import abi, install, peers
-from services.lb.prefilter.api import PrefilterApi
 from services.lb.prefilter.state import State
 
 log = logging.getLogger(__name__)
@@ -56,8 +55,6 @@ class PrefilterPart:
         self._told: bool | None = None
         self._callbacks: list[Callable[[bool], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
-        self.api = PrefilterApi(self)
-        """Servicer of PrefilterService."""
 
     # -- life
 

@@ -30,7 +30,7 @@ from services.common.etcd.client import EtcdClient, KeyValue
 from services.common.kernel import netns
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi
-from services.ctl.node import embedded_etcd
+from services.ctl.children import embedded_etcd
 from tests.e2e.ctl.ctlnode import Node, wait_for
 
 ROOT = "/fibril/v1/default/"

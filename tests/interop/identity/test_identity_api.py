@@ -14,10 +14,10 @@ from fibril.identity.v1 import identity_pb2 as pb
 from fibril.identity.v1.identity_pb2_grpc import IdentityServiceStub, add_IdentityServiceServicer_to_server
 from fibril.types.v1 import types_pb2
 from services.common import telemetry
-from services.common.errors import from_rpc_error
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.rpc.client import channel
 from services.common.rpc.server import RpcConfig, RpcServer
+from services.common.rpc.status import from_rpc_error
 from services.common.telemetry import current
 from services.identity.identities.api import IdentityApi
 from services.identity.numbers import Reserved, make
@@ -27,7 +27,7 @@ from tests.interop.identity.identityrig import Node, Nodes
 
 @pytest.fixture
 async def node(nodes: Nodes) -> Node:
-    return await nodes.start(timeout_s=0.5)
+    return await nodes.start()
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_what_is_not_known_yet_is_not_said_to_be_absent(
     etcd: EmbeddedEtcd, nodes: Nodes, place: Path
 ) -> None:
     await kill(etcd)
-    node = await nodes.start(timeout_s=0.5)
+    node = await nodes.start(timeout_s=0.5, ready=False)
     api = IdentityApi(node.allocator)
     for call in (
         api.GetIdentity(pb.GetIdentityRequest(number=make(7, 1)), None),

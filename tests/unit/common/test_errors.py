@@ -30,7 +30,7 @@ def test_an_error_survives_the_way_through_a_status(
 ) -> None:
     code, text, trailing = status.encode(cls("pool default is full: 254 of 254", field=field, fix=fix))
     assert code is grpc.StatusCode[cls.code_name]
-    back = errors.from_rpc_error(rpc_error(code, text, trailing))
+    back = status.from_rpc_error(rpc_error(code, text, trailing))
     assert back.code_name == cls.code_name
     assert (back.message, back.field, back.fix) == ("pool default is full: 254 of 254", field, fix)
     assert str(back) == text
@@ -54,13 +54,13 @@ def test_other_clients_find_a_bad_request_detail() -> None:
 
 @pytest.mark.parametrize("trailing", [(), ((status.DETAILS_KEY, b"\xff\xff not protobuf"),)])
 def test_a_foreign_status_keeps_code_and_text(trailing: tuple[Any, ...]) -> None:
-    back = errors.from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, "connection refused", trailing))
+    back = status.from_rpc_error(rpc_error(grpc.StatusCode.UNAVAILABLE, "connection refused", trailing))
     assert isinstance(back, errors.Unavailable)
     assert back.message == "connection refused"
 
 
 def test_an_unknown_code_is_internal() -> None:
-    assert isinstance(errors.from_rpc_error(rpc_error(grpc.StatusCode.DATA_LOSS, "?")), errors.Internal)
+    assert isinstance(status.from_rpc_error(rpc_error(grpc.StatusCode.DATA_LOSS, "?")), errors.Internal)
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "\N{SPIDER}"])

@@ -25,11 +25,11 @@ from services.common.errors import (
     InvalidArgument,
     ResourceExhausted,
     Unavailable,
-    from_rpc_error,
 )
 from services.common.rpc.client import channel
 from services.common.rpc.handlers import _deadline_of_parts
 from services.common.rpc.server import RpcConfig
+from services.common.rpc.status import from_rpc_error
 from tests.unit.common.rig import Start, failure
 
 SERVICE = "fibril.ipam.v1.IpamService"

@@ -18,11 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fibril.ipam.v1.ipam_pb2 import AllocateRequest, GetPoolRequest, WatchAllocationsRequest
 from fibril.ipam.v1.ipam_pb2_grpc import IpamServiceStub
-from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, from_rpc_error
+from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from services.common.rpc import auth
 from services.common.rpc.auth import Role
 from services.common.rpc.client import TlsFiles, channel
 from services.common.rpc.server import RpcConfig
+from services.common.rpc.status import from_rpc_error
 from tests.unit.common.rig import Start, failure
 
 NOW = datetime.datetime.now(datetime.UTC)

@@ -11,7 +11,7 @@ from lab import build
 from lab.topology import Lab
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.instance import Instance
-from services.ctl import labs, node
+from services.ctl import children, labs
 from services.ctl.commands import lab as command
 from services.ctl.commands.endpoint import merged
 from services.ctl.commands.node import reached
@@ -31,7 +31,7 @@ def test_nodes_that_hold_etcd_are_started_before_those_that_need_it() -> None:
     ]
     assert [len(batch) for batch in labs.batches(three)] == [3, 1]
     assert "--etcd" not in labs.up_words(one, "", one.node(1, 1))
-    first = node.embedded_etcd(Instance.from_env("x-c2n1")).endpoint
+    first = children.embedded_etcd(Instance.from_env("x-c2n1")).endpoint
     assert labs.up_words(one, "", one.node(2, 3))[-2:] == ["--etcd", first]
     members = ["--etcd-members", "172.30.1.1,172.30.1.2,172.30.1.3"]
     assert all(labs.up_words(three, "", each)[-2:] == members for each in three.nodes())
@@ -61,16 +61,16 @@ def test_in_cloud_mode_each_node_is_given_its_addresses() -> None:
 
 def test_a_member_of_etcd_runs_where_its_address_is() -> None:
     instance = Instance.from_env("x")
-    here = node.Options(etcd_members=("127.0.0.1", "192.0.2.1", "192.0.2.2"))
-    urls, own = node._own_etcd(instance, here)
+    here = children.Options(etcd_members=("127.0.0.1", "192.0.2.1", "192.0.2.2"))
+    urls, own = children.own_etcd(instance, here)
     assert urls == ("http://127.0.0.1:2379", "http://192.0.2.1:2379", "http://192.0.2.2:2379")
     assert own is not None and own.endpoint == urls[0]
-    urls, own = node._own_etcd(instance, node.Options(etcd_members=("192.0.2.1", "2001:db8::1")))
+    urls, own = children.own_etcd(instance, children.Options(etcd_members=("192.0.2.1", "2001:db8::1")))
     assert urls[1] == "http://[2001:db8::1]:2379" and own is None
     with pytest.raises(InvalidArgument):
-        node._own_etcd(instance, node.Options(etcd_members=("somewhere",)))
+        children.own_etcd(instance, children.Options(etcd_members=("somewhere",)))
     with pytest.raises(InvalidArgument):
-        node.Options(etcd=("http://192.0.2.1:2379",), etcd_members=("192.0.2.1",))
+        children.Options(etcd=("http://192.0.2.1:2379",), etcd_members=("192.0.2.1",))
 
 
 def test_labels_are_merged_one_by_one() -> None:

@@ -21,7 +21,8 @@ PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from services.common.instance import Instance
-from services.ctl.supervisor import ChildSpec, Supervisor, lock
+from services.ctl.child import ChildSpec
+from services.ctl.supervisor import Supervisor, lock
 run = Path(sys.argv[1])
 instance = Instance("test", run_root=run, state_root=run)
 if lock(instance) is None:

@@ -11,7 +11,7 @@ import yaml
 
 from services.common import command, config, sections
 from services.common.errors import InvalidArgument
-from services.ctl.node import SERVICES
+from services.ctl.children import SERVICES
 from services.identity.config import IdentityConfig
 from services.ipam.config import IpamConfig
 from services.lb.config import LbConfig
