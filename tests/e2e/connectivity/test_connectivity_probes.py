@@ -22,6 +22,7 @@ from tests import session
 
 B = ("10.9.2.2", "fd09:2::2")
 QUICK = runner.Pace(wait_s=0.15, tries=3)
+"""For what nobody will answer."""
 
 
 class Net:
@@ -45,7 +46,9 @@ class Net:
         with netns.NetNs.open(self.path(place)) as space, space.entered():
             yield
 
-    def ask(self, *kinds: str, size: int = 0, addresses: tuple[str, ...] = B) -> list[Probe]:
+    def ask(
+        self, *kinds: str, size: int = 0, addresses: tuple[str, ...] = B, pace: runner.Pace | None = None
+    ) -> list[Probe]:
         """Ask from a; in the order of kinds, then addresses."""
         a = Source("a", "a", self.path("a"), frozenset(), frozenset({4, 6}), True)
         probes = [
@@ -53,7 +56,7 @@ class Net:
             for kind in kinds or KINDS
             for address in addresses
         ]
-        runner.run(probes, QUICK)
+        runner.run(probes, pace or runner.Pace())
         return probes
 
 
@@ -90,7 +93,7 @@ def test_nothing_needs_to_run_at_a_target(net: Net) -> None:
     assert [(p.ok, p.detail) for p in probes] == [
         (True, ""), (True, ""), (True, "refused"), (True, "refused"), (True, "refused"), (True, "refused"),
     ]  # fmt: skip
-    assert all(0 < p.ms < 1000 for p in probes)
+    assert all(0 < p.ms < 3000 for p in probes)
 
 
 def test_a_responder_answers_with_data(net: Net) -> None:
@@ -124,7 +127,7 @@ def test_somebody_else_s_listener_counts_as_reached(net: Net) -> None:
         assert [(p.ok, p.detail) for p in net.ask("tcp", addresses=B[:1])] == [(True, "accepted")]
         said.join()
         # One that says nothing at all.
-        assert [(p.ok, p.detail) for p in net.ask("tcp", addresses=B[:1])] == [(True, "accepted")]
+        assert [(p.ok, p.detail) for p in net.ask("tcp", addresses=B[:1], pace=runner.Pace(wait_s=0.5))] == [(True, "accepted")]
 
 
 def test_silence_is_a_failure_of_every_kind(net: Net) -> None:
@@ -132,7 +135,7 @@ def test_silence_is_a_failure_of_every_kind(net: Net) -> None:
     with net.inside("r"):
         subprocess.run(["nft", "-f", "-"], check=True, text=True, input="""
             table inet t { chain f { type filter hook forward priority 0; policy drop; }; }""")  # fmt: skip
-    probes = net.ask()
+    probes = net.ask(pace=QUICK)
     assert not any(p.ok for p in probes)
     assert {p.detail for p in probes if p.kind != "large"} == {"no answer within 0.45 s"}
     # What the network says is passed on.
@@ -154,7 +157,7 @@ def test_a_black_hole_for_large_packets_is_seen(net: Net) -> None:
         subprocess.run(["nft", "-f", "-"], check=True, text=True, input="""
             table inet t { chain f { type filter hook forward priority 0; meta length > 1300 drop; }; }""")  # fmt: skip
     with Responder([net.path("b")], PORT):
-        probes = net.ask("icmp", "large", "tcp")
+        probes = net.ask("icmp", "large", "tcp", pace=runner.Pace(wait_s=0.5))
     assert [p.ok for p in probes] == [True, True, False, False, False, False]
     assert probes[2].detail.startswith("1400 bytes: no answer")
     assert "stands still after 0 of 256 KiB" in probes[4].detail

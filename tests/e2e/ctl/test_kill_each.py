@@ -49,8 +49,11 @@ def test_each_process_of_the_node_can_be_killed_under_load(node: Node) -> None:
         for victim in ("ipam", "identity", "lb", "etcd", "supervisor"):
             old = node.processes()
             os.kill(old[victim], signal.SIGKILL)
-            at = probes.connections
-            wait_for(lambda at=at: probes.connections > at + 20, f"probes run after {victim} was killed")
+            at, sent = probes.connections, probes.datagrams
+            wait_for(
+                lambda at=at, sent=sent: probes.connections > at + 20 and probes.datagrams > sent + 50,
+                f"probes run after {victim} was killed",
+            )
             if victim == "supervisor":
                 node.fibril("up")  # nobody watches the supervisor but who starts it
             wait_for(lambda v=victim, o=old: node.processes().get(v, o[v]) != o[v], f"a new {victim}", 20)
@@ -59,5 +62,4 @@ def test_each_process_of_the_node_can_be_killed_under_load(node: Node) -> None:
             node.fibril("pod", "add", f"after-{victim}")
             node.fibril("pod", "rm", f"after-{victim}")
     assert probes.failures == []
-    assert probes.datagrams > 500
     assert (drops(node), refused(node, client, server)) == before

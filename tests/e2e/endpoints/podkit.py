@@ -252,6 +252,11 @@ class Node:
             return {}
         return {part.name: part for part in answer.components}
 
+    def health(self, component: str) -> int:
+        """Of a component; 0 while nobody answers."""
+        part = self.status().get(component)
+        return part.health if part is not None else 0
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         assert self._process is not None

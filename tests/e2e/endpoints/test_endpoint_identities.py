@@ -26,13 +26,13 @@ def identify(node: Node, pod: Pod, identity: int, container_id: str = "") -> lis
 
 
 def in_maps(node: Node, pod: Pod) -> set[int]:
-    """Identities that programs see for a pod."""
+    """Identities that programs see for a pod; none while an entry of it is just being written."""
     found = []
     for name, key in KEYS.items():
         with BpfMap.open(node.instance.pin_dir / abi.MAPS[name], key, abi.Endpoint) as opened:
             found += [value.identity for _, value in opened.items() if value.id == pod.endpoint.id]
-    assert len(found) == 6  # interface and two addresses, each in its hash and near
-    return set(found)
+    # Interface and two addresses, each in its hash and near.
+    return set(found) if len(found) == 6 else set()
 
 
 def test_an_identity_reaches_every_map_and_survives() -> None:

@@ -296,7 +296,7 @@ def test_addresses_of_a_provider_work_without_a_block(node: Node) -> None:
     assert sorted(a for pod in (one, two) for a in (pod.endpoint.ipv4, pod.endpoint.ipv6)) == sorted(given)
     for version in (4, 6):
         for target in (two.address(version), other.address(version), NODE[version]):
-            assert "1 received" in one.space.command("ping", "-c1", "-W2", target)
+            assert "1 received" in one.space.command("ping", "-c1", "-W5", target)
     with pytest.raises(grpc.RpcError) as refused:
         node.create(node.namespace(), pool="cloud")
     assert code(refused)[0] == "RESOURCE_EXHAUSTED"
@@ -317,7 +317,7 @@ def test_a_deleted_link_is_made_again(node: Node) -> None:
         )
 
     wait_until(mended, "the link is there again")
-    assert "1 received" in pod.space.command("ping", "-c1", "-W2", pod.endpoint.ipv4_gateway)
+    assert "1 received" in pod.space.command("ping", "-c1", "-W5", pod.endpoint.ipv4_gateway)
     now = node.get(pod)
     assert now is not None and (now.ipv4, now.mac) == (pod.endpoint.ipv4, pod.endpoint.mac)
     node.remove(pod)
@@ -377,7 +377,7 @@ def test_the_gateway_device_is_made_again(node: Node) -> None:
         return node.instance.node_ifname in devices and not node.differences(pod)
 
     wait_until(back, "the gateway is there and the pod's routes with it")
-    assert "1 received" in pod.space.command("ping", "-c1", "-W2", pod.endpoint.ipv4_gateway)
+    assert "1 received" in pod.space.command("ping", "-c1", "-W5", pod.endpoint.ipv4_gateway)
     node.remove(pod)
 
 
@@ -394,5 +394,5 @@ def test_ipv6_switched_off_by_default_in_the_pod(node: Node) -> None:
     space.run(Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text, "1")
     pod = Pod(space, node.create(space))
     with node.space.socket(6, socket.SOCK_DGRAM):
-        assert "1 received" in space.command("ping", "-c1", "-W2", pod.endpoint.ipv6_gateway)
+        assert "1 received" in space.command("ping", "-c1", "-W5", pod.endpoint.ipv6_gateway)
     node.remove(pod)

@@ -74,16 +74,18 @@ def test_a_killed_service_costs_no_packet(own: Node) -> None:
             wait_until(lambda: probes.connections > 20, "probes run")
             for _ in range(2):
                 own.kill()
-                at = probes.connections
-                wait_until(lambda at=at: probes.connections > at + 10, "probes run without the service")
+                at, sent = probes.connections, probes.datagrams
+                wait_until(
+                    lambda at=at, sent=sent: probes.connections > at + 10 and probes.datagrams > sent + 50,
+                    "probes run without the service",
+                )
                 own.start()
                 # The restarted service works, not only the data path.
                 own.remove(own.pod())
-            wait_until(lambda: stream.poll() is not None, "iperf3 ends")
+            wait_until(lambda: stream.poll() is not None, "iperf3 ends", 60)
         assert stream.stdout is not None
         result = json.loads(stream.stdout.read())
     assert probes.failures == []
-    assert probes.datagrams > 500
     assert result["end"]["sum_received"]["bytes"] > 1_000_000
     assert min(interval["sum"]["bytes"] for interval in result["intervals"]) > 0
     assert drops(own) == before
@@ -154,12 +156,12 @@ def test_a_reboot_is_survived(own: Node) -> None:
     own.start()
     wait_until(lambda: not any(own.leftovers().values()), "the endpoint of before is gone")
     fresh = own.pod()
-    assert "1 received" in fresh.space.command("ping", "-c1", "-W2", fresh.endpoint.ipv4_gateway)
+    assert "1 received" in fresh.space.command("ping", "-c1", "-W5", fresh.endpoint.ipv4_gateway)
 
 
 def test_without_etcd_the_nodes_blocks_serve(own: Node) -> None:
     own.kill_etcd()
-    wait_until(lambda: own.status()["etcd"].health == 2, "the status says so")
+    wait_until(lambda: own.health("etcd") == 2, "the status says so")
     own.remove(own.pod())
     own.kill()
     own.start(wait=False)
@@ -177,16 +179,14 @@ def test_without_capabilities_addresses_are_served_and_the_lack_is_named() -> No
         wait=False,
     )
     try:
-        wait_until(
-            lambda: "etcd" in node.status() and node.status()["etcd"].health == 1, "the service answers"
-        )
+        wait_until(lambda: node.health("etcd") == 1, "the service answers")
         given = node.ipam.Allocate(ipam_pb2.AllocateRequest(owner="someone"), timeout=5).allocations
         assert len(given) == 2
         with pytest.raises(grpc.RpcError) as refused:
             node.create(node.namespace())
         assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "CAP_BPF" in refused.value.details()
-        part = node.status()["datapath"]
+        part = wait_until(lambda: node.status().get("datapath"), "it says what it lacks")
         assert part.health == 3 and "CAP_BPF" in part.message
         with pytest.raises(grpc.RpcError) as blind:
             node.monitor.GetCounters(monitor_pb2.GetCountersRequest(), timeout=5)
@@ -201,11 +201,11 @@ def test_two_nodes_on_one_kernel_do_not_meet(own: Node) -> None:
         # Equal pools, so equal addresses are likely: each is found in its own node only.
         here, there = own.pod(), other.pod(ipv4="")
         for pod in (here, there):
-            assert "1 received" in pod.space.command("ping", "-c1", "-W2", pod.endpoint.ipv4_gateway)
+            assert "1 received" in pod.space.command("ping", "-c1", "-W5", pod.endpoint.ipv4_gateway)
     finally:
         other.close()
     assert own.differences(here) == []
-    assert "1 received" in here.space.command("ping", "-c1", "-W2", here.endpoint.ipv6_gateway)
+    assert "1 received" in here.space.command("ping", "-c1", "-W5", here.endpoint.ipv6_gateway)
 
 
 def traces(node: Node) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes as ct
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -56,9 +57,16 @@ async def send_from_pod(netlink: Netlink, pod: Path, count: int) -> None:
     await netlink.run(inside)
 
 
-def counted(pin_dir: Path) -> dict[int, int]:
+def counted(pin_dir: Path, wanted: dict[int, int]) -> bool:
+    """Whether that many are counted, of which the kernel may still have some to deliver."""
+    until = time.monotonic() + 5
     with BpfMap.open(pin_dir / "family/v1/counts", ct.c_uint32, ct.c_uint64) as found:
-        return {key.value: value.value for key, value in found.items()}
+        while (now := {key.value: value.value for key, value in found.items()}) != wanted:
+            if time.monotonic() > until:
+                print(f"counted {now}, not {wanted}")
+                return False
+            time.sleep(0.005)
+    return True
 
 
 @pytest.mark.parametrize("via", ["clsact", "tcx"])
@@ -69,15 +77,15 @@ async def test_each_direction_sees_its_packets(
     with progs.opened(pin_dir / "prog/test/second") as fd:
         await netlink.run(attach.attach_tc, ifindex, "ingress", fd, via)
         await send_from_pod(netlink, pod, 3)
-        assert counted(pin_dir) == {1: 3}
+        assert counted(pin_dir, {1: 3})
         await netlink.run(attach.attach_tc, ifindex, "egress", fd, via)
         send(f"{prefix}0", 2)
-        assert counted(pin_dir) == {1: 5}
+        assert counted(pin_dir, {1: 5})
         for direction in ("ingress", "egress"):
             assert await netlink.run(attach.detach_tc, ifindex, direction, "second") is True
             assert await netlink.run(attach.detach_tc, ifindex, direction, "second") is False
         await send_from_pod(netlink, pod, 3)
-        assert counted(pin_dir) == {1: 5}
+        assert counted(pin_dir, {1: 5})
 
 
 @pytest.mark.parametrize("first", ["clsact", "tcx"])
@@ -95,7 +103,7 @@ async def test_a_new_version_takes_the_old_ones_place(
     present = await netlink.run(attach.attached, ifindex, "ingress")
     assert [entry.prog_id for entry in present] == [progs.info(pin_dir / "prog/test/second").id]
     await send_from_pod(netlink, pod, 4)
-    assert counted(pin_dir) == {7: 4}
+    assert counted(pin_dir, {7: 4})
 
 
 async def test_programs_of_others_stay(netlink: Netlink, pod: Path, pin_dir: Path, ifindex: int) -> None:
@@ -124,7 +132,7 @@ async def test_an_interface_with_an_ingress_qdisc_gets_tcx(
             await netlink.run(attach.attach_tc_hooks, ifindex, hooks, "clsact")
         await netlink.run(attach.attach_tc_hooks, ifindex, hooks)
     await send_from_pod(netlink, pod, 3)
-    assert counted(pin_dir) == {1: 3}
+    assert counted(pin_dir, {1: 3})
     assert [q.kind for q in await netlink.call(Rtnl.qdiscs, ifindex) if q.handle == 0xFFFF0000] == ["ingress"]
 
 
@@ -148,7 +156,7 @@ async def test_an_xdp_program_is_set_replaced_and_removed(
     assert link is not None
     assert link.xdp_prog_id == progs.info(pin_dir / "prog/test/second").id
     await send_from_pod(netlink, pod, 2)
-    assert counted(pin_dir) == {1: 2}
+    assert counted(pin_dir, {1: 2})
     assert await netlink.run(attach.detach_xdp, ifindex) is True
     link = await netlink.call(Rtnl.link, f"{prefix}0")
     assert link is not None

@@ -83,7 +83,7 @@ def test_the_sender_is_known_by_identity_where_it_arrives(
         shown = tmp_path / family
 
         def seen(family: str = family, shown: Path = shown) -> dict[str, Any] | None:
-            made.pod_exec("c1n1", "p1", "ping", "-c1", "-W1", receiver[family])
+            made.pod_exec("c1n1", "p1", "ping", "-c1", "-W5", receiver[family])
             events = map(json.loads, shown.read_text().splitlines())
             return next((e for e in events if e["source"] == sender[family]), None)
 
@@ -106,6 +106,6 @@ def test_further_addresses_of_a_node_change_nothing(moded: tuple[ModeLab, dict[s
     made.exec("c1n1", "ip", "address", "add", "fd30::1:99/64", "dev", "eth0", "nodad")
     try:
         for family in ("ipv4", "ipv6"):
-            made.pod_exec("c1n1", "p1", "ping", "-c1", "-W1", receiver[family])
+            made.pod_exec("c1n1", "p1", "ping", "-c1", "-W5", receiver[family])
     finally:
         made.exec("c1n1", "ip", "address", "del", "fd30::1:99/64", "dev", "eth0")

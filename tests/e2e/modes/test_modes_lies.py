@@ -66,10 +66,14 @@ def counted(made: ModeLab, reason: str, exactly: bool = True) -> Iterator[None]:
 def ends(overlay: ModeLab) -> tuple[dict[str, Any], dict[str, Any]]:
     """The pods of c1n1 and c1n2, both known at c1n2."""
     sender, receiver = overlay.pod("c1n1", "p1"), overlay.pod("c1n2", "p1")
-    wait_for(
-        lambda: overlay.json("c1n2", "ipcache", "get", sender["ipv4"])["identity"] == sender["identity"],
-        "the sender's entry",
-    )
+
+    def known() -> bool:
+        return any(
+            e["prefix"] == f"{sender['ipv4']}/32" and e["identity"] == sender["identity"]
+            for e in overlay.json("c1n2", "ipcache", "ls")
+        )
+
+    wait_for(known, "the sender's entry")
     return sender, receiver
 
 

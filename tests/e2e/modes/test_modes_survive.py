@@ -23,7 +23,8 @@ def cluster() -> Iterator[ModeLab]:
 
 def test_nothing_is_lost_when_the_identity_service_is_killed_everywhere(cluster: ModeLab) -> None:
     cluster.test("--kind", "icmp")
-    words = ["fibril", "pod", "exec", "p1", "--", "ping", "-q", "-i", "0.002", "-w", "5"]
+    # So many, and not for so long: then it waits for the answers to the last ones.
+    words = ["fibril", "pod", "exec", "p1", "--", "ping", "-q", "-i", "0.002", "-c", "2500"]
     running = []
     for family in ("ipv4", "ipv6"):
         context = cluster.started("c1n1", *words, cluster.pod("c1n2", "p1")[family], stdout=subprocess.PIPE)
@@ -33,12 +34,11 @@ def test_nothing_is_lost_when_the_identity_service_is_killed_everywhere(cluster:
         for node in ("c1n1", "c1n2"):
             cluster.kill(node, "identity")
     for context, ping in running:
-        out, _ = ping.communicate(timeout=20)
+        out, _ = ping.communicate(timeout=90)
         context.__exit__(None, None, None)
         sent, received = map(int, re.findall(r"(\d+) packets transmitted, (\d+) received", out)[0])
-        assert sent > 100, "a busy machine sends fewer than its 2,500"
-        # The last one may be under way when ping ends.
-        assert sent - received <= 1, out
+        # The very last one may be under way when ping has waited long enough.
+        assert sent == 2500 and sent - received <= 1, out
     for node in ("c1n1", "c1n2"):
         wait_for(lambda: cluster.exec(node, "fibril", "status", code=None).returncode == 0, node)  # noqa: B023
 
@@ -103,8 +103,7 @@ def test_a_node_that_is_gone_for_good_is_forgotten(cluster: ModeLab) -> None:
         f"its lease to end ({refused.stderr.strip()})",
         4 * LEASE_S,
     )
-    names = {n["name"] for n in cluster.json("c1n1", "node", "ls")}
-    assert gone not in names
+    wait_for(lambda: gone not in {n["name"] for n in cluster.json("c1n1", "node", "ls")}, "it to be gone")
     wait_for(
         lambda: gone not in json.dumps(cluster.json("c1n2", "ipcache", "ls")), "its addresses to be gone"
     )

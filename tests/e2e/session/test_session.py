@@ -25,6 +25,8 @@ from services.common.kernel import bpf, cgroup, features, netns
 from services.common.kernel.maps import BpfMap
 from tests import session
 
+if sys.argv[1:]:
+    session.LOCKS = Path(sys.argv[1])
 tag = session.begin()
 space = Path("/run/netns", session.name())
 netns.add(space)
@@ -54,12 +56,12 @@ if sys.stdin.read():
 
 
 @contextlib.contextmanager
-def run() -> Iterator[tuple[subprocess.Popen[str], str, list[Path]]]:
-    """Another run: its process, tag, and what it has made."""
+def run(*locks: Path) -> Iterator[tuple[subprocess.Popen[str], str, list[Path]]]:
+    """Another run: its process, tag, and what it has made. locks: where it holds its lock."""
     # No child of a process with our own tag in its environment: it is to outlive nothing of ours, nor be told from it.
     env = {key: text for key, text in os.environ.items() if key not in (session.MARK, "TMPDIR")}
     with subprocess.Popen(
-        [sys.executable, "-c", RUN],
+        [sys.executable, "-c", RUN, *locks],
         env=env,
         cwd=session.ROOT,
         text=True,
@@ -125,8 +127,13 @@ def test_what_a_killed_run_has_made_goes_with_it(ours: list[Path]) -> None:
     assert all(path.exists() and not dead(path) for path in ours[2:3]) and all(path.exists() for path in ours)
 
 
-def test_the_next_run_cleans_up_where_the_reaper_was_killed_too(ours: list[Path]) -> None:
-    with run() as (process, tag, made), run() as (_, other, living):
+def test_the_next_run_cleans_up_where_the_reaper_was_killed_too(
+    ours: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where no run of others finds them: any that begins meanwhile would be the next one.
+    locks = tmp_path / "locks"
+    monkeypatch.setattr(session, "LOCKS", locks)
+    with run(locks) as (process, tag, made), run(locks) as (_, other, living):
         os.kill(reaper_of(tag), signal.SIGKILL)
         process.kill()
         process.wait()
