@@ -290,7 +290,7 @@ class Allocator:
         old = self._holders.put(holder, Held(identity.number, identity.key, given))
         try:
             await self._holders.saved()
-            self._unsettled.discard(holder)
+            self._look_at(holder)
         finally:
             self._let_go(identity.number)  # if it was undone
             if old is not None:
@@ -318,24 +318,34 @@ class Allocator:
             return held.number == INIT.number
         return held.key == canonical(counting) and held.number == self._claims.held(held.key)
 
+    def _look_at(self, holder: str) -> None:
+        """It has been given what was right when that was asked for; labels may count otherwise since."""
+        held = self._holders.get(holder)
+        if held is None or self._settled(held):
+            self._unsettled.discard(holder)
+        else:
+            self._unsettled.add(holder)
+            self._mend.set()
+
     async def _settle(self) -> None:
         """Mend what is not as it should be, whenever that may be so."""
         pause = _BACKOFF_S[0]
         while True:
             await self._mend.wait()
             self._mend.clear()
-            if not self._claims.ready:
-                continue  # the next epoch looks at all of them
-            gate = asyncio.Semaphore(_AT_ONCE)
-            moves = (self._settle_one(holder, gate) for holder in list(self._unsettled))
-            failures = [failure for failure in await asyncio.gather(*moves) if failure is not None]
-            if not failures:
-                self._mend_error, pause = "", _BACKOFF_S[0]
-                continue
-            self._mend_error = f"{len(failures)} holders wait for their identity: {failures[0]}"
-            log.warning(
-                "holders wait for their identity", extra={"count": len(failures), "error": str(failures[0])}
-            )
+            # While not ready, later: should the lease come back to life as it is, no epoch begins that looks at all of them.
+            if self._claims.ready:
+                gate = asyncio.Semaphore(_AT_ONCE)
+                moves = (self._settle_one(holder, gate) for holder in list(self._unsettled))
+                failures = [failure for failure in await asyncio.gather(*moves) if failure is not None]
+                if not failures:
+                    self._mend_error, pause = "", _BACKOFF_S[0]
+                    continue
+                self._mend_error = f"{len(failures)} holders wait for their identity: {failures[0]}"
+                log.warning(
+                    "holders wait for their identity",
+                    extra={"count": len(failures), "error": str(failures[0])},
+                )
             await asyncio.sleep(pause * random.uniform(0.5, 1))
             pause = min(pause * 2, _BACKOFF_S[1])
             self._mend.set()

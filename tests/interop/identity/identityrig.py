@@ -17,6 +17,7 @@ from services.identity.identities.allocator import Allocator
 from services.identity.identities.config import IdentitiesConfig
 from services.identity.identities.model import Identity
 from services.identity.lease import NodeLease
+from tests.interop.etcd.etcdrig import until
 
 CLUSTER = "test"
 ROOT = f"/fibril/v1/{CLUSTER}/"
@@ -40,7 +41,7 @@ class Node:
         *,
         cluster_id: int = 7,
         space: int = numbers.NUMBERS - 1,
-        timeout_s: float = 2.0,
+        timeout_s: float = 3.0,
     ) -> None:
         self.name = name
         self.etcd = EtcdClient([etcd.endpoint], timeout_s=timeout_s)
@@ -96,10 +97,15 @@ class Nodes:
         self._place = place
         self._running: dict[str, Node] = {}
 
-    async def start(self, name: str = "one", cfg: IdentitiesConfig = CFG, **options: Any) -> Node:
+    async def start(
+        self, name: str = "one", cfg: IdentitiesConfig = CFG, *, ready: bool = True, **options: Any
+    ) -> Node:
+        """ready: wait until it may take identities; who asks it before that waits for two seconds only."""
         node = Node(self._etcd, self._place, name, cfg, **options)
         self._running[name] = node
         await node.start()
+        if ready:
+            await until(lambda: node.allocator._claims.ready, f"{name} to be ready")
         return node
 
     async def several(self, number: int, cfg: IdentitiesConfig = CFG, **options: Any) -> list[Node]:
