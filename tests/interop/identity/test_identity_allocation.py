@@ -44,6 +44,7 @@ async def test_an_identity_is_three_keys_and_goes_with_its_last_holder(
 async def test_what_is_held_costs_no_round_trip(nodes: Nodes, client: EtcdClient) -> None:
     one = await nodes.start()
     identity = await one.allocate("a", app="web")
+    await until(lambda: one.allocator._sweeper.elected, "all that is written besides")
     before = (await client.get_prefix(ROOT)).revision
     assert {await one.allocate(str(number), app="web") for number in range(50)} == {identity}
     assert (await client.get_prefix(ROOT)).revision == before
@@ -52,6 +53,7 @@ async def test_what_is_held_costs_no_round_trip(nodes: Nodes, client: EtcdClient
 async def test_many_who_ask_at_once_on_a_node_are_one_transaction(nodes: Nodes, client: EtcdClient) -> None:
     one = await nodes.start()
     await one.allocate("first", app="first")
+    await until(lambda: one.allocator._sweeper.elected, "all that is written besides")
     before = (await client.get_prefix(ROOT)).revision
     found = await asyncio.gather(*(one.allocate(f"h{number}", app="web") for number in range(200)))
     assert len(set(found)) == 1 and len(one.allocator.holders("h")) == 200
@@ -112,7 +114,7 @@ async def test_a_number_may_have_other_labels_after_the_quarantine(nodes: Nodes)
     await one.allocator.release("a")
     await until(lambda: one.allocator.usage().quarantined == 1, "its collection")
     await until(lambda: one.allocator.usage().quarantined == 0, "the end of the quarantine")
-    shop = await one.allocate("a", app="shop")
+    shop = await until(lambda: one.allocate("a", app="shop"), "the lease, should it be late")
     assert shop.number == web.number and shop.labels == {"app": "shop"}
 
 
@@ -166,7 +168,7 @@ async def test_identities_of_this_node_only(nodes: Nodes, client: EtcdClient) ->
     await one.allocator.release("a")
     assert one.allocator.find(labels) == cidr
     await nodes.die(one)
-    one = await nodes.start()
+    one = await nodes.start(ready=False)
     assert one.allocator.find(labels) == cidr, "known before etcd has said anything"
     await one.allocator.release("b")
     assert one.allocator.find(labels) is None and one.allocator.list()[-1] == name
@@ -195,12 +197,12 @@ async def test_other_labels_may_count_at_any_time(nodes: Nodes) -> None:
 async def test_a_node_configured_for_another_cluster_is_refused(nodes: Nodes, client: EtcdClient) -> None:
     one = await nodes.start()
     await one.allocate("a", app="web")
-    wrong = await nodes.start("wrong", cluster_id=8)
+    wrong = await nodes.start("wrong", cluster_id=8, ready=False)
+    await until(lambda: "has the number 7" in wrong.allocator.problem, "its status to say so")
+    await until(lambda: "has the number 7" in wrong.lease.problem, "its lease's, too")
     with pytest.raises(FailedPrecondition, match="has the number 7, this node is configured for 8") as caught:
         await wrong.allocate("a", app="web")
     assert caught.value.field == "etcd.cluster_id" and "set etcd.cluster_id to 7" in caught.value.fix
-    await until(lambda: "has the number 7" in wrong.allocator.problem, "its status to say so")
-    await until(lambda: "has the number 7" in wrong.lease.problem, "its lease's, too")
     assert len(await keys(client, IDS)) == 1
     assert (await wrong.allocator.allocate({"cidr:10.0.0.0/8": ""}, "b")).scope is Scope.LOCAL
 

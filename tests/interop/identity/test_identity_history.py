@@ -97,12 +97,16 @@ class Faults:
         self._processes = processes
         self._chance = chance
         self.done: Counter[str] = Counter()
+        self._kinds = (self.hang, self.kill, self.forget, self.crash, self.pause, self.compact)
+
+    def missing(self) -> bool:
+        """Whether one of them has not happened yet."""
+        return not all(self.done[kind.__name__] for kind in self._kinds)
 
     async def inject(self) -> None:
-        kinds = (self.hang, self.kill, self.forget, self.crash, self.pause, self.compact)
-        # Each at least once.
-        rare = min(self.done[kind.__name__] for kind in kinds)
-        kind = self._chance.choice([kind for kind in kinds if self.done[kind.__name__] <= rare + 1])
+        # None much more often than another.
+        rare = min(self.done[kind.__name__] for kind in self._kinds)
+        kind = self._chance.choice([kind for kind in self._kinds if self.done[kind.__name__] <= rare + 1])
         self.done[kind.__name__] += 1
         await kind()
 
@@ -161,11 +165,11 @@ async def test_a_recorded_history_has_no_contradiction(
     chance = random.Random(SEED)
     async with load(etcd, place, chance) as processes:
         faults = Faults(etcd, client, processes, chance)
-        ends = time.monotonic() + SECONDS
         # Who is killed before he is there has not been killed.
         await until(lambda: all(process.has_begun() for process in processes), "all to be there")
-        await until(lambda: client.get_prefix(REFS), "the first to be held")
-        while time.monotonic() < ends:
+        await until(lambda: keys(client, REFS), "the first to be held")
+        ends = time.monotonic() + SECONDS
+        while time.monotonic() < ends or faults.missing():
             await faults.inject()
             await asyncio.sleep(chance.uniform(0.1, 0.6))
         await asyncio.gather(*(process.finish() for process in processes))

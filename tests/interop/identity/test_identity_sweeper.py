@@ -49,7 +49,8 @@ async def test_what_a_dead_node_held_is_collected_by_another_within_its_lease(
     shared = await first.allocate("a", app="shared")
     assert await second.allocate("a", app="shared") == shared
     for number in range(100):
-        await first.allocate(f"h{number}", app=f"app-{number}")
+        await until(lambda n=number: first.allocate(f"h{n}", app=f"app-{n}"), "the lease, should it be late")
+    await until(lambda: second.allocator.usage().used == 101, "the second to know all")
     began = time.monotonic()
     await nodes.die(first)
     await until(lambda: second.allocator.usage().used == 1, "the collection of what it held")
@@ -68,7 +69,8 @@ async def test_a_storm_of_short_lived_identities_leaves_nothing(nodes: Nodes, cl
     async def pod(number: int) -> None:
         node, holder = several[number % 2], f"h{number}"
         await asyncio.sleep(number / 200 - (time.monotonic() - began))
-        await node.allocate(holder, app=f"app-{number}")
+        # As whoever makes pods, he asks again when told that etcd is too slow.
+        await until(lambda: node.allocate(holder, app=f"app-{number}"), "an identity")
         await asyncio.sleep(0.5)
         await node.allocator.release(holder)
 
