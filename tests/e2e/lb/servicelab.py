@@ -118,5 +118,7 @@ def server(lab: ModeLab, node: str, pod: str, name: str, port: int = 8080) -> It
 @contextlib.contextmanager
 def stub(lab: ModeLab, node: str) -> Iterator[lb_pb2_grpc.LbServiceStub]:
     """The lb service of a node."""
-    with grpc.insecure_channel(f"unix:{lab.instance(node).socket('lb')}") as channel:
+    # One that was killed is asked again soon, and not after gRPC's ever longer rests.
+    options = [("grpc.max_reconnect_backoff_ms", 500)]
+    with grpc.insecure_channel(f"unix:{lab.instance(node).socket('lb')}", options) as channel:
         yield lb_pb2_grpc.LbServiceStub(channel)

@@ -142,8 +142,9 @@ def test_backends_change_all_the_time_and_nobody_gets_a_wrong_one(
         for who, number in held:
             assert who("echo", number) == "x"
         for who, address, port in places:
-            wait_for(lambda: who.names(address, 12, port) == set(servers["live"]), "both servers")  # noqa: B023
-        assert pod.names(OTHER, 8) == set(servers["other"])
+            # A node whose process was killed has to catch up.
+            wait_for(lambda: who.names(address, 12, port) == set(servers["live"]), "both servers", 60)  # noqa: B023
+        assert pod.names(OTHER) == set(servers["other"])
 
 
 def test_a_flood_of_syns_against_one_service_leaves_others_alone(
@@ -156,8 +157,11 @@ def test_a_flood_of_syns_against_one_service_leaves_others_alone(
         argv = [sys.executable, "-u", "-c", _FLOOD, target, str(PORT), "3"]
         with landscape.started("world", *argv, stdout=-1) as flood:
             names: set[str] = set()
-            while flood.poll() is None:
+            asked = 0
+            # So often that neither is missed by chance, however few there is time for.
+            while flood.poll() is None or asked < 24:
                 names |= world.names(target, 4, OTHER_PORT)
+                asked += 4
                 assert pod.names(OTHER, 2) <= set(servers["other"])
             out, _ = flood.communicate()
         assert int(out) == 20_000

@@ -41,7 +41,8 @@ import json, os, socket, sys, threading
 answers = []
 # Until both have been met, which is a matter of chance.
 while len(answers) < 8 or len({name for name, *_ in answers}) < 2 and len(answers) < 40:
-    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5, (sys.argv[3], 0)) as conn:
+    # Its patience is for the whole megabyte.
+    with socket.create_connection((sys.argv[1], int(sys.argv[2])), 30, (sys.argv[3], 0)) as conn:
         said = b""
         while not said.endswith(b"\\n"):
             said += conn.recv(100)

@@ -184,7 +184,7 @@ class Scene:
     def call(self, family: int, port: int, payload: bytes = b"") -> tuple[str, str]:
         """Connects and has the payload echoed: the server's name, and the client as it sees it."""
         with self.fabric.spaces["client"].socket(_af(family), socket.SOCK_STREAM) as sock:
-            sock.settimeout(10)
+            sock.settimeout(30)
             sock.connect((VIP[family], port))
             stream = sock.makefile("rwb")
             name, peer = stream.readline().decode().split()
@@ -197,11 +197,12 @@ class Scene:
         with self.fabric.spaces["client"].socket(_af(family), socket.SOCK_DGRAM) as sock:
             sock.settimeout(2)
             sock.connect((VIP[family], port))
-            for said in ("hello", "hello again", "and again", "for the last time"):
-                sock.send(said.encode())
+            said = ["hello", "hello again", "and again", "for the last time"]
+            for word in said:
+                sock.send(word.encode())
                 with contextlib.suppress(TimeoutError):
                     name, peer, heard = sock.recv(2048).decode().split(" ", 2)
-                    assert heard == said
+                    assert heard in said  # or a late answer to an earlier one
                     return name, peer
             raise TimeoutError(f"no answer from {VIP[family]} {port}")
 
