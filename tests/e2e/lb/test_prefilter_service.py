@@ -69,7 +69,7 @@ class Wire:
         return self.arrive([source]) == [True]
 
     def arrive(self, sources: list[str]) -> list[bool]:
-        """Which of these packets do. A frame that nobody filters comes behind them: by then they are there, or never will be."""
+        """Which of these packets do. A frame that nobody filters comes behind them: by then they are there, or never come."""
         words, frames = [secrets.token_bytes(8) for _ in (*sources, None)], []
         for source, word in zip(sources, words[:-1], strict=True):
             ip = IP(src=source, dst=NODE[4]) if ip_address(source).version == 4 else IPv6(src=source, dst=NODE[6])
