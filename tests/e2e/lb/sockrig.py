@@ -204,13 +204,21 @@ class Rig:
         for host, port in places:
             self.server.do(f"serve({host!r}, {port}, socket.{'SOCK_STREAM' if tcp else 'SOCK_DGRAM'})")
 
-    def entries(self) -> list[tuple[abi.SockKey, abi.Sock]]:
-        """Of both tables, as if they were one."""
+    def _tables(self) -> tuple[list[tuple[abi.SockKey, abi.Sock]], list[abi.SockNear]]:
         pins = self.instance.pin_dir
         with BpfMap.open(pins / abi.MAPS["lb_socks"], abi.SockKey, abi.Sock) as table:
             found = list(table.items())
         with BpfMap.open(pins / abi.MAPS["lb_socks_near"], ct.c_uint32, abi.SockNear) as near:
-            slots = [slot for _, slot in near.items()]
+            return found, [slot for _, slot in near.items()]
+
+    def count(self) -> int:
+        """How many entries there are, perhaps while programs write them."""
+        found, slots = self._tables()
+        return len(found) + sum(bool(slot.cookie) for slot in slots)
+
+    def entries(self) -> list[tuple[abi.SockKey, abi.Sock]]:
+        """Of both tables, as if they were one; nothing may be changing them."""
+        found, slots = self._tables()
         assert sum(slot.crowd for slot in slots) == sum(key.kind == abi.SockKind.OWN for key, _ in found)
         assert all(bool(slot.cookie) == slot.claims for slot in slots)
         return found + [
