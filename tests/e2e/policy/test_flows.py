@@ -85,6 +85,8 @@ def test_what_pods_do_is_shown_with_names(landscape: ModeLab, tmp_path: Path) ->
         assert server.stdout is not None and server.stdout.readline() == "ready\n"
         wait_for(lambda: reach(landscape, target["ipv4"], 8080) == "", "the policy to know the labels")
         assert reach(landscape, target["ipv4"], 8081) == "TimeoutError"
+        # What follows begins with the last that is known.
+        wait_for(lambda: flows(landscape, "--port", "8081", "--verdict", "dropped"), "the drop")
     with subprocess.Popen(words, env=landscape.env, text=True, cwd=ROOT, stdout=subprocess.PIPE) as following:
         assert following.stdout is not None
         live = json.loads(following.stdout.readline())

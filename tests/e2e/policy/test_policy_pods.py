@@ -25,7 +25,7 @@ PORTS = (8080, 8081)
 
 # Echoes on two ports; answers commands on standard input: try to connect, keep connections, talk over them.
 _AGENT = """
-import json, socket, sys, threading, time
+import json, socket, struct, sys, threading, time
 def serve(conn):
     with conn:
         try:
@@ -51,14 +51,17 @@ held, tallies = {}, {}
 def reach(address, port, seconds):
     try:
         with socket.create_connection((address, port), seconds) as conn:
+            # tcpi_total_retrans: the first packet, sent again after a second.
+            if struct.unpack_from("I", conn.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]:
+                return "lost"
             conn.settimeout(seconds)
             conn.sendall(b"x")
             return conn.recv(1) == b"x"
     except OSError as error:
         return type(error).__name__
 def hold(address, port):
-    held[address, port] = socket.create_connection((address, port), 2)
-    return talk(address, port)
+    held[address, port] = socket.create_connection((address, port), 10)
+    return talk(address, port, 10)
 def talk(address, port, seconds=1):
     conn = held[address, port]
     conn.settimeout(seconds)
@@ -177,6 +180,7 @@ def no_policies(landscape: ModeLab) -> Iterator[None]:
     keys = [shown(each["key"]) for each in landscape.json("c1n1", "policy", "ls")]
     if keys:
         landscape.command("-i", landscape.instance("c1n1").name, "policy", "rm", *keys)
+    known(landscape)
     settle(landscape)
 
 
@@ -185,18 +189,24 @@ def shown(key: dict[str, str]) -> str:
     return "/".join(part for part in (kinds[key["kind"]], key.get("namespace", ""), key["name"]) if part)
 
 
-def settle(landscape: ModeLab, revision: int = 0) -> None:
-    """Both nodes enforce what there is."""
+def known(landscape: ModeLab) -> None:
+    """The other node has heard of what this one has been told."""
+    policies = landscape.json("c1n1", "policy", "ls")
+    wait_for(lambda: landscape.json("c1n2", "policy", "ls") == policies, "the other node to know")
+
+
+def settle(landscape: ModeLab) -> None:
+    """Both nodes enforce what they know of. One that was killed is waited for."""
     for node in ("c1n1", "c1n2"):
-        landscape.command("-i", landscape.instance(node).name, "policy", "wait", "--revision", str(revision))
+        words = ("-i", landscape.instance(node).name, "policy", "wait")
+        wait_for(lambda words=words: landscape.command(*words, code=None).returncode == 0, f"{node} to enforce it", 60)
 
 
 def apply(landscape: ModeLab, text: str, tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text(text)
     landscape.command("-i", landscape.instance("c1n1").name, "policy", "apply", "-f", str(file), "--wait")
-    before = len(landscape.json("c1n1", "policy", "ls"))
-    wait_for(lambda: len(landscape.json("c1n2", "policy", "ls")) == before, "the other node to know")
+    known(landscape)
     settle(landscape)
 
 
@@ -212,13 +222,14 @@ spec:
 """
 
 
-def matrix(agents: dict[tuple[str, str], Agent], family: int, seconds: float = 0.4) -> dict[Any, bool]:
-    """Who reaches whom on which port. All clients try side by side."""
+def matrix(agents: dict[tuple[str, str], Agent], family: int, expected: dict[Any, bool]) -> dict[Any, bool]:
+    """Who reaches whom on which port. All clients try side by side; those that should succeed have time."""
     found = {}
     for port in PORTS:
         for shift in range(1, len(PODS)):
             pairs = [(PODS[at], PODS[(at + shift) % len(PODS)]) for at in range(len(PODS))]
             for client, server in pairs:
+                seconds = 10.0 if expected[client, server, port] else 0.4
                 agents[client].ask("reach", agents[server].addresses[family], port, seconds)
             for client, server in pairs:
                 found[client, server, port] = agents[client].answer() is True
@@ -237,14 +248,13 @@ def test_who_reaches_whom_is_what_policies_say(
         if name in rules and rand.random() < 0.4:
             del rules[name]
             landscape.command("-i", landscape.instance("c1n1").name, "policy", "rm", f"np/default/{name}")
-            wait_for(lambda: len(landscape.json("c1n2", "policy", "ls")) == len(rules), "the other node to know")
+            known(landscape)
             settle(landscape)
         else:
             key, value = rand.choice([("app", "front"), ("app", "back"), ("node", "c1n1"), ("node", "c1n2")])
             rules[name] = rand.choice(["front", "back"]), key, value, rand.choice(PORTS)
             app, key, value, port = rules[name]
             apply(landscape, network_policy(name, app, f"{key}: {value}", port), tmp_path)
-            time.sleep(0.2)
         expected = {}
         for client, server, port in itertools.product(PODS, PODS, PORTS):
             if client == server:
@@ -254,7 +264,7 @@ def test_who_reaches_whom_is_what_policies_say(
             expected[client, server, port] = not about or any(
                 labels[key] == value and allowed == port for _, key, value, allowed in about
             )
-        assert matrix(agents, family) == expected, (step, rules)
+        assert matrix(agents, family, expected) == expected, (step, rules)
 
 
 def test_a_restart_opens_nothing_and_closes_nothing(
@@ -276,9 +286,10 @@ def test_a_restart_opens_nothing_and_closes_nothing(
         until = time.monotonic() + 2.0
         while time.monotonic() < until:
             for server in servers:
-                reached.append(client("reach", server.addresses[4], 8080, 1.0))
-                reached.append(client("talk", server.addresses[4], 8080))
+                reached.append(client("reach", server.addresses[4], 8080, 5.0))
+                reached.append(client("talk", server.addresses[4], 8080, 5.0))
             assert denied("reach", servers[0].addresses[4], 8080, 0.05) is not True
+        settle(landscape)
         apply(landscape, network_policy(f"more{round}", "back", "app: front", 9000 + round), tmp_path)
     assert reached and set(reached) == {True}
     for server in servers:
@@ -311,7 +322,7 @@ def test_an_upgrade_and_the_way_back_open_nothing_and_close_nothing(
         before = {stamp: stamp.read_text() for stamp in stamps}
         for node in ("c1n1", "c1n2"):
             landscape.kill(node, "policy")
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while any(not stamp.exists() or stamp.read_text() in ("", before[stamp]) for stamp in stamps):
             assert time.monotonic() < deadline, "programs of the other version"
             for client, server in load:
@@ -334,16 +345,24 @@ def test_a_change_revokes_and_a_new_pod_begins_denied(
     assert client("hold", server.addresses[4], 8081) is True
     apply(landscape, network_policy("web", "back", "app: front", 8080), tmp_path)
     assert client("talk", server.addresses[4], 8081) == "TimeoutError"
-    dropped = wait_for(
-        lambda: landscape.json("c1n2", "flow", "ls", "--verdict", "dropped", "--port", "8081"), "the flow"
-    )
-    assert dropped[-1]["drop_reason"] == "DROP_REASON_POLICY_REVOKED"
+
+    def revoked() -> bool:
+        dropped = landscape.json("c1n2", "flow", "ls", "--verdict", "dropped", "--port", "8081")
+        # Behind what other tests have left.
+        return bool(dropped) and dropped[-1]["drop_reason"] == "DROP_REASON_POLICY_REVOKED"
+
+    wait_for(revoked, "the flow")
     name = landscape.instance("c1n2").name
     landscape.command("-i", name, "pod", "add", "late", "--label", "app=back")
     try:
         late = landscape.pod("c1n2", "late")
-        policies = {each["endpoint"]: each for each in landscape.json("c1n2", "policy", "endpoints")}
-        assert policies[late["id"]]["ingress_enforced"] and policies[late["id"]]["policy"]
+
+        def enforced() -> bool:
+            policies = {each["endpoint"]: each for each in landscape.json("c1n2", "policy", "endpoints")}
+            mine = policies.get(late["id"], {})
+            return bool(mine.get("ingress_enforced") and mine.get("policy"))
+
+        wait_for(enforced, "its policy")
     finally:
         landscape.command("-i", name, "pod", "rm", "late")
 
@@ -356,9 +375,9 @@ def test_explanations_agree_with_packets(
     for client, port in itertools.product([("c1n1", "p1"), ("c1n1", "p2")], PORTS):
         server = ("c1n2", "p2")
         source, target = agents[client].addresses[4], agents[server].addresses[4]
-        happens = agents[client]("reach", target, port, 0.5) is True
         why = landscape.json("c1n2", "policy", "why", f"{source}:1", f"{target}:{port}")
         trace = landscape.json("c1n2", "policy", "trace", "--from", source, "--to", target, "--port", str(port))
+        happens = agents[client]("reach", target, port, 10.0 if trace.get("allowed", False) else 0.5) is True
         assert (why.get("allowed", False), trace.get("allowed", False)) == (happens, happens)
         rules = [each["ingress"].get("decision", each["ingress"]).get("rule_id", 0) for each in (why, trace)]
         assert rules[0] == rules[1]

@@ -22,7 +22,7 @@ with socket.create_server(("::", {PORT}), family=socket.AF_INET6, dualstack_ipv6
 _CLIENT = """
 import socket, sys
 try:
-    socket.create_connection((sys.argv[1], int(sys.argv[2])), 0.7).close()
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), float(sys.argv[3])).close()
     print("reached")
 except OSError as error:
     print(type(error).__name__)
@@ -79,8 +79,12 @@ def host(made: ModeLab) -> dict[int, str]:
     return {4: four, 6: six}
 
 
-def reaches(made: ModeLab, address: str) -> bool:
-    return "reached" in made.pod_exec("c1n1", "p1", sys.executable, "-c", _CLIENT, address, str(PORT))
+def reaches(made: ModeLab, address: str, seconds: float = 0.7) -> bool:
+    return "reached" in made.pod_exec("c1n1", "p1", sys.executable, "-c", _CLIENT, address, str(PORT), str(seconds))
+
+
+PATIENTLY = 10.0
+"""Seconds for who is to reach somebody."""
 
 
 def why(made: ModeLab, address: str) -> Any:
@@ -97,7 +101,7 @@ def trace(made: ModeLab, address: str) -> bool:
 @pytest.mark.parametrize("family", [4, 6])
 def test_the_hosts_policy_is_asked_as_well(node: ModeLab, family: int, tmp_path: Path) -> None:
     address = host(node)[family]
-    assert why(node, address)["allowed"] and trace(node, address) and reaches(node, address)
+    assert why(node, address)["allowed"] and trace(node, address) and reaches(node, address, PATIENTLY)
     apply(node, HOST_DENIES, tmp_path)
     assert not reaches(node, address) and not trace(node, address)
     answer = why(node, address)
@@ -111,7 +115,7 @@ def test_what_is_only_audited_passes(node: ModeLab, tmp_path: Path) -> None:
     assert not why(node, address).get("allowed", False) and not reaches(node, address)
     run(node, "policy", "set", str(node.pod("c1n1", "p2")["id"]), "--audit")
     answer = why(node, address)
-    assert answer["allowed"] and reaches(node, address)
+    assert answer["allowed"] and reaches(node, address, PATIENTLY)
     assert "audited" in answer["ingress"]["decision"]["reason"] and not answer["ingress"]["decision"].get("allowed", False)
 
 
@@ -120,7 +124,7 @@ def test_lockdown_of_a_host_without_a_policy(node: ModeLab) -> None:
     run(node, "policy", "set", "0", "--lockdown")
     assert not reaches(node, address) and not why(node, address).get("allowed", False)
     run(node, "policy", "set", "0", "--no-lockdown")
-    assert reaches(node, address) and why(node, address)["allowed"]
+    assert reaches(node, address, PATIENTLY) and why(node, address)["allowed"]
 
 
 @pytest.mark.parametrize("who", ["host", "pod"])
@@ -132,7 +136,8 @@ def test_lockdown_outlives_the_process(node: ModeLab, who: str) -> None:
     before = node.processes("c1n1", "policy")
     node.kill("c1n1", "policy")
     wait_for(lambda: node.processes("c1n1", "policy") not in ([], before), "another process")
-    run(node, "policy", "wait")
+    again = ("-i", node.instance("c1n1").name, "policy", "wait")
+    wait_for(lambda: node.command(*again, code=None).returncode == 0, "it to enforce", 60)
     assert not reaches(node, address)
     shown = {each.get("endpoint", 0): each for each in node.json("c1n1", "policy", "endpoints")}
     assert shown[number]["lockdown"]
