@@ -9,6 +9,7 @@ import pytest
 from services.common.kernel import netlink as nl
 from services.common.kernel import vxlan
 from services.common.network import NetworkConfig
+from services.identity.network.network import DEVICES_RESYNC_S
 from tests.e2e.endpoints.podkit import wait_until
 from tests.e2e.network.meshkit import Fabric, Host, node
 
@@ -103,7 +104,7 @@ def test_damage_heals_at_once(host: Host) -> None:
         lose_host_device,
     ):
         damage(host)
-        wait_until(healed, damage.__name__, 5)
+        wait_until(healed, damage.__name__, DEVICES_RESYNC_S - 1)
 
 
 def test_a_restart_touches_nothing(host: Host) -> None:

@@ -127,9 +127,9 @@ def test_routes_come_back(host: Host) -> None:
     host.know("h2", node(2, *BLOCKS))
     before = wait_until(lambda: len(host.routes()) == 2 and host.routes(), "routes")
     host.sh("ip route del 10.9.2.0/24; ip -6 route del fd09:0:0:2::/64")
-    wait_until(lambda: host.routes() == before, "back", 3)
+    wait_until(lambda: host.routes() == before, "back")
     host.sh(f"ip link set {host.host_device} down; ip link set {host.host_device} up")
-    wait_until(lambda: host.routes().get(BLOCKS[0]) == before[BLOCKS[0]], "back after the device was down", 3)
+    wait_until(lambda: host.routes().get(BLOCKS[0]) == before[BLOCKS[0]], "back after the device was down")
 
 
 def test_a_node_that_moves_is_followed(host: Host) -> None:
