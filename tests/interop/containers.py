@@ -249,10 +249,9 @@ def remove_cgroups(name: str) -> None:
 
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     for target in (Path(fields[1]) for fields in mounts if fields[2] in ("cgroup", "cgroup2")):
-        below = sorted((target / name).rglob("*"), key=lambda path: len(path.parts), reverse=True)
-        for directory in (*below, target / name):
-            if directory.is_dir():
-                wait_until(partial(gone, directory), f"the end of the processes of {directory}")
+        # Some go by themselves meanwhile.
+        for directory, _, _ in os.walk(target / name, topdown=False):
+            wait_until(partial(gone, Path(directory)), f"the end of the processes of {directory}")
 
 
 class Podman:
@@ -302,8 +301,11 @@ class Podman:
         return [settings["IPAddress"], settings["GlobalIPv6Address"]]
 
     def fetch(self, name: str, address: str, port: int = WEB_PORT) -> str:
-        """What a web server says to a container."""
-        return self("exec", name, *fetching(address, port))
+        """What a web server says to a container; the reason if it says nothing."""
+        try:
+            return self("exec", name, *fetching(address, port))
+        except AssertionError as error:
+            return f"failed: {error}"
 
     def close(self) -> None:
         """Remove the containers and everything below the directory."""

@@ -61,7 +61,9 @@ def pods(fibril: CniNode) -> Iterator[Pods]:
         runtime.ctr("images", "import", str(scratch / "image.tar"))
         web, _ = runtime.run_pod("web", WEB_SERVER, [(HOST_PORT, 80)])
         _, client = runtime.run_pod("client", SLEEP)
-        yield Pods(runtime, runtime.addresses(web), client)
+        pods = Pods(runtime, runtime.addresses(web), client)
+        containers.wait_until(lambda: pods.fetch(pods.web[0]) == GREETING, "the web server's start")
+        yield pods
     finally:
         runtime.close()
         (scratch / "image.tar").unlink(missing_ok=True)

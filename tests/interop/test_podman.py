@@ -38,6 +38,8 @@ def podman(fibril: CniNode) -> Iterator[Podman]:
         runtime("load", "-i", str(scratch / "image.tar"))
         runtime.start("web", "-p", f"{PUBLISHED}:80", command=WEB_SERVER)
         runtime.start("client")
+        address = runtime.addresses("web")[0]
+        containers.wait_until(lambda: runtime.fetch("client", address) == GREETING, "the web server's start")
         yield runtime
     finally:
         runtime.close()

@@ -38,7 +38,7 @@ class Member:
     def __init__(self, url: str, name: str, root: Path, instance: Instance, netlink: Netlink) -> None:
         self.name = name
         self.instance = instance
-        self.etcd = EtcdClient([url], timeout_s=2.0)
+        self.etcd = EtcdClient([url], timeout_s=3.0)
         self.db = open_db(root / name / "identity.db")
         self.index = NodeIndex(self.db)
         self.directory = Directory(self.etcd, CLUSTER, name, self.index)

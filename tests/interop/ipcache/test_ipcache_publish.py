@@ -278,7 +278,7 @@ async def test_another_etcd_is_filled_again_by_those_who_know(etcd: EmbeddedEtcd
         await until(lambda: _is_under(b.etcd, a, 20), "all of them in the new etcd")
         await until(lambda: _same(b), "b to know all again")
         await knows(b, A1, 504, "a")
-        await a.publisher.put(A1, 600)
+        await _try(a.publisher.put(A1, 600))  # it may be about to get another lease
         await knows(b, A1, 600, "a")
 
 
@@ -292,9 +292,10 @@ async def test_an_etcd_put_back_to_an_earlier_state_is_brought_up_to_date(
         await etcd.stop()
         shutil.copytree(etcd.data_dir, place / "snapshot")
         await etcd.start()
-        await a.publisher.put(A1, 101)
-        await a.publisher.put(A3, 300)
-        await a.publisher.remove(A2)
+        for change in (a.publisher.put(A1, 101), a.publisher.put(A3, 300), a.publisher.remove(A2)):
+            await _try(change)  # what cannot be written yet will be
+        wanted = {str(A1): (101, "a"), str(A3): (300, "a")}
+        await until(lambda: a.pods() == wanted, "the changes")
         lease = a.lease.lease
         await etcd.stop()
         shutil.rmtree(etcd.data_dir)
@@ -307,7 +308,7 @@ async def test_an_etcd_put_back_to_an_earlier_state_is_brought_up_to_date(
 
         await until(under_another_lease, "what is wanted to be written anew")
         await client.revoke(lease)  # or time passes
-        await until(lambda: a.pods() == {str(A1): (101, "a"), str(A3): (300, "a")}, "order")
+        await until(lambda: a.pods() == wanted, "order")
         assert await stored(client) == a.pods()
 
 

@@ -27,6 +27,7 @@ async def test_nodes_and_their_blocks_are_known(etcd: EmbeddedEtcd, place: Path,
     async with member(etcd.endpoint, "a", place) as a:
         a.publisher.want({ip_address("10.0.1.9"): Published(100)})
         await until(lambda: says(a, "10.0.1.9") == (100, "a", Source.POD), "the pod")
+        await until(a.ipcache.synced.is_set, "the nodes")
         for address, wanted in {
             "198.18.77.1": (1, "a", Source.NODE),
             "2001:db8:77::1": (1, "a", Source.NODE),

@@ -17,6 +17,7 @@ from services.identity.lease import NodeLease
 from services.identity.nodes.directory import Directory
 from services.identity.nodes.index import NodeIndex
 from services.identity.nodes.registry import Registry
+from tests.interop.etcd.etcdrig import WAIT_S
 
 CLUSTER = "test"
 
@@ -46,7 +47,7 @@ class Member:
     ) -> None:
         self.home = home = root / (place or name)
         self.name = name
-        self.etcd = EtcdClient([url], timeout_s=2.0)
+        self.etcd = EtcdClient([url], timeout_s=3.0)
         self.db = open_db(home / "identity.db")
         self.underlay = Underlay(ipv4, ipv6)
         self.lease = NodeLease(self.etcd, self.db, ttl_s, name)
@@ -74,8 +75,8 @@ class Member:
         self.db.close()
 
 
-async def until(condition: Callable[[], object], limit_s: float = 8.0) -> None:
-    """Wait until it holds. AssertionError after `limit_s`."""
-    async with asyncio.timeout(limit_s):
+async def until(condition: Callable[[], object]) -> None:
+    """Wait until it holds. TimeoutError after a while."""
+    async with asyncio.timeout(WAIT_S):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.02)

@@ -21,7 +21,7 @@ from services.identity.nodes import directory, index, removal
 from services.identity.nodes.directory import Directory, root_of
 from services.identity.nodes.index import NodeIndex
 from services.identity.nodes.model import NodeState
-from tests.interop.etcd.etcdrig import compact, kill
+from tests.interop.etcd.etcdrig import WAIT_S, compact, kill
 from tests.interop.nodes.noderig import CLUSTER, Member, until
 
 ROOT = root_of(CLUSTER)
@@ -44,7 +44,7 @@ async def join(etcd: EmbeddedEtcd, tmp_path: Path) -> AsyncIterator[Join]:
 
 async def written(client: EtcdClient, key: str) -> None:
     """Wait until etcd has it."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(WAIT_S):
         while True:
             with contextlib.suppress(errors.Unavailable):
                 if await client.get(ROOT + key) is not None:
@@ -103,7 +103,7 @@ async def test_one_name_is_one_machines(join: Join, client: EtcdClient) -> None:
     await first.stop()
     await client.revoke(lease)
     await until(
-        lambda: not other.registry.problem and str(other.directory.nodes()["a"].ipv4) == "192.168.0.7", 20
+        lambda: not other.registry.problem and str(other.directory.nodes()["a"].ipv4) == "192.168.0.7"
     )
     await until(lambda: told == [other.lease.lease] and other.lease.valid)
 
@@ -133,7 +133,7 @@ async def test_what_is_no_sign_of_life_is_somebody_elses(join: Join, client: Etc
     a = await join("a", "192.168.0.1")
     await until(lambda: "is registered as 'a'" in a.registry.problem)
     await client.revoke(lease)
-    await until(lambda: not a.registry.problem, 15)
+    await until(lambda: not a.registry.problem)
     assert all(not task.done() for task in (*a.registry.tasks(), *a.directory.tasks()))
 
 
@@ -152,7 +152,7 @@ async def test_the_same_machine_goes_on_at_once(join: Join) -> None:
     await first.stop()
     again = await join("a", "192.168.0.1")
     await until(lambda: not again.registry.problem and again.directory.local)
-    assert again.directory.local.state is NodeState.ALIVE  # type: ignore[union-attr]
+    await until(lambda: again.directory.local.state is NodeState.ALIVE)  # type: ignore[union-attr]
 
 
 async def test_an_address_of_two_nodes_is_reported(join: Join) -> None:
@@ -215,7 +215,7 @@ async def test_nodes_are_known_again_after_all_was_lost(
     for member in (a, b):
         await until(
             lambda m=member: not m.registry.problem
-            and {n for n, v in m.directory.nodes().items() if v.state is NodeState.ALIVE} == {"a", "b"}, 15
+            and {n for n, v in m.directory.nodes().items() if v.state is NodeState.ALIVE} == {"a", "b"}
         )  # fmt: skip
 
 
@@ -233,7 +233,7 @@ async def test_a_node_that_was_down_forgets_what_went_meanwhile(
     again = Directory(a.etcd, CLUSTER, "a", NodeIndex(a.db))
     await again.start()
     await until(lambda: {"a", "y", "z"} == again.nodes().keys())
-    assert "x" not in NodeIndex(a.db).names()
+    await until(lambda: "x" not in NodeIndex(a.db).names())
     await again.stop()
 
 
