@@ -67,7 +67,8 @@ def attached(world: World) -> list[int]:
         link = struct.unpack_from("I", back, 4)[0]
         try:
             fd, _ = bpf.call(LINK_FD_BY_ID, struct.pack("III", link, 0, 0))
-        except FileNotFoundError:
+        except (FileNotFoundError, BlockingIOError):
+            # Gone, or just being made by another test.
             continue
         _, kind, program = link_info(fd)
         # Held open, it would keep the program where it is.
