@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from services.ctl import procs
+from services.sockaccel.tables import BEAT_S
 from tests.e2e.lb.sockrig import DRIVER
 from tests.e2e.modes.modelab import ModeLab, lab, wait_for
 
@@ -202,7 +203,7 @@ def test_what_a_policy_forbids_is_stopped_at_once_and_comes_back(
     client("talk('a')")
     before = shortened(pairs(declared)[0])
     assert before > 40
-    fibril(declared, "policy", "apply", "-f", str(deny))
+    fibril(declared, "policy", "apply", "-f", str(deny), "--wait")
     try:
         client("held['a'].settimeout(1)")
         with pytest.raises(OSError, match="timed out"):
@@ -212,10 +213,17 @@ def test_what_a_policy_forbids_is_stopped_at_once_and_comes_back(
     finally:
         fibril(declared, "policy", "rm", "-f", str(deny))
     # What was sent meanwhile is sent again by TCP.
-    client("held['a'].settimeout(10)")
+    client("held['a'].settimeout(60)")  # TCP doubles its pauses
     assert client("len(held['a'].recv(64))") == 64
     assert client("talk('a')") == 30
     assert shortened(pairs(declared)[0]) > before + 20
+
+
+def judged(made: ModeLab) -> int:
+    """The identity by which policies judge p1."""
+    number = made.pod(NODE, "p1")["id"]
+    found = {each["endpoint"]: each for each in made.json(NODE, "policy", "endpoints")}
+    return int(found[number]["identity"])
 
 
 def test_another_identity_is_judged_anew(declared: ModeLab, pods: tuple[Agent, Agent]) -> None:
@@ -223,7 +231,7 @@ def test_another_identity_is_judged_anew(declared: ModeLab, pods: tuple[Agent, A
     server(f"echo({server.ipv4!r}, 7700)")
     client(f"hold('a', {server.ipv4!r}, 7700)")
     client("talk('a')")
-    before = pairs(declared)[0]
+    before, plain = pairs(declared)[0], judged(declared)
     fibril(declared, "endpoint", "label", "p1", "color=blue")
 
     def again() -> bool:
@@ -232,12 +240,18 @@ def test_another_identity_is_judged_anew(declared: ModeLab, pods: tuple[Agent, A
         return int(now["client"]["tcp_sends"]) > int(before["client"]["tcp_sends"])
 
     wait_for(again, "words by TCP after a change of identity")
+    wait_for(lambda: judged(declared) != plain, "the new identity")
+    blue = judged(declared)
     fibril(declared, "endpoint", "label", "p1", "color-")
+    # The next test counts what goes by TCP.
+    wait_for(lambda: judged(declared) != blue, "the identity there was")
+    fibril(declared, "policy", "wait")
 
 
 def test_the_service_killed_again_and_again_loses_nothing(declared: ModeLab, pods: tuple[Agent, Agent]) -> None:
     client, server = pods
     server(f"echo({server.ipv4!r}, 7700)")
+    began = time.monotonic()
     for name in "abc":
         client(f"hold({name!r}, {server.ipv4!r}, 7700)")
         client(f"pound({name!r})")
@@ -252,15 +266,17 @@ def test_the_service_killed_again_and_again_loses_nothing(declared: ModeLab, pod
         name = f"dead{time.monotonic_ns()}"
         client(f"hold({name!r}, {server.ipv4!r}, 7700)")
         assert client(f"talk({name!r})") == 30
-        wait_for(lambda: fibril(declared, "sockaccel", "usage", code=None).returncode == 0, "the service to be back")
+        wait_for(lambda: fibril(declared, "sockaccel", "usage", code=None).returncode == 0, "the service to be back", 60)
         time.sleep(0.3)
     for name in "abc":
         done, error = client(f"calm({name!r})")
         assert error == "" and done > 100
     found = pairs(declared)
     assert len(found) == 6 and all(shortened(record) > 20 for record in found)
-    # Restarts send nobody back to TCP.
-    assert {record["id"]: record["client"]["tcp_sends"] for record in found if record["id"] in tcp} == tcp
+    # Restarts send nobody back to TCP, but for the word that goes there every half minute anyway.
+    beats = int((time.monotonic() - began) / BEAT_S)
+    more = [int(record["client"]["tcp_sends"]) - int(tcp[record["id"]]) for record in found if record["id"] in tcp]
+    assert len(more) == 3 and all(0 <= count <= beats for count in more), (more, beats)
 
 
 def running(instance: Any) -> Any:
@@ -313,6 +329,7 @@ def test_connections_to_a_service_are_shortened_as_those_to_its_backend(
     server(f"echo({address!r}, 7700)")
     fibril(declared, "service", "add", "between", "--vip", f"{front}:80", "--backend", f"{backend}:7700")
     try:
+        wait_for(lambda: declared.json(NODE, "service", "get", "between")["status"]["programmed"], "the service")
         client(f"hold('s', {vip!r}, 80)")
         assert client("talk('s')") == 30
         assert client("held['s'].getpeername()[:2]") == [vip, 80]
@@ -343,14 +360,20 @@ def test_an_application_and_its_proxy_are_shortened_by_default(landscape: ModeLa
         assert found and all(record["class_name"] == "local-proxies" for record in found)
         redirected = [record for record in found if record["redirected"]]
         assert redirected and all(record["server"]["port"] == 15001 for record in redirected)
-        assert all(shortened(record) > 40 for record in redirected[-1:])
+        mine = client("held['r1'].getsockname()[1]")
+        (last,) = [record for record in redirected if record["client"]["port"] == mine]
+        assert shortened(last) > 40
         assert all(record["server"]["port"] != 8080 for record in found), "no proxy is at either end"
         # Whoever waits in recv() is left alone, unless somebody asks for him.
         for seconds in (None, 5):
             client(f"hold('waits', '198.51.100.7', 80, {seconds})")
             client("talk('waits')")
-            ports = {record["client"]["port"] for record in pairs(landscape)}
-            assert (client("held['waits'].getsockname()[1]") in ports) == (seconds is not None)
+            mine = client("held['waits'].getsockname()[1]")
+
+            def as_told(mine: int = mine, told: bool = seconds is not None) -> bool:
+                return (mine in {record["client"]["port"] for record in pairs(landscape)}) == told
+
+            wait_for(as_told, f"what becomes of one with {seconds}")
     finally:
         landscape.pod_exec(NODE, "p1", "nft", "delete table ip side")
 

@@ -73,7 +73,7 @@ def test_every_byte_arrives_with_the_service_killed(
                 kills += 1
             # What concerns policy is not asked of the one that is dead.
             fibril(any_port, "policy", *(("rm", "-f", str(allow)) if number % 2 else ("apply", "-f", str(allow))))
-            wait_for(lambda: fibril(any_port, "sockaccel", "usage", code=None).returncode == 0, "the service to be back")
+            wait_for(lambda: fibril(any_port, "sockaccel", "usage", code=None).returncode == 0, "the service to be back", 60)
             with contextlib.suppress(AssertionError):
                 fibril(any_port, "sockaccel", *(("off", "--all") if number % 2 else ("on", "--all")))
         fibril(any_port, "sockaccel", "on", "--all")

@@ -158,12 +158,16 @@ class Pods:
     def probed(self, library: str) -> bool:
         return any(each["library"] == library and each["functions"] for each in self.probes())
 
-    def messages(self, path: str = "") -> list[dict[str, Any]]:
-        """Those kept; of requests only those with this path in theirs."""
+    def messages(self, path: str = "", count: int = 0) -> list[dict[str, Any]]:
+        """Those kept, once there are so many, and a moment later; of requests only those with this path in theirs."""
+
+        def found() -> list[dict[str, Any]]:
+            text = self.fibril("-o", "json", "tls", "watch", "--no-follow", "--last", "1000").stdout
+            return [each for each in map(json.loads, text.splitlines()) if path in each["path"]]
+
+        wait_for(lambda: len(found()) >= count, f"{count} messages")
         time.sleep(0.3)
-        text = self.fibril("-o", "json", "tls", "watch", "--no-follow", "--last", "1000").stdout
-        found = [json.loads(line) for line in text.splitlines() if line]
-        return [each for each in found if path in each["path"]]
+        return found()
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +200,17 @@ def test_lines_of_chosen_pods_are_seen_named_and_cut(target: Pods) -> None:
     assert client.get("/first?secret=word") == 200
     assert other.get("/of-nobody") == 200
     assert client.get("/missing") == 404
-    found = target.messages("/first")
+    found = target.messages("/first", 2)
     assert {(each["pod"], each["received"], each["method"]) for each in found} == {("p1", False, "GET"), ("p2", True, "GET")}
     assert all(each["path"] == "/first?…" and each["headers"] == {"x-kind": "asked"} for each in found)
-    statuses = [(each["pod"], each["received"]) for each in target.messages() if each["status"] == 404]
-    assert sorted(statuses) == [("p1", True), ("p2", False)]
+
+    def missing() -> list[tuple[str, bool]]:
+        return sorted((each["pod"], each["received"]) for each in target.messages() if each["status"] == 404)
+
+    wait_for(lambda: len(missing()) >= 2, "the last answer")
+    assert missing() == [("p1", True), ("p2", False)]
     # Whose pod is no target's is seen only where it is: at the server.
-    assert {each["pod"] for each in target.messages("/of-nobody")} == {"p2"}
+    assert {each["pod"] for each in target.messages("/of-nobody", 1)} == {"p2"}
     assert "hidden" not in json.dumps(target.messages()) and "word" not in json.dumps(target.messages())
 
 
@@ -215,7 +223,11 @@ def test_a_library_is_seen_that_was_replaced_under_its_process(target: Pods, tmp
     (tmp_path / "newer").rename(mine)
     wait_for(lambda: [each for each in target.probes() if each["path"] == f"{mine} (deleted)" and each["functions"]], "a probe")
     assert client.get("/replaced") == 200
-    assert ("p1", False) in {(each["pod"], each["received"]) for each in target.messages("/replaced")}
+
+    def asked() -> bool:
+        return ("p1", False) in {(each["pod"], each["received"]) for each in target.messages("/replaced")}
+
+    wait_for(asked, "the request")
 
 
 def test_what_pods_make_up_hurts_nobody(target: Pods, tmp_path: Path) -> None:
@@ -225,8 +237,9 @@ def test_what_pods_make_up_hurts_nobody(target: Pods, tmp_path: Path) -> None:
     target.run("p1", sys.executable, "-c", code)
     seen = wait_for(lambda: [each for each in target.probes() if each["path"] == str(program)], "the file")
     assert "make no sense" in seen[0]["problem"] and not seen[0]["functions"]
+    wait_for(lambda: target.probed("openssl"), "a probe")
     assert target.client("p1").get("/beside-it") == 200
-    assert len(target.messages("/beside-it")) == 2
+    assert len(target.messages("/beside-it", 2)) == 2
 
 
 def test_a_process_behind_a_strict_filter_goes_on(target: Pods) -> None:
@@ -240,7 +253,7 @@ print(made.getresponse().status)
 """
     wait_for(lambda: target.probed("openssl"), "a probe")
     assert target.lab.pod_exec(NODE, "p1", sys.executable, "-c", code).strip() == "200"
-    found = {(each["pod"], each["received"]) for each in target.messages("/filtered")}
+    found = {(each["pod"], each["received"]) for each in target.messages("/filtered", 2)}
     assert found == {("p1", False), ("p2", True)}
 
 
@@ -253,6 +266,7 @@ def test_messages_of_all_shapes(target: Pods) -> None:
         [b"GET /" + b"long" * 400 + b" HTTP/1.1\r\nhost: x\r\n\r\n"],
         [b"GET " + bytes(range(1, 250)) + b"\r\n\r\n"],
         [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"],
+        [b"GET /the-last HTTP/1.1\r\nhost: x\r\n\r\n"],
     ]
     wait_for(lambda: target.probed("openssl"), "a probe")
     code = f"""
@@ -269,6 +283,8 @@ for parts in {made!r}:
             pass
 """
     target.lab.pod_exec(NODE, "p1", sys.executable, "-c", code)
+    # They are told in order.
+    assert len(target.messages("/the-last", 2)) == 2
     wrote = [each["path"] for each in target.messages() if each["pod"] == "p1" and not each["received"] and each["method"]]
     assert "/split-behind-the-line" in wrote and "/pipelined-1" in wrote
     assert not any(part in path for path in wrote for part in ("for-good", "pipelined-2", "longlong", "in-the-path"))
@@ -284,6 +300,7 @@ def test_gnutls_is_seen_as_well(target: Pods) -> None:
     wait_for(lambda: target.probed("gnutls"), "a probe in GnuTLS")
     words = ("wget", "-qO-", "--no-check-certificate", f"https://{target.address}:8443/gnu")
     assert target.lab.pod_exec(NODE, "p1", *words) == "hello"
+    wait_for(lambda: [each for each in target.messages("/gnu") if each["pod"] == "p1"], "its request")
     mine = [each for each in target.messages("/gnu") if each["pod"] == "p1"]
     assert len(mine) == 1 and not mine[0]["received"] and mine[0]["comm"] == "wget"
 
@@ -321,7 +338,7 @@ def test_a_kernel_without_tls_is_named_and_libraries_are_seen_all_the_same(pods:
         client = pods.client("p1")
         wait_for(lambda: pods.probed("openssl"), "a probe")
         assert client.get("/without-the-kernel") == 200
-        assert len(pods.messages("/without-the-kernel")) == 1
+        assert len(pods.messages("/without-the-kernel", 1)) == 1
     finally:
         pods.fibril("tls", "target", "rm", "t")
 
@@ -332,9 +349,10 @@ def test_probes_go_with_the_last_target_and_come_back_with_the_service(pods: Pod
     try:
         wait_for(lambda: pods.probed("openssl"), "a probe")
         pods.lab.kill(NODE, "sockaccel")
-        wait_for(lambda: pods.fibril("tls", "probes", code=None).returncode == 0 and pods.probed("openssl"), "it again")
+        wait_for(lambda: pods.fibril("tls", "probes", code=None).returncode == 0, "the service", 60)
+        wait_for(lambda: pods.probed("openssl"), "a probe again", 60)
         assert client.get("/after-the-kill") == 200
-        assert len(pods.messages("/after-the-kill")) == 1
+        assert len(pods.messages("/after-the-kill", 1)) == 1
     finally:
         pods.fibril("tls", "target", "rm", "t")
     assert pods.probes() == []
