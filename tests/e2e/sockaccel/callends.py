@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from typing import Any
 
-from calltools import PAUSE_S, beside, case, got, libc, linger, ready, rest, tell
+from calltools import beside, case, got, libc, linger, pause, ready, rest, tell
 
 
 @case
@@ -29,7 +28,7 @@ def answer_waits_after_half_close(w: socket.socket, r: socket.socket) -> Any:
     r.sendall(b"abc")
     r.sendall(b"def")
     r.close()
-    time.sleep(PAUSE_S)
+    pause()
     return [end, rest(w)]
 
 
@@ -38,9 +37,9 @@ def half_close_with_something_unread(w: socket.socket, r: socket.socket) -> Any:
     """The writer is gone; the reader says that it is done as well, and only then reads."""
     w.sendall(b"abc")
     w.close()
-    time.sleep(PAUSE_S)
+    pause()
     r.shutdown(socket.SHUT_WR)
-    time.sleep(PAUSE_S)
+    pause()
     return rest(r)
 
 
@@ -56,7 +55,7 @@ def write_after_shutdown_of_reading(w: socket.socket, r: socket.socket) -> Any:
     r.shutdown(socket.SHUT_RD)
     nothing = got(r)
     sent = tell(lambda: w.send(b"abc"))
-    time.sleep(PAUSE_S)
+    pause()
     found = [nothing, sent, ready(r), got(r), got(r)]
     r.sendall(b"def")
     return [*found, got(w)]
@@ -89,16 +88,16 @@ def close_with_nothing_unread(w: socket.socket, r: socket.socket) -> Any:
     w.sendall(b"abc")
     found = [got(r)]
     r.close()
-    time.sleep(PAUSE_S)
+    pause()
     return [*found, ready(w), got(w), tell(lambda: w.send(b"def")), tell(lambda: w.send(b"ghi"))]
 
 
 @case
 def close_with_something_unread(w: socket.socket, r: socket.socket) -> Any:
     w.sendall(b"abc")
-    time.sleep(PAUSE_S)
+    pause()
     r.close()
-    time.sleep(PAUSE_S)
+    pause()
     return got(w)
 
 
@@ -107,7 +106,7 @@ def end_while_data_wait(w: socket.socket, r: socket.socket) -> Any:
     for word in (b"abc", b"def"):
         w.sendall(word)
     w.close()
-    time.sleep(PAUSE_S)
+    pause()
     return [ready(r), got(r, 2), rest(r)]
 
 
@@ -115,7 +114,7 @@ def end_while_data_wait(w: socket.socket, r: socket.socket) -> Any:
 def reset(w: socket.socket, r: socket.socket) -> Any:
     linger(w, 0)
     w.close()
-    time.sleep(PAUSE_S)
+    pause()
     return [ready(r), got(r), got(r), tell(lambda: r.send(b"abc"))]
 
 
@@ -124,7 +123,7 @@ def reset_while_data_wait(w: socket.socket, r: socket.socket) -> Any:
     w.sendall(b"abc")
     linger(w, 0)
     w.close()
-    time.sleep(PAUSE_S)
+    pause()
     return [rest(r), got(r)]
 
 
@@ -143,14 +142,14 @@ def used_again_for_another(w: socket.socket, r: socket.socket) -> Any:
         return "not of this family"
     listener = socket.create_server((w.getsockname()[0].removeprefix("::ffff:"), 0))
     r.sendall(b"old")
-    time.sleep(PAUSE_S)
+    pause()
     nowhere = struct.pack("H14x", socket.AF_UNSPEC)
     assert libc.connect(w.fileno(), nowhere, len(nowhere)) == 0
     target = listener.getsockname()
     w.connect(target if w.family == socket.AF_INET else (f"::ffff:{target[0]}", target[1]))
     other, _ = listener.accept()
     other.sendall(b"new")
-    time.sleep(PAUSE_S)
+    pause()
     found = [got(w)]
     for number in range(20):
         w.sendall(bytes([65 + number]))

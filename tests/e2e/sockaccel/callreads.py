@@ -24,14 +24,18 @@ from calltools import (
     beside,
     bound,
     case,
+    done,
     exactly,
     got,
     libc,
+    meanwhile,
     pattern,
+    pause,
     ready,
     tell,
     turn,
     waiting,
+    waits,
 )
 
 
@@ -45,7 +49,7 @@ def peek(w: socket.socket, r: socket.socket) -> Any:
 def peek_sees_all_that_was_sent(w: socket.socket, r: socket.socket) -> Any:
     for word in (b"ab", b"cd", b"ef"):
         w.sendall(word)
-    time.sleep(PAUSE_S)
+    pause()
     return [got(r, 99, socket.MSG_PEEK), got(r, 5, socket.MSG_PEEK), got(r, 5), got(r)]
 
 
@@ -78,15 +82,20 @@ def waitall_of_what_is_there(w: socket.socket, r: socket.socket) -> Any:
 @case
 def waitall_in_parts(w: socket.socket, r: socket.socket) -> Any:
     turn(w, r)
+    reader, read = threading.current_thread(), []
 
     def speak() -> None:
         for word in (b"abc", b"def", b"ghi"):
+            # Whoever reads has had the one before, and waits again.
+            while not read and not waits(reader):
+                time.sleep(0.001)
             time.sleep(PAUSE_S)
             w.sendall(word)
 
-    with beside(speak):
-        found = got(r, 9, socket.MSG_WAITALL)
-    return found
+    speaker = meanwhile(speak)
+    read.append(got(r, 9, socket.MSG_WAITALL))
+    done(speaker)
+    return read[0]
 
 
 @case
@@ -188,14 +197,14 @@ def bad_address_to_read_into(w: socket.socket, r: socket.socket) -> Any:
 def fionread(w: socket.socket, r: socket.socket) -> Any:
     empty = waiting(r)
     w.sendall(b"abcdef")
-    time.sleep(PAUSE_S)
+    pause()
     return [empty, waiting(r), got(r, 2), waiting(r), got(r), waiting(r)]
 
 
 @case
 def siocoutq(w: socket.socket, r: socket.socket) -> Any:
     w.sendall(b"abc")
-    time.sleep(PAUSE_S)
+    pause()
     return [waiting(w, SIOCOUTQ), got(r)]
 
 
@@ -231,7 +240,7 @@ def lowat_and_recv(w: socket.socket, r: socket.socket) -> Any:
     r.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 6)
     with beside(lambda: r.recv(99)) as found:
         w.sendall(b"abc")
-        time.sleep(PAUSE_S)
+        pause()
         w.sendall(b"def")
     return found
 
@@ -259,22 +268,21 @@ def rcvtimeo(w: socket.socket, r: socket.socket) -> Any:
     nothing = got(r)
     took = time.monotonic() - began
     w.sendall(b"abc")
-    return [nothing, 0.15 < took < 1, got(r)]
+    return [nothing, took > 0.15, got(r)]
 
 
 @case
 def signal_while_reading(w: socket.socket, r: socket.socket) -> Any:
     """The system call is begun again, by the kernel (SA_RESTART) or by Python (EINTR)."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(got(r)), daemon=True)
-    thread.start()
-    time.sleep(PAUSE_S)
+    thread = meanwhile(lambda: found.append(got(r)))
+    pause()
     assert thread.ident is not None
     signal.pthread_kill(thread.ident, signal.SIGUSR1)
-    time.sleep(PAUSE_S)
+    pause()
     interrupted = list(found)
     w.sendall(b"abc")
-    thread.join(1)
+    done(thread)
     return [interrupted, found, got(r, 9, socket.MSG_DONTWAIT)]
 
 
@@ -310,7 +318,7 @@ def two_wait_for_one_word(w: socket.socket, r: socket.socket) -> Any:
     """Whoever comes too late waits for the next."""
     with beside(lambda: r.recv(9)) as one, beside(lambda: r.recv(9)) as other:
         w.sendall(b"abc")
-        time.sleep(PAUSE_S)
+        pause()
         early = sorted(one + other)
         w.sendall(b"def")
     return [early, sorted(one + other)]
@@ -376,7 +384,7 @@ def duplicated(w: socket.socket, r: socket.socket) -> Any:
     first = got(r, 2)
     r.close()
     w.sendall(b"ef")
-    time.sleep(PAUSE_S)
+    pause()
     found = [first, got(other)]
     other.close()
     return [*found, got(w)]

@@ -8,10 +8,9 @@ import mmap
 import os
 import socket
 import struct
-import time
 from typing import Any
 
-from calltools import PAUSE_S, beside, case, exactly, got, libc, pattern, tell
+from calltools import beside, case, exactly, got, libc, pattern, pause, tell
 
 _SETUP, _ENTER = 425, 426  # the same on all machines
 _GETEVENTS, _SINGLE_MMAP = 1, 1
@@ -111,7 +110,7 @@ def ring_recv_of_all(w: socket.socket, r: socket.socket) -> Any:
     def work(ring: Ring) -> Any:
         with beside(lambda: taken(ring, RECV, r, 6, socket.MSG_WAITALL)) as found:
             w.sendall(b"abc")
-            time.sleep(PAUSE_S)
+            pause()
             w.sendall(b"def")
         return found
 
@@ -154,7 +153,7 @@ def several_messages_at_once(w: socket.socket, r: socket.socket) -> Any:
     """sendmmsg() and recvmmsg(), which waits for one and takes what else there is (MSG_WAITFORONE)."""
     messages, kept = _messages([bytearray(b"ab"), bytearray(b"cdef"), bytearray(b"g")])
     found = [libc.sendmmsg(w.fileno(), messages, 3, 0), [each.length for each in messages]]
-    time.sleep(PAUSE_S)
+    pause()
     parts = [bytearray(3), bytearray(3), bytearray(9), bytearray(9)]
     messages, more = _messages(parts)
     count = libc.recvmmsg(r.fileno(), messages, 4, 0x10000, None)
@@ -167,7 +166,7 @@ def read_that_must_not_wait(w: socket.socket, r: socket.socket) -> Any:
     into = [bytearray(9)]
     empty = tell(lambda: os.preadv(r.fileno(), into, -1, os.RWF_NOWAIT))
     w.sendall(b"abc")
-    time.sleep(PAUSE_S)
+    pause()
     size = tell(lambda: os.preadv(r.fileno(), into, -1, os.RWF_NOWAIT))
     return [empty, size, into[0][:3].decode(), got(r, 9, socket.MSG_DONTWAIT)]
 
@@ -176,7 +175,7 @@ def read_that_must_not_wait(w: socket.socket, r: socket.socket) -> Any:
 def mapped_where_it_arrived(w: socket.socket, r: socket.socket) -> Any:
     """TCP_ZEROCOPY_RECEIVE: too little to be mapped, so that it is to be read; what it says of how much is left out."""
     w.sendall(pattern(3000))
-    time.sleep(PAUSE_S)
+    pause()
     request = ctypes.create_string_buffer(64)
     try:
         memory = mmap.mmap(r.fileno(), 4096, mmap.MAP_SHARED, mmap.PROT_READ)

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import os
 import select
 import signal
 import socket
@@ -23,12 +24,14 @@ from typing import Any
 
 Case = Callable[[socket.socket, socket.socket], Any]
 CASES: dict[str, Case] = {}
-PATIENCE_S = 4.0
+PATIENCE_S = 10.0
 PAUSE_S = 0.05
 BAD = 8  # no address of anything
 FIONREAD, SIOCOUTQ = 0x541B, 0x5411
 SO_ZEROCOPY, MSG_ZEROCOPY, SO_PEEK_OFF, TCP_INQ, TCP_ULP = 60, 0x4000000, 42, 36, 31
+FUTEX = {"x86_64": "202", "aarch64": "98"}
 libc = ctypes.CDLL(None, use_errno=True)
+_meanwhile: set[threading.Thread] = set()
 
 
 def case(function: Case) -> Case:
@@ -92,15 +95,45 @@ def waiting(s: socket.socket, request: int = FIONREAD) -> int:
     return here[0]
 
 
+def waits(thread: threading.Thread) -> bool:
+    """Whether it has ended, or waits in a system call for something else than its turn in Python."""
+    try:
+        with open(f"/proc/self/task/{thread.native_id}/syscall") as file:
+            return file.read().split()[0] not in ("running", FUTEX.get(os.uname().machine))
+    except OSError:
+        return True
+
+
+def pause() -> None:
+    """Until what is going on has come as far as it can: what is done beside is done, or waits."""
+    time.sleep(PAUSE_S)
+    until = time.monotonic() + PATIENCE_S / 4
+    while not all(map(waits, _meanwhile)) and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def meanwhile(work: Callable[[], Any]) -> threading.Thread:
+    """A thread at `work`, which `pause` knows of."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    _meanwhile.add(thread)
+    return thread
+
+
+def done(thread: threading.Thread) -> None:
+    """It is, or has had time enough."""
+    thread.join(PATIENCE_S / 2)
+    _meanwhile.discard(thread)
+
+
 @contextlib.contextmanager
 def beside(work: Callable[[], Any]) -> Iterator[list[Any]]:
     """What `work` gives, done meanwhile: in the list, once left."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(tell(work)), daemon=True)
-    thread.start()
-    time.sleep(PAUSE_S)
+    thread = meanwhile(lambda: found.append(tell(work)))
+    pause()
     yield found
-    thread.join(PATIENCE_S / 2)
+    done(thread)
     if not found:
         found.append("hangs")
 

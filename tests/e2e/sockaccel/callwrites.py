@@ -14,7 +14,6 @@ from typing import Any
 from calltools import (
     BAD,
     MSG_ZEROCOPY,
-    PAUSE_S,
     SO_ZEROCOPY,
     TCP_ULP,
     beside,
@@ -24,6 +23,7 @@ from calltools import (
     got,
     libc,
     pattern,
+    pause,
     ready,
     tell,
 )
@@ -50,7 +50,7 @@ def bad_address_to_write_from(w: socket.socket, r: socket.socket) -> Any:
 def to_an_address(w: socket.socket, r: socket.socket) -> Any:
     """Of a connected socket, where it means nothing, or (MSG_FASTOPEN) that it is to be connected."""
     sent = [tell(lambda flags=flags: w.sendto(b"abc", flags, w.getpeername())) for flags in (0, 0x20000000)]  # type: ignore[misc]
-    time.sleep(PAUSE_S)
+    pause()
     return [sent, got(r)]
 
 
@@ -79,7 +79,7 @@ def splice_out(w: socket.socket, r: socket.socket) -> Any:
     there, here = os.pipe()
     r.setblocking(False)
     w.sendall(b"abcdef")
-    time.sleep(PAUSE_S)
+    pause()
     moved = tell(lambda: os.splice(r.fileno(), here, 99))
     found = [moved, got(r)]
     os.close(there)
@@ -110,7 +110,7 @@ def out_of_band(w: socket.socket, r: socket.socket) -> Any:
     w.sendall(b"ab")
     sent = w.send(b"!", socket.MSG_OOB)
     w.sendall(b"cd")
-    time.sleep(PAUSE_S)
+    pause()
     urgent = ready(r, select.POLLPRI, 0), got(r, 1, socket.MSG_OOB)
     whole = ""
     while isinstance(more := got(r, 9, socket.MSG_DONTWAIT), str) and more != "EAGAIN":
@@ -131,7 +131,7 @@ def out_of_band_that_nobody_asks_for(w: socket.socket, r: socket.socket) -> Any:
         w.sendall(b"ab")
         w.send(b"!", socket.MSG_OOB)
         w.sendall(b"cd")
-        time.sleep(PAUSE_S)
+        pause()
         whole = ""
         while isinstance(more := got(r, 9, socket.MSG_DONTWAIT), str) and more != "EAGAIN":
             whole += more
@@ -223,7 +223,7 @@ def poll(w: socket.socket, r: socket.socket) -> Any:
     w.shutdown(socket.SHUT_WR)
     found += [ready(r), ready(w, select.POLLHUP, 0)]
     r.shutdown(socket.SHUT_WR)
-    time.sleep(PAUSE_S)
+    pause()
     return [*found, ready(r), ready(w)]
 
 

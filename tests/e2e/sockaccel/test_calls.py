@@ -119,7 +119,7 @@ def test_who_waits_for_all_is_not_left_waiting(rig: Rig, caller: Process, call: 
     caller.do(f"w, r = connected(socket.AF_INET, -1, '127.0.0.1', '127.0.0.1', turns={turns})")
     found = caller.do(f"""
 with beside(lambda: {call}) as found:
-    w.sendall(b"abc"); time.sleep(PAUSE_S)
+    w.sendall(b"abc"); pause()
     r.sendall(b"."); exactly(w, 1)
     w.sendall(b"def")
 """, "found")
