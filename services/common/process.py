@@ -53,8 +53,8 @@ async def run(
     """
     argv = [os.fspath(part) for part in cmd]
     paste = shown(argv, input, env, cwd)
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.PIPE if input else asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -64,6 +64,14 @@ async def run(
             # A group of its own, to kill what it has started along with it.
             start_new_session=True,
         )
+    )
+    try:
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # Were the start itself cancelled, asyncio would kill the one process, and wait for what that has started by then.
+        with contextlib.suppress(OSError):
+            await _kill(await starting)
+        raise
     except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
         log.error("command cannot be run: %s", paste)
         raise FailedPrecondition(

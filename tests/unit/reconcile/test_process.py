@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,8 +52,8 @@ async def test_a_missing_program_is_a_precondition(tmp_path: Path) -> None:
 
 async def test_one_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    with pytest.raises(DeadlineExceeded, match="did not end within 1 s"):
-        await process.run(["sh", "-c", f"sleep 100 & echo $! $$ >{pids}; wait"], timeout_s=1)
+    with pytest.raises(DeadlineExceeded, match="did not end within 2 s"):
+        await process.run(["sh", "-c", f"sleep 100 & echo $! $$ >{pids}; wait"], timeout_s=2)
     await _gone(*map(int, pids.read_text().split()))
 
 
@@ -64,6 +65,30 @@ async def test_a_cancelled_caller_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     await _gone(*map(int, pids.read_text().split()))
+
+
+async def test_a_caller_cancelled_while_it_begins_leaves_nothing_behind(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    task = asyncio.create_task(process.run(["sh", "-c", f"sleep 100 & echo $! $$ >{pids}; wait"]))
+    for _ in range(10):
+        await asyncio.sleep(0)
+        # It has a child of its own by the time that our side has heard of its start.
+        if _written(pids):
+            break
+    task.cancel()
+    async with asyncio.timeout(20):
+        await asyncio.wait({task})
+    assert task.cancelled()
+    await _gone(*map(int, pids.read_text().split()))
+
+
+def _written(pids: Path) -> bool:
+    """Whether both numbers are there, soon; holds up the event loop."""
+    for _ in range(50):
+        if pids.exists() and len(pids.read_text().split()) == 2:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 async def _gone(*pids: int) -> None:
