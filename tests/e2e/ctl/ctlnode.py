@@ -77,10 +77,11 @@ class Node:
         return done
 
     def fibril(
-        self, *words: str, code: int | None = 0, timeout: float = 60.0
+        self, *words: str, code: int | None = 0, timeout: float = 120.0
     ) -> subprocess.CompletedProcess[str]:
-        """Run `fibril` on this node."""
-        return self.run(*FIBRIL, *words, code=code, timeout=timeout)
+        """Run `fibril` on this node. A machine's first start compiles all programs, and other tests may do so beside."""
+        patience = ("--timeout", "100") if "up" in words else ()
+        return self.run(*FIBRIL, *patience, *words, code=code, timeout=timeout)
 
     def json(self, *words: str, code: int | None = 0) -> Any:
         """What `fibril -o json …` answers."""

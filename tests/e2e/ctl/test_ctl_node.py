@@ -88,8 +88,9 @@ def test_up_mends_a_node_whose_run_directory_was_removed(node: Node) -> None:
 def test_two_ups_at_once_make_one_node(node: Node) -> None:
     running = [node.start(*FIBRIL, *UP, stdout=subprocess.DEVNULL) for _ in range(3)]
     assert [popen.wait(60) for popen in running] == [0, 0, 0], node.logs()
-    names = [p.name for p in _held(node)]
-    assert sorted(names) == ["etcd", "identity", "ipam", "supervisor"]
+    wanted = ["etcd", "identity", "ipam", "supervisor"]
+    # What they start for a moment has their names.
+    wait_for(lambda: sorted(p.name for p in _held(node)) == wanted, "one of each")
 
 
 def _held(node: Node) -> list[procs.Process]:

@@ -40,8 +40,10 @@ class LabRun:
         }
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+        # See ctlnode.Node.fibril.
+        patience = ("--timeout", "100") if words[:2] == ("lab", "up") else ()
         done = subprocess.run(
-            [*FIBRIL, *words],
+            [*FIBRIL, *patience, *words],
             env=self.env,
             text=True,
             capture_output=True,

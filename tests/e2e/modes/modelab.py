@@ -87,7 +87,7 @@ class ModeLab:
 
     def up(self, *more: str) -> None:
         """Build it and start its nodes, or what of them is missing."""
-        self.command("--timeout", "60", "lab", "up", "--name", self.name, *self.shape, *more)
+        self.command("--timeout", "100", "lab", "up", "--name", self.name, *self.shape, *more)
 
     def json(self, node: str, *words: str) -> Any:
         """What `fibril -o json …` answers on a node."""
