@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,8 @@ LOCKS: Final = Path("/run/fibril-tests")
 _TEMPORARY: Final = Path(tempfile.gettempdir())
 _NETNS: Final = Path("/run/netns")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
+_EPHEMERAL: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST: Final = 20_000
 _DIGITS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _TAG: Final = re.compile(r"q[0-9a-f]{4}")
 _PATIENCE_S: Final = 10.0
@@ -48,6 +51,7 @@ _directory = Path()
 _held: Pidfile | None = None
 _reaper: subprocess.Popen[bytes] | None = None
 _numbers = itertools.count()
+_ports = itertools.count()
 
 
 def name() -> str:
@@ -77,6 +81,24 @@ def begin() -> str:
     os.environ["TMPDIR"] = tempfile.tempdir = str(_directory)
     keep_bytecode()
     return _tag
+
+
+def loopback() -> str:
+    """An address that only this process uses, of this host alone: a port on it may be chosen ahead, since nobody else listens
+    there and no connection takes one."""
+    return str(IPv4Address("127.1.0.0") + os.getpid())
+
+
+def port() -> int:
+    """A port for all of this host's addresses, which no connection takes by itself. Never given twice."""
+    room = max(int(_EPHEMERAL.read_text().split()[0]) - _LOWEST, 1000)
+    for _ in range(room):
+        found = _LOWEST + (os.getpid() * 61 + next(_ports)) % room
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                stack.enter_context(socket.socket(socket.AF_INET6, kind)).bind(("::", found))
+            return found
+    raise AssertionError("every port is taken")
 
 
 def keep_bytecode() -> None:

@@ -29,10 +29,11 @@ from services.common.errors import FibrilError
 from services.common.etcd.client import EtcdClient, EtcdTls
 from services.common.etcd.embedded import EmbeddedEtcd
 from services.common.etcd.watch import Event, watch_prefix
+from tests import session
 
 WAIT_S = 20.0
-# Of this process alone, so the ports on it are nobody else's, nor can a connection take one while no server has it.
-LOOPBACK = str(ipaddress.IPv4Address((127 << 24) + (1 << 16) + os.getpid()))
+# A connection to elsewhere cannot take a member's port there while the member is away.
+LOOPBACK = session.loopback()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ CONFIG = b'{"cniVersion": "1.0.0", "name": "net", "type": "fibril-cni"}'
 class Plugin:
     """A copy of the plugin that talks to `socket`."""
 
-    def __init__(self, directory: Path, retry_seconds: float = 0.3, answer_seconds: int = 1) -> None:
+    def __init__(self, directory: Path, retry_seconds: float = 10.0, answer_seconds: int = 10) -> None:
         self.socket = directory / "cni.sock"
         self.path = directory / "fibril-cni"
         text = SOURCE.read_text()
@@ -51,6 +51,12 @@ class Plugin:
 @pytest.fixture
 def plugin(tmp_path: Path) -> Plugin:
     return Plugin(tmp_path)
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Plugin:
+    """One that soon gives up."""
+    return Plugin(tmp_path, retry_seconds=0.3, answer_seconds=1)
 
 
 @pytest.fixture
@@ -141,29 +147,29 @@ def test_a_call_broken_off_is_sent_again(
 
 
 @pytest.mark.parametrize("command", ["ADD", "DEL", "CHECK", "GC"])
-def test_an_absent_service_is_try_again_later(plugin: Plugin, command: str) -> None:
+def test_an_absent_service_is_try_again_later(hasty: Plugin, command: str) -> None:
     began = time.monotonic()
-    code, answer = plugin.run(command)
+    code, answer = hasty.run(command)
     assert (code, answer["code"], answer["cniVersion"]) == (1, 11, "1.0.0")
-    assert str(plugin.socket) in answer["details"] and "fibril up" in answer["details"]
+    assert str(hasty.socket) in answer["details"] and "fibril up" in answer["details"]
     assert 0.3 <= time.monotonic() - began < 20
 
 
-def test_status_of_an_absent_service_is_not_available(plugin: Plugin) -> None:
-    code, answer = plugin.run("STATUS")
+def test_status_of_an_absent_service_is_not_available(hasty: Plugin) -> None:
+    code, answer = hasty.run("STATUS")
     assert (code, answer["code"]) == (1, 50)
 
 
-def test_a_service_that_hangs_is_try_again_later(plugin: Plugin) -> None:
+def test_a_service_that_hangs_is_try_again_later(hasty: Plugin) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(plugin.socket))
+        listener.bind(str(hasty.socket))
         listener.listen()
-        code, answer = plugin.run("ADD")
+        code, answer = hasty.run("ADD")
     assert (code, answer["code"]) == (1, 11)
 
 
 def test_a_service_that_comes_back_is_waited_for(tmp_path: Path) -> None:
-    plugin = Plugin(tmp_path, retry_seconds=10)
+    plugin = Plugin(tmp_path)
 
     def serve_once(answer: bytes) -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -192,12 +198,12 @@ def test_without_a_command_it_says_what_it_is(plugin: Plugin) -> None:
     assert plugin.run("")[1]["code"] == 4
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(
     config=st.binary(max_size=300)
     | st.text(max_size=100).map(lambda text: json.dumps({"cniVersion": text}).encode())
 )
-def test_any_input_gets_a_json_answer(plugin: Plugin, config: bytes) -> None:
+def test_any_input_gets_a_json_answer(hasty: Plugin, config: bytes) -> None:
     for command in ("VERSION", "STATUS"):
-        code, answer = plugin.run(command, config)
+        code, answer = hasty.run(command, config)
         assert code in (0, 1) and re.fullmatch(r"[0-9.]+", answer["cniVersion"])

@@ -25,6 +25,7 @@ from fibril.status.v1.status_pb2_grpc import StatusServiceStub
 from services.common import pidfile
 from services.common.instance import Instance
 from services.common.rpc.client import channel
+from tests import session
 from tests.unit.common.rig import failure
 from tests.unit.common.test_rpc_tls import Authority
 
@@ -219,14 +220,11 @@ async def test_systemd_hears_of_ready_and_stopping(host: Host, run_dir: Path) ->
 async def test_services_answer_on_tcp_as_well(host: Host, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "ca")
     served, client = authority.issue(), authority.issue(units=("fibril-writer",))
-    # The kernel gives a free port; nobody else is told of it between the close and the start.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    address = f"{session.loopback()}:8443"
     files = [str(served.ca), str(served.cert), str(served.key)]
-    with host(tcp=f"127.0.0.1:{port}", tls=files) as process:
+    with host(tcp=address, tls=files) as process:
         await process.ready()
-        async with channel(f"127.0.0.1:{port}", tls=client, server_name="fibril") as link:
+        async with channel(address, tls=client, server_name="fibril") as link:
             await IpamServiceStub(link).Allocate(AllocateRequest(), wait_for_ready=True, timeout=20)
             answer = await StatusServiceStub(link).GetStatus(GetStatusRequest())
         assert answer.pid == process.popen.pid

@@ -102,5 +102,5 @@ async def test_a_client_finds_a_restarted_server(start: Start) -> None:
         await stub.GetPool(GetPoolRequest())
         await first.server.drain(0)
         second = await start()
-        await stub.GetPool(GetPoolRequest(), wait_for_ready=True, timeout=5)
+        await stub.GetPool(GetPoolRequest(), wait_for_ready=True, timeout=20)
     assert second.servicer.calls == 1

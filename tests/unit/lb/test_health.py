@@ -32,8 +32,10 @@ from services.lb.model import (
     Spec,
     TcpProbe,
 )
+from tests import session
 
-LO = ip_address("127.0.0.1")
+# Where nobody takes a port that a server has left.
+LO = ip_address(session.loopback())
 
 
 async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
@@ -53,7 +55,7 @@ async def serving(answer: bytes, hold: bool = False) -> AsyncIterator[int]:
         writer.write(answer)
         writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle, str(LO), 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -109,7 +111,7 @@ async def test_grpc() -> None:
     server = grpc.aio.server()
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{LO}:0")
     await server.start()
     try:
         await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -119,7 +121,7 @@ async def test_grpc() -> None:
         assert "knows no service" in await probes.ask(HealthCheck(GrpcProbe("x")), LO, port)
     finally:
         await server.stop(None)
-    assert "UNAVAILABLE" in await probes.ask(HealthCheck(GrpcProbe(), timeout_s=0.5), LO, port)
+    assert "UNAVAILABLE" in await probes.ask(HealthCheck(GrpcProbe(), timeout_s=5.0), LO, port)
 
 
 class Declared:
@@ -143,7 +145,7 @@ async def test_verdicts_come_go_and_are_shared() -> None:
     monitor = Health(declared)
     monitor.on_change(lambda name, keys: told.append((name, keys)))
     await monitor.start()
-    check = HealthCheck(TcpProbe(), interval_s=0.1, timeout_s=0.1, unhealthy_after=2, healthy_after=2)
+    check = HealthCheck(TcpProbe(), interval_s=0.1, timeout_s=5.0, unhealthy_after=2, healthy_after=2)
     async with serving(b"") as port:
         key = BackendKey(LO, port)
         declared.put("a", check, Backend(key))
@@ -158,7 +160,7 @@ async def test_verdicts_come_go_and_are_shared() -> None:
     declared.backends["a"][key] = replace(declared.backends["a"][key], state=BackendState.MAINTENANCE)
     declared.callback("a", frozenset({key}))
     assert monitor.verdict("a", key) == "" and monitor.verdict("b", key)
-    server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", port)
+    server = await asyncio.start_server(lambda r, w: w.close(), str(LO), port)
     await until(lambda: not monitor.verdict("b", key))
     server.close()
     del declared.specs["b"]
@@ -173,7 +175,7 @@ async def test_who_was_not_well_is_so_until_it_has_answered_often_enough() -> No
         sick, fine = BackendKey(LO, port), BackendKey(LO, 9)
         monitor = Health(declared, lambda name, key: key == sick)
         monitor.on_change(lambda name, keys: told.append((name, keys)))
-        check = HealthCheck(TcpProbe(), interval_s=0.3, timeout_s=0.1, unhealthy_after=100, healthy_after=2)
+        check = HealthCheck(TcpProbe(), interval_s=0.3, timeout_s=5.0, unhealthy_after=100, healthy_after=2)
         declared.put("a", check, Backend(sick), Backend(fine))
         # Before it is even known that somebody is to be asked, and for services that have nobody asked.
         assert "before" in monitor.verdict("a", sick) and not monitor.verdict("a", fine)
@@ -193,7 +195,7 @@ async def test_a_thousand_backends() -> None:
     check = HealthCheck(TcpProbe(), interval_s=1.0, timeout_s=0.5, unhealthy_after=1)
     dead = [Backend(BackendKey(ip_address(0x7F000100 + i), 9)) for i in range(1000)]
     declared.put("many", check, *dead)
-    await until(lambda: all(monitor.verdict("many", each.key) for each in dead), 15)
+    await until(lambda: all(monitor.verdict("many", each.key) for each in dead), 30)
     await monitor.stop()
 
 
@@ -201,10 +203,7 @@ async def test_load_balancers_outside_are_told() -> None:
     declared, counts = Declared(), {"shop/web:http": 0}
     ports = HealthCheckPorts(lambda: declared.specs, lambda name: counts[name])
     await ports.start()
-    server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
+    port = session.port()
     declared.put("shop/web:http", None)
     declared.specs["shop/web:http"] = replace(declared.specs["shop/web:http"], health_check_node_port=port)
     ports.changed("shop/web:http")

@@ -94,7 +94,7 @@ async def test_followers_see_each_flow_once() -> None:
     waiting = asyncio.ensure_future(anext(following))
     await asyncio.sleep(0)
     store.add(numbered(6, 1))
-    assert (await asyncio.wait_for(waiting, 5)).sequence == 6
+    assert (await asyncio.wait_for(waiting, 20)).sequence == 6
 
 
 async def test_who_falls_too_far_behind_is_told() -> None:

@@ -214,10 +214,10 @@ async def test_run_wakes_for_changes_and_settles() -> None:
     setup.world.objects = {"leftover": 1}
     runner = asyncio.create_task(setup.reconciler.run())
     try:
-        await asyncio.wait_for(setup.reconciler.settled(), 5)
+        await asyncio.wait_for(setup.reconciler.settled(), 20)
         assert setup.world.objects == {}
         setup.want("thing", 1)
-        await asyncio.wait_for(setup.reconciler.settled(), 5)
+        await asyncio.wait_for(setup.reconciler.settled(), 20)
         assert setup.world.objects == {"thing": 1}
     finally:
         runner.cancel()

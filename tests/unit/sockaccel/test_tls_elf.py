@@ -71,7 +71,7 @@ def test_what_is_no_elf_file_has_none_and_what_is_damaged_is_named(tmp_path: Pat
         elf.functions(path, NAMES)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, 0x640), st.binary(min_size=1, max_size=8)), max_size=12))
 @example([(32, b"\xff" * 16)])
 @example([(40, b"\xff" * 8)])
