@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,18 @@ def test_event_reads_as_text_and_host_order(dp: Datapath, family: int) -> None:
     assert (seen.source_identity, seen.destination_identity) == (A.identity, B.identity)
     assert (seen.verdict, seen.reason, seen.length) == (abi.Verdict.DELIVERED, 0, len(packet))
     assert before - 1_000_000_000 < seen.time_unix_ns < after + 1_000_000_000
+
+
+def test_a_pause_between_two_clocks_moves_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = 10**18, iter((5 * 10**9, 0, 10**9))
+
+    def monotonic() -> int:
+        nonlocal now
+        now += next(pauses)
+        return now - 7 * 10**17
+
+    monkeypatch.setattr(events, "time", SimpleNamespace(time_ns=lambda: now, monotonic_ns=monotonic))
+    assert events.clock_offset() == 7 * 10**17
 
 
 def test_event_of_a_frame_that_is_not_ip_reads_as_macs(dp: Datapath) -> None:
