@@ -218,8 +218,13 @@ def test_a_node_of_a_lab_keeps_to_its_own_sockets(landscape: ModeLab) -> None:
     for node in NODES:
         own = landscape.instance(node).cgroup
         with grpc.insecure_channel(f"unix:{landscape.instance(node).socket('lb')}") as channel:
-            status = status_pb2_grpc.StatusServiceStub(channel).GetStatus(status_pb2.GetStatusRequest())
-        assert status.health == types_pb2.HEALTH_OK, status
+            asked = status_pb2_grpc.StatusServiceStub(channel)
+
+            def well(asked: status_pb2_grpc.StatusServiceStub = asked) -> status_pb2.GetStatusResponse | None:
+                status = asked.GetStatus(status_pb2.GetStatusRequest())
+                return status if status.health == types_pb2.HEALTH_OK else None
+
+            status = wait_for(well, f"{node} to be well")
         (hooks,) = [part.message for part in status.components if part.name == "sockets"]
         assert own in hooks
         for kind in ("cgroup_inet4_connect", "cgroup_inet6_connect"):
