@@ -35,7 +35,7 @@ asyncio.run(Supervisor(instance, specs, ["first"], {}).run())
 """
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
@@ -75,7 +75,7 @@ class Node:
         for process in procs.find(self.run_dir):
             with process:
                 process.signal(signal.SIGKILL)
-                process.wait(5)
+                process.wait(30)
         for popen in self.running:
             popen.wait()
 
@@ -140,7 +140,7 @@ def test_the_first_signal_ends_everything(node: Node) -> None:
     running = node.start()
     wait_for(node.pids, "both children")
     running.terminate()
-    assert running.wait(10) == 0
+    assert running.wait(30) == 0
     assert procs.find(node.run_dir) == []
     assert not (node.run_dir / "supervisor.json").exists()
 
@@ -152,7 +152,7 @@ def test_the_second_signal_leaves_a_stubborn_child(node: Node) -> None:
     wait_for(lambda: int(_status(pid, "SigIgn"), 16) >> (signal.SIGTERM - 1) & 1, "the trap")
     running.terminate()
     wait_for(lambda: _status(running.pid, "State")[0] == "S", "the supervisor to wait")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while running.poll() is None and time.monotonic() < deadline:
         running.terminate()
         time.sleep(0.05)
@@ -163,7 +163,7 @@ def test_the_second_signal_leaves_a_stubborn_child(node: Node) -> None:
 def test_an_instance_has_one_supervisor(node: Node) -> None:
     node.start()
     wait_for(node.pids, "both children")
-    assert node.start().wait(10) == 3
+    assert node.start().wait(30) == 3
 
 
 def test_a_child_that_cannot_be_started_is_waited_for_longer_each_time(node: Node) -> None:
