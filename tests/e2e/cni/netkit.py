@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
-import secrets
 import socket
 import subprocess
 import threading
@@ -137,6 +137,7 @@ class Fibril:
         self.installed: Installed = install(self.instance, node.root / "bin", node.root / "net.d", chained=())
         self.plugin = self.installed.plugin.name
         self._names: list[str] = []
+        self._numbers = itertools.count(1)
 
     def network(self, *chained: dict[str, Any], version: str = "1.1.0", **ours: Any) -> CniRuntime:
         """A CNI network on this node: ours with extra fields, then chained plugins."""
@@ -148,7 +149,7 @@ class Fibril:
 
     def namespace(self) -> str:
         """A new pod's namespace."""
-        name = f"{self.node.name}-{secrets.token_hex(3)}"
+        name = f"{self.node.name}-{next(self._numbers)}"
         ip("netns", "add", name)
         self._names.append(name)
         ip("-n", name, "link", "set", "lo", "up")

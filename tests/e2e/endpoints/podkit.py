@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -142,6 +142,7 @@ class Node:
         self._process: subprocess.Popen[bytes] | None = None
         self._etcd_process: subprocess.Popen[bytes] | None = None
         self._spaces: list[Space] = [self.space]
+        self._numbers = itertools.count(1)
         self.channel = grpc.insecure_channel(
             f"unix:{self.instance.socket('ipam')}",
             options=[("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 50)],
@@ -307,7 +308,7 @@ class Node:
 
     # ---- pods -------------------------------------------------------------------------------------------
     def namespace(self) -> Space:
-        space = Space(f"{self.name}-{secrets.token_hex(3)}")
+        space = Space(f"{self.name}-{next(self._numbers)}")
         self._spaces.append(space)
         return space
 

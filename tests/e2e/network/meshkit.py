@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import ctypes
+import itertools
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -73,6 +73,7 @@ class Fabric(Space):
     def __init__(self) -> None:
         super().__init__()
         self._subnets: set[int] = set()
+        self._numbers = itertools.count(1)
         self.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
 
     def subnet(self, number: int) -> None:
@@ -86,7 +87,7 @@ class Fabric(Space):
 
     def connect(self, host: Space, number: int, subnet: int, device: str = "eth0", mtu: int = 1500) -> None:
         self.subnet(subnet)
-        far = f"v{secrets.token_hex(3)}"
+        far = f"v{next(self._numbers)}"
         self.sh(
             f"ip link add {far} type veth peer name {device} netns {host.name};"
             f"ip link set {far} master br{subnet} mtu {mtu} up"
