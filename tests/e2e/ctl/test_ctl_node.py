@@ -228,7 +228,7 @@ def test_monitor_names_a_drop_as_it_happens(shared: Node, tmp_path: Path) -> Non
         # Until the watch is on, nothing is reported; so packets are sent until something is.
         event = wait_for(spoofed_and_seen, "the event")
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(10) == 130
+        assert watching.wait(30) == 130
     finally:
         watching.kill()
         watching.wait()

@@ -77,9 +77,9 @@ def test_a_trace_goes_on_with_a_restarted_service(node: Node) -> None:
     node.fibril("pod", "add", "web")
     with tracing(node, "exec") as before:
         os.kill(node.processes()["identity"], signal.SIGKILL)
-        assert before.wait(10) == 1
+        assert before.wait(30) == 1
     node.fibril(*UP)
     with tracing(node, "exec", "--count", "1") as after:
         node.fibril("pod", "exec", "web", "--", "/bin/true")
         assert event(after)["process"]["workload"]["pod"] == "web"
-        assert after.wait(10) == 0
+        assert after.wait(30) == 0

@@ -150,7 +150,7 @@ def test_down_ends_what_runs_in_pods(node: Node) -> None:
     group = cgroup.path_of(f"{node.instance.cgroup}/pods/a")
     wait_for(lambda: inside.pid in cgroup.processes(group), "the process in the pod's cgroup")
     node.fibril("down")
-    assert inside.wait(10) != 0
+    assert inside.wait(30) != 0
 
 
 def test_keep_state_keeps_addresses(node: Node) -> None:

@@ -110,7 +110,7 @@ def test_without_bpf_identities_are_served(node: IdentityNode) -> None:
         assert "CAP_BPF" in node.components("identity")["datapath"].message
     finally:
         weak.terminate()
-        assert weak.wait(10) == 0
+        assert weak.wait(30) == 0
 
 
 def test_a_storm_of_labels_ends_in_order(node: IdentityNode) -> None:
