@@ -127,13 +127,16 @@ def test_what_a_killed_run_has_made_goes_with_it(ours: list[Path]) -> None:
     assert all(path.exists() and not dead(path) for path in ours[2:3]) and all(path.exists() for path in ours)
 
 
-def test_the_next_run_cleans_up_where_the_reaper_was_killed_too(
-    ours: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Where no run of others finds them: any that begins meanwhile would be the next one.
-    locks = tmp_path / "locks"
-    monkeypatch.setattr(session, "LOCKS", locks)
-    with run(locks) as (process, tag, made), run(locks) as (_, other, living):
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A place of locks that no run of others looks at: any that begins meanwhile would be the next one. Nor do reapers."""
+    monkeypatch.setattr(session, "LOCKS", tmp_path / "locks")
+    yield session.LOCKS
+    session.sweep_dead()
+
+
+def test_the_next_run_cleans_up_where_the_reaper_was_killed_too(ours: list[Path], apart: Path) -> None:
+    with run(apart) as (process, tag, made), run(apart) as (_, other, living):
         os.kill(reaper_of(tag), signal.SIGKILL)
         process.kill()
         process.wait()
