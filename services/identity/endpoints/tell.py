@@ -57,7 +57,7 @@ class Teller:
             await self._stub.SetEndpointIdentities(request, timeout=TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             return from_rpc_error(error)
-        except asyncio.CancelledError:
-            # That is how gRPC says that the channel was closed; nobody cancels this task.
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            # That is how gRPC says that the channel was closed during the call, or before; nobody cancels this task.
             return errors.Unavailable("the connection to ipam was closed")
         return None
