@@ -259,7 +259,7 @@ IDENTITIES = st.sampled_from(
     [IDENTITY, IDENTITY + 1, FAR_CLUSTER, IDENTITY + (16 << 20), 0, 1, 5, 6, 4095 << 20, (4094 << 20) + 9])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     family=st.sampled_from([4, 6]), entry=st.sampled_from(["none", "block", "address", "both"]),
     entry_node=st.sampled_from([HERE, OVERLAY, OVERLAY_V6, ROUTED]),

@@ -47,7 +47,7 @@ DSR = abi.ServiceFlag.DSR | abi.ServiceFlag.DSR_UDP | abi.ServiceFlag.MAGLEV
 EXAMPLES = {
     "max_examples": 25,
     "deadline": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+    "suppress_health_check": list(HealthCheck),
 }
 BALANCER = {
     OVERLAY: {4: UNDERLAY[OVERLAY][0], 6: "fd77::2"},

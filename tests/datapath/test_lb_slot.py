@@ -26,7 +26,7 @@ from tests.datapath.test_between_nodes import IDENTITY, PEER, arriving, host, in
 
 BOTH = pytest.mark.parametrize("family", [4, 6])
 EACH = pytest.mark.parametrize("layer", [TCP, UDP])
-UNCHANGED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+UNCHANGED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 def answer(sent: bytes, layer: Any, **fields: Any) -> Any:

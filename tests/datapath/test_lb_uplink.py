@@ -49,7 +49,7 @@ EACH = pytest.mark.parametrize("layer", [TCP, UDP])
 EXAMPLES = {
     "max_examples": 25,
     "deadline": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+    "suppress_health_check": list(HealthCheck),
 }
 SPORT, DATA, HOPS = st.integers(1, 65535), st.binary(max_size=64), st.integers(2, 255)
 

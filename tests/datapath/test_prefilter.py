@@ -155,7 +155,7 @@ def expected(sets: dict[int, set[str]], address: IPAddress) -> int:
     return DROP if best[0] >= least and not best[1] else PASS
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(_CHANGE, min_size=1, max_size=8), st.lists(_FOUR, max_size=10), st.lists(_SIX, max_size=10), st.data())
 def test_the_longest_prefix_of_all_sets_decides(
     rig: Rig, changes: list[tuple[int, bool, list[str]]], fours: list[int], sixes: list[int], data: st.DataObject

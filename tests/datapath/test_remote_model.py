@@ -99,7 +99,7 @@ CASES = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 def test_packets_leave_by_the_rule(cluster: Cluster, case: Case) -> None:
     if case.gso >= case.payload:  # no super-packet

@@ -140,7 +140,7 @@ STEPS = st.lists(max_size=12, elements=st.tuples(
 """Update or delete, of whom, the identity to write, writes until death."""
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_programs_find_every_pod_and_nobody_elses_whenever_the_writer_dies(
     dp: Datapath, steps: list[tuple[bool, int, int, int]],

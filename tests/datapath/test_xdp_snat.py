@@ -70,7 +70,7 @@ def in_ranges(port: int) -> bool:
 @BOTH
 @pytest.mark.parametrize("layer", [TCP, UDP])
 def test_there_and_back(rig: XdpRig, tables: LbTables, family: int, layer: type[TCP] | type[UDP]) -> None:
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(sport=st.integers(1, 65535), said=st.binary(max_size=64), heard=st.binary(max_size=64),
            client=st.integers(1, 200), ttl=st.integers(2, 255))
     def check(sport: int, said: bytes, heard: bytes, client: int, ttl: int) -> None:
