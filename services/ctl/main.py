@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from services.ctl.context import OUTPUTS, Ctl
+from services.ctl.context import EXEC_SETTINGS, OUTPUTS, Ctl
 
 PROG = "fibril"
 
@@ -55,6 +56,28 @@ COMMANDS = {
 }
 
 
+def _output(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    if value is not None and not ctx.resilient_parsing:
+        ctx.obj = replace(ctx.obj, output=value)
+
+
+def _take_output(command: click.Command) -> None:
+    """Have `--output` taken behind the command as well, where most people write it."""
+    if isinstance(command, click.Group):
+        for each in command.commands.values():
+            _take_output(each)
+    elif command.context_settings != EXEC_SETTINGS and all(each.name != "output" for each in command.params):
+        command.params.append(
+            click.Option(
+                ["--output", "-o"],
+                type=click.Choice(OUTPUTS),
+                expose_value=False,
+                callback=_output,
+                help="How to print results.",
+            )
+        )
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
 
@@ -66,6 +89,7 @@ class LazyGroup(click.Group):
         if module is None:
             return None
         command: click.Command = import_module(f"services.ctl.commands.{module}").command
+        _take_output(command)
         return command
 
     def resolve_command(

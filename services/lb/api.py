@@ -62,7 +62,7 @@ class LbApi(lb_pb2_grpc.LbServiceServicer):
         name = fields.name(request.name, "name")
         self._require_synced()
         if name not in self._services.specs:
-            raise errors.NotFound(f"there is no service {name!r}", field="name", fix="see: fibril service ls")
+            raise self._services.missing(name, "name")
         return pb.GetServiceResponse(service=self._shown(name))
 
     async def ListServices(self, request: pb.ListServicesRequest, context: object) -> pb.ListServicesResponse:

@@ -7,6 +7,7 @@ not there (one being made or removed) are kept aside and count for nothing.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -14,7 +15,7 @@ from typing import Final, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from services.common.errors import FibrilError
+from services.common.errors import FibrilError, NotFound
 from services.common.etcd.client import EtcdClient, KeyValue
 from services.common.etcd.seen import Seen
 from services.common.etcd.watch import Delete, Put, Snapshot, Synced, watch_prefix
@@ -69,6 +70,12 @@ class Services:
     def on_change(self, callback: Callback) -> None:
         """Call back with the name of a service and which of its backends have changed; None: the service itself."""
         self._callbacks.append(callback)
+
+    def missing(self, name: str, field: str) -> NotFound:
+        """That there is no such service. Kubernetes' services are one for each of their ports: those are named."""
+        ports = heapq.nsmallest(3, (each for each in self.specs if each.startswith(f"{name}:")))
+        fix = f"there is {' and '.join(map(repr, ports))}" if ports else "see: fibril service ls"
+        return NotFound(f"there is no service {name!r}", field=field, fix=fix)
 
     def tell(self, name: str) -> None:
         """Tell watchers that a service is served otherwise than before."""

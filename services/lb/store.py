@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from services.common.errors import FibrilError, NotFound
+from services.common.errors import NotFound
 from services.common.etcd.client import EtcdClient
 from services.lb import keys
 from services.lb.abi import BackendState
@@ -72,7 +72,7 @@ class Store:
         async for _ in _attempts(name):
             known = await self._reader.service(name)
             if not known.own:
-                raise _no_service(name, "name")
+                raise self._services.missing(name, "name")
             reader = self._reader
             expect = {reader.key(name): known.own}
             put, gone = {}, [reader.key(name)]
@@ -160,7 +160,7 @@ class Store:
         """A service with these backends. NotFound."""
         known = await self._reader.some(name, part)
         if not known.own:
-            raise _no_service(name, "service")
+            raise self._services.missing(name, "service")
         return known
 
     async def _write(self, name: str, known: Known, put: Backends, gone: Sequence[BackendKey] = ()) -> bool:
@@ -206,7 +206,3 @@ def _require_all(given: Iterable[BackendKey], there: set[BackendKey], where: str
                 field=f"backends[{at}]",
                 fix="nothing was changed",
             )
-
-
-def _no_service(name: str, field: str) -> FibrilError:
-    return NotFound(f"there is no service {name!r}", field=field, fix="see: fibril service ls")

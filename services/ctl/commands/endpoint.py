@@ -90,7 +90,7 @@ def find(ctl: Ctl, what: str) -> dict[str, Any]:
     return to_record(ctl.call(lambda ch: stub(ch).GetEndpoint(request, timeout=ctl.seconds)).endpoint)
 
 
-def _complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+def complete(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """Pods, or containers that are none."""
     return completed(ctx, incomplete, lambda ctl: [_name(e) for e in list_all(ctl)])
 
@@ -108,7 +108,7 @@ def ls(ctl: Ctl) -> None:
 
 
 @command.command("get")
-@click.argument("what", shell_complete=_complete)
+@click.argument("what", shell_complete=complete)
 @pass_ctl
 def get(ctl: Ctl, what: str) -> None:
     """Show one endpoint, by number, address, pod, container id or container id/interface."""
@@ -116,7 +116,7 @@ def get(ctl: Ctl, what: str) -> None:
 
 
 @command.command("label")
-@click.argument("what", shell_complete=_complete)
+@click.argument("what", shell_complete=complete)
 @click.argument("changes", nargs=-1, required=True, metavar="KEY=VALUE… KEY-…")
 @pass_ctl
 def label(ctl: Ctl, what: str, changes: Sequence[str]) -> None:
@@ -149,7 +149,7 @@ def merged(labels: Mapping[str, str], changes: Sequence[str]) -> dict[str, str]:
 
 
 @command.command("check")
-@click.argument("what", required=False, shell_complete=_complete)
+@click.argument("what", required=False, shell_complete=complete)
 @pass_ctl
 def check(ctl: Ctl, what: str | None) -> int:
     """Compare an endpoint (by default all) with the kernel; exit code 1 when something differs."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from services.ctl import balancing
+from services.ctl.commands import endpoint
 from services.ctl.commands.backend import BACKENDS
 from services.ctl.context import Ctl, pass_ctl
 from services.ctl.render import columns, short, to_record
@@ -372,17 +373,21 @@ def watch(ctl: Ctl) -> None:
 
 
 @command.command("trace")
-@click.argument("client", metavar="CLIENT[:PORT]")
+@click.argument("client", metavar="CLIENT[:PORT]", shell_complete=endpoint.complete)
 @click.argument("to", metavar="VIP:PORT[/PROTOCOL]")
 @pass_ctl
 def trace(ctl: Ctl, client: str, to: str) -> None:
-    """Explain what this node does with a connection: which backend, by which rule, what is translated."""
+    """Explain what this node does with a connection: which backend, by which rule, what is translated.
+
+    CLIENT is an address, or a pod of this node.
+    """
     from fibril.lb.v1 import lb_pb2
 
     where, protocol = balancing.with_protocol(to, "to")
     address, port = balancing.endpoint(where, "to")
     bare = (client.count(":") > 1 and not client.startswith("[")) or ":" not in client
-    source, source_port = (client, 0) if bare else balancing.endpoint(client, "client")
+    who, source_port = (client, 0) if bare else balancing.endpoint(client, "client")
+    source = _address(ctl, who, 6 if ":" in address else 4)
     answer = balancing.ask(
         ctl,
         "TraceService",
@@ -401,3 +406,18 @@ def trace(ctl: Ctl, client: str, to: str) -> None:
         click.echo(f"{number:2}. {step}")
     for backend in answer.candidates:
         click.echo(f"    it may be {balancing.shown_endpoint(backend.address, backend.port)}")
+
+
+def _address(ctl: Ctl, who: str, family: int) -> str:
+    """Of that family, if it is a pod of this node. NotFound."""
+    import ipaddress
+
+    from services.common.errors import NotFound
+
+    try:
+        return str(ipaddress.ip_address(who))
+    except ValueError:
+        found: str = endpoint.find(ctl, who)[f"ipv{family}"]
+    if not found:
+        raise NotFound(f"pod {who} has no IPv{family} address", field="client")
+    return found

@@ -82,6 +82,8 @@ def test_kubernetes_objects_are_applied_as_they_are(landscape: ModeLab, tmp_path
     assert trace["translation"] == "snat"
     possible = run("service", "trace", landscape.pod(NODE, "p1")["ipv4"], "172.30.1.1:30707")
     assert "it may be 10.1.0.3:" in possible and "it may be 10.1.0.4:" in possible
+    assert run("service", "trace", "p1", "172.30.1.1:30707") == possible
+    assert "there is no endpoint 'p9'" in run("service", "trace", "p9:4444", "172.30.1.1:30707", code=1)
     assert "is no frontend" in run("service", "trace", "203.0.113.9", "10.96.7.1:81")
     usage = landscape.json(NODE, "lb", "usage")
     assert next(each for each in usage["tables"] if each["name"] == "services")["used"] == 1
@@ -113,6 +115,9 @@ def test_kubernetes_objects_are_applied_as_they_are(landscape: ModeLab, tmp_path
     results("service", "apply", "-f", str(file))
     assert "cannot read" in run("service", "apply", "-f", str(tmp_path / "none"), code=1)
     assert "there is no service" in run("service", "get", "nope", code=1)
+    assert "there is 'shop/web:http'" in run("service", "get", "shop/web", code=1)
+    assert "there is 'shop/web:http'" in run("backend", "add", "shop/web", "10.1.0.4:8080", code=1)
+    assert json.loads(run("service", "get", "shop/web:http", "-o", "json"))["name"] == "shop/web:http"
     lines = [line.split() for line in run("service", "get", "shop/web:http").splitlines()]
     assert ["algorithm", "maglev"] in lines and not any("UNSPECIFIED" in word for line in lines for word in line)
     assert [line[2:4] for line in lines if line[:1] == ["shop/web:http"]] == [["1", "active"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_wrong_command_lines_exit_with_2_and_name_the_near_miss(capsys: pytest.C
     assert "Did you mean 'endpoint'?" in capsys.readouterr().err
     assert main.run(["-o", "xml", "status"]) == 2
     assert main.run(["pod", "add"]) == 2
+
+
+def test_the_output_may_be_named_before_or_behind_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["-o", "json", "version"], ["version", "-o", "json"], ["-o", "yaml", "version", "--output", "json"]):
+        assert main.run(words) == 0
+        assert json.loads(capsys.readouterr().out)["kernel"]
+    assert main.run(["version", "-o", "xml"]) == 2
+    # What is behind such an `exec` belongs to the command that is executed.
+    places = {("pod", "exec"): False, ("lab", "exec"): False, ("trace", "exec"): True, ("policy", "why"): True}
+    for path, taken in places.items():
+        assert main.run([*path, "--help"]) == 0
+        assert ("--output" in capsys.readouterr().out) == taken, path
 
 
 def test_a_failure_is_a_sentence_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
