@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes as ct
 from ipaddress import ip_address, ip_network
 
 import pytest
 
+from services.common.kernel.maps import BpfMap
 from services.policy import abi
 from services.policy.contents import Endpoint
 from services.policy.enforcer import Enforcer
@@ -111,6 +113,27 @@ def test_what_does_not_fit_after_a_restart_stays_as_it_was(rig: Rig, monkeypatch
     assert not after.enforcer.contents.problems() and not after.writer.left
     assert rig.tables.ep(rig.a.id).policy != line
     assert not after.allowed(BAD) and after.allowed(GOOD) and not after.allowed(LATE)
+
+
+def test_who_finds_no_room_is_not_known_at_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is full when some of several new identities are known already: none of them passes for one that no rule matches."""
+    late = range(LATE, LATE + 4)
+    with BpfMap.create("hash", abi.Peer, ct.c_uint32, 9, 1, "few") as few:
+        monkeypatch.setattr(rig.tables, "peers", few)
+        process = Process(rig, policy("a", EndpointPeer(BADS)))
+        there = set(map(bytes, few.keys()))
+        for number in late:
+            process.enforcer.add_identity(number, {"app": "bad"})
+        process.flush()
+        assert few.lookup(abi.Peer(abi.KNOWN, BAD)) is not None and process.allowed(GOOD)
+        assert [number for number in late if process.allowed(number)] == []
+        assert set(map(bytes, few.keys())) == there
+        # Two of them fit.
+        for number in late[2:]:
+            process.enforcer.remove_identity(number)
+        process.flush()
+        assert [number for number in late if few.lookup(abi.Peer(abi.KNOWN, number)) is not None] == list(late[:2])
+        assert not any(process.allowed(number) for number in late)
 
 
 def test_lockdown_holds_where_the_policy_does_not_fit(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ class Writer:
             self.writes += 1
 
     def know(self, numbers: Iterable[int]) -> None:
-        """All policies have been told of these identities, as far as they care."""
+        """All policies have been told of these identities, as far as they care. An error: none of them is known."""
         new = [number for number in numbers if number not in self.known]
         if not new:
             return
@@ -243,6 +243,8 @@ class Writer:
         keys[1::2] = array.array("I", new)
         _, failed = self.tables.peers.update_packed(keys.tobytes(), bytes(4 * len(new)))
         if failed is not None:
+            # Who is known, and has lost its class since there is no room, would be one that no rule matches: none that denies either.
+            self.tables.peers.delete_batch(abi.Peer(abi.KNOWN, number) for number in new)
             raise failed
         self.known.update(new)
         self.peers_used += len(new)
