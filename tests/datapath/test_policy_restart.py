@@ -116,7 +116,7 @@ def test_what_does_not_fit_after_a_restart_stays_as_it_was(rig: Rig, monkeypatch
 
 
 def test_who_finds_no_room_is_not_known_at_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table is full when some of several new identities are known already: none of them passes for one that no rule matches."""
+    """The table is full when some of several are known already: none of them passes for one that no rule matches."""
     late = range(LATE, LATE + 4)
     with BpfMap.create("hash", abi.Peer, ct.c_uint32, 9, 1, "few") as few:
         monkeypatch.setattr(rig.tables, "peers", few)

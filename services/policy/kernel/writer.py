@@ -243,7 +243,7 @@ class Writer:
         keys[1::2] = array.array("I", new)
         _, failed = self.tables.peers.update_packed(keys.tobytes(), bytes(4 * len(new)))
         if failed is not None:
-            # Who is known, and has lost its class since there is no room, would be one that no rule matches: none that denies either.
+            # Who is known, but has no class since there is no room, would be one that no rule matches: none that denies either.
             self.tables.peers.delete_batch(abi.Peer(abi.KNOWN, number) for number in new)
             raise failed
         self.known.update(new)
