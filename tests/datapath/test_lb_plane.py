@@ -655,6 +655,45 @@ async def test_what_cannot_be_written_after_a_restart_is_served_as_it_was(clean:
     await plane.stop()
 
 
+async def test_sources_of_a_service_that_was_cut_off_are_not_admitted_by_the_next(
+    clean: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    tables = plane.tables
+    assert tables is not None
+    known = tables.sources
+    size = known.table.info.key_size
+    real = known.table.update_packed
+
+    def some(keys: bytes, values: bytes) -> Any:
+        return real(keys[:size], values[: known.table.info.value_size])[0], errors.ResourceExhausted("full")
+
+    theirs = (ip_network("10.0.0.0/8"), ip_network("11.0.0.0/8"))
+    with monkeypatch.context() as full:
+        full.setattr(known.table, "update_packed", some)
+        declared.put(web(front("192.0.2.1:80", FrontendType.EXTERNAL_IP), sources=theirs), backend("10.0.0.1"))
+        await plane.settled()
+        assert plane.service_state("web").problem == "full" and len(known.held) == 1
+        index = plane.program.held["web", 4].index  # type: ignore[union-attr]
+    await plane.stop()
+    # It is no longer declared when the next process begins; another has its line.
+    later = Declared()
+    later.synced.set()
+    plane, _ = await begin(clean, later)
+    assert plane.tables is not None and plane.program is not None
+    mine = ip_network("172.16.0.0/12")
+    later.put(
+        web(front("192.0.2.2:80", FrontendType.EXTERNAL_IP), name="other", sources=(mine,)), backend("10.0.0.2")
+    )
+    await plane.settled()
+    assert plane.program.held["other", 4].index == index
+    there = set(map(bytes, plane.tables.sources.table.keys()))
+    assert there == {bytes(abi.SourceKey.of(index, mine))}
+    await plane.stop()
+
+
 async def test_sources_are_admitted_before_they_count(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
     declared = Declared()
     declared.synced.set()

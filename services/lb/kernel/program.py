@@ -158,8 +158,14 @@ class Program:
         self._left_fronts = _by_service(tables.fronts.held)
         self._left_ranges = _by_service(tables.ranges.held)
         self._left_sources: dict[int, list[bytes]] = {}
-        for source in tables.sources.held:
-            self._left_sources.setdefault(struct.unpack_from("!I", source, 4)[0], []).append(source)
+        named = set(self._left.values())
+        for source in list(tables.sources.held):
+            index = struct.unpack_from("!I", source, 4)[0]
+            if index in named:
+                self._left_sources.setdefault(index, []).append(source)
+            else:
+                # Of a service that never got as far as its name: whoever has the line next would admit them.
+                tables.sources.drop(source)
 
     def _begin(self, name: Name, wanted: Iterable[BackendKey]) -> Held:
         """What there is of a service, or a line for it. ResourceExhausted."""
