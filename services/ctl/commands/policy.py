@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 import click
 
+from services.ctl import parties
 from services.ctl.context import Ctl, completed, pages, pass_ctl
 from services.ctl.policyrules import RULES
 from services.ctl.render import Record, columns, short, to_record
@@ -20,9 +20,6 @@ KINDS: Final = {
 }  # fmt: skip
 _NAMES: Final = {number: name for name, number in KINDS.items()}
 PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132, "icmp": 1, "icmpv6": 58}
-ENTITIES: Final = (
-    "world", "host", "remote-node", "init", "health", "kube-apiserver", "unmanaged",
-)  # fmt: skip
 ENDPOINT_MAX: Final = 65535
 _LONG_S: Final = 60.0
 TEXT_MAX: Final = (4 << 20) - 1024
@@ -269,26 +266,6 @@ def watch(ctl: Ctl) -> None:
     )
 
 
-def _party(text: str, hint: str) -> Any:
-    """Somebody: "endpoint:12", "identity:70000", "app=web,tier=db", an address, an entity, a pod's name."""
-    from fibril.policy.v1 import policy_pb2 as pb
-
-    what, _, number = text.partition(":")
-    if what in ("endpoint", "identity") and number.isdecimal():
-        return pb.Party(endpoint=int(number)) if what == "endpoint" else pb.Party(identity=int(number))
-    if text in ENTITIES:
-        return pb.Party(entity=pb.Entity.Value("ENTITY_" + text.upper().replace("-", "_")))
-    if "=" in text:
-        labels = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-        return pb.Party(labels=pb.Labels(labels=labels))
-    try:
-        return pb.Party(address=str(ipaddress.ip_address(text)))
-    except ValueError:
-        if not text:
-            raise click.BadParameter("nobody is named", param_hint=hint) from None
-        return pb.Party(pod=text)
-
-
 @command.command("trace")
 @click.option("--from", "source", required=True, metavar="WHO", help="Who opens the connection.")
 @click.option("--to", "target", required=True, metavar="WHO", help="To whom.")
@@ -302,9 +279,9 @@ def trace(ctl: Ctl, source: str, target: str, port: int, protocol: str) -> None:
     from fibril.policy.v1 import policy_pb2 as pb
 
     request = pb.TraceRequest(
-        to=_party(target, "--to"), protocol=pb.PortProtocol.ValueType(PROTOCOLS[protocol]), port=port
+        to=parties.party(target, "--to"), protocol=pb.PortProtocol.ValueType(PROTOCOLS[protocol]), port=port
     )
-    getattr(request, "from").CopyFrom(_party(source, "--from"))
+    getattr(request, "from").CopyFrom(parties.party(source, "--from"))
     answer = _ask(ctl, "Trace", request)
     if ctl.output != "table":
         ctl.describe(to_record(answer))
@@ -314,6 +291,13 @@ def trace(ctl: Ctl, source: str, target: str, port: int, protocol: str) -> None:
         click.echo(f"  {name}: {getattr(answer, name).reason}")
     for each in answer.matches:
         click.echo(f"    matches {_key(to_record(each.policy))} {each.rule_name!r}: {each.reason}")
+    if request.to.address:
+        _say_behind(ctl, request.to.address, port, protocol)
+
+
+def _say_behind(ctl: Ctl, address: str, port: int, protocol: str) -> None:
+    if note := parties.behind(ctl, address, port, protocol):
+        click.echo(f"  note: {note}")
 
 
 @command.command("why")
@@ -322,10 +306,17 @@ def trace(ctl: Ctl, source: str, target: str, port: int, protocol: str) -> None:
 @_PROTOCOL
 @pass_ctl
 def why(ctl: Ctl, source: str, target: str, protocol: str) -> None:
-    """Replay a packet against this node's kernel: its tables, its connections. For ICMP the port is the type."""
+    """Replay a packet against this node's kernel: its tables, its connections. For ICMP the port is the type.
+
+    SOURCE and DESTINATION are addresses, or pods of this node.
+    """
     from fibril.policy.v1 import policy_pb2 as pb
 
-    (source, source_port), (target, target_port) = _place(source, "SOURCE"), _place(target, "DESTINATION")
+    (source, source_port), (target, target_port) = (
+        parties.place(source, "SOURCE"),
+        parties.place(target, "DESTINATION"),
+    )
+    source, target = parties.pair(ctl, source, target)
     answer = _ask(
         ctl,
         "Why",
@@ -351,22 +342,7 @@ def why(ctl: Ctl, source: str, target: str, protocol: str) -> None:
     if answer.HasField("connection"):
         known = answer.connection
         click.echo(f"  connection from {known.source}, {known.state}, silent for {known.idle_seconds} s")
-
-
-def _place(text: str, hint: str) -> tuple[str, int]:
-    """ "10.0.0.1:80", "[fd00::1]:80", or without the port."""
-    address, port = text, "0"
-    if text.startswith("["):
-        address, _, port = text[1:].partition("]")
-        port = port.removeprefix(":") or "0"
-    elif text.count(":") == 1:
-        address, port = text.split(":")
-    try:
-        return str(ipaddress.ip_address(address)), int(port)
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r} is no address; write 10.0.0.1:80 or [fd00::1]:80", param_hint=hint
-        ) from None
+    _say_behind(ctl, target, target_port, protocol)
 
 
 @command.command("diff")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from services.ctl import balancing
+from services.ctl import balancing, parties
 from services.ctl.commands import endpoint
 from services.ctl.commands.backend import BACKENDS
 from services.ctl.context import Ctl, pass_ctl
@@ -387,7 +387,7 @@ def trace(ctl: Ctl, client: str, to: str) -> None:
     address, port = balancing.endpoint(where, "to")
     bare = (client.count(":") > 1 and not client.startswith("[")) or ":" not in client
     who, source_port = (client, 0) if bare else balancing.endpoint(client, "client")
-    source = _address(ctl, who, 6 if ":" in address else 4)
+    source = parties.address(ctl, who, 6 if ":" in address else 4, "client")
     answer = balancing.ask(
         ctl,
         "TraceService",
@@ -406,18 +406,3 @@ def trace(ctl: Ctl, client: str, to: str) -> None:
         click.echo(f"{number:2}. {step}")
     for backend in answer.candidates:
         click.echo(f"    it may be {balancing.shown_endpoint(backend.address, backend.port)}")
-
-
-def _address(ctl: Ctl, who: str, family: int) -> str:
-    """Of that family, if it is a pod of this node. NotFound."""
-    import ipaddress
-
-    from services.common.errors import NotFound
-
-    try:
-        return str(ipaddress.ip_address(who))
-    except ValueError:
-        found: str = endpoint.find(ctl, who)[f"ipv{family}"]
-    if not found:
-        raise NotFound(f"pod {who} has no IPv{family} address", field="client")
-    return found

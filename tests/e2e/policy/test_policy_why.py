@@ -119,6 +119,31 @@ def test_what_is_only_audited_passes(node: ModeLab, tmp_path: Path) -> None:
     assert "audited" in answer["ingress"]["decision"]["reason"] and not answer["ingress"]["decision"].get("allowed", False)
 
 
+def test_pods_are_asked_about_by_name_and_services_lead_to_their_backends(node: ModeLab, tmp_path: Path) -> None:
+    def told(*words: str, code: int = 0) -> str:
+        done = node.command("-i", node.instance("c1n1").name, *words, code=code)
+        return done.stdout if code == 0 else done.stderr
+
+    first, second = node.pod("c1n1", "p1"), node.pod("c1n1", "p2")
+    apply(node, POD_DENIES, tmp_path)
+    by_name = told("policy", "why", "p1:1", f"p2:{PORT}")
+    assert by_name.startswith("denied")
+    assert by_name == told("policy", "why", f"{first['ipv4']}:1", f"{second['ipv4']}:{PORT}")
+    assert told("policy", "why", first["ipv6"], f"p2:{PORT}").startswith("denied")
+    assert "there is no endpoint 'p9'" in told("policy", "why", "p9", "p2", code=1)
+    assert "no addresses of one IP version" in told("policy", "why", "192.0.2.1", second["ipv6"], code=1)
+    assert "'p1:x' is no place" in told("policy", "why", "p1:x", "p2", code=2)
+    run(node, "service", "add", "back", "--vip", f"10.96.0.77:{PORT}", "--backend", f"{second['ipv4']}:{PORT}")
+    try:
+        note = f"is a frontend of back: policy is asked about its backends instead, such as {second['ipv4']}:{PORT}"
+        trace = ("trace", "--from", "p1", "--to", "10.96.0.77", "--port", str(PORT))
+        for words in (trace, ("why", "p1", f"10.96.0.77:{PORT}")):
+            wait_for(lambda words=words: note in told("policy", *words), "the frontend to be known")
+        assert "frontend" not in told("policy", "why", "p1", "10.96.0.77:1")
+    finally:
+        run(node, "service", "rm", "back")
+
+
 def test_lockdown_of_a_host_without_a_policy(node: ModeLab) -> None:
     address = host(node)[4]
     run(node, "policy", "set", "0", "--lockdown")
