@@ -147,9 +147,14 @@ class Enforcer:
             self.contents.unassign(group)
 
     def add_identity(self, number: int, labels: Mapping[str, str]) -> None:
-        """An identity is there."""
-        if number in self.world.selectors.labels:
-            return
+        """An identity is there. Of one that is known: its number may be another's by now, for a snapshot tells of nothing that
+        went and came again before it.
+        """
+        known = self.world.selectors.labels.get(number)
+        if known is not None:
+            if known == effective(labels):
+                return
+            self.remove_identity(number)
         self.world.selectors.add(number, labels)
         # If it was there before and is still to be taken away, that comes first: its labels may be others now.
         self._new[number] = None

@@ -424,3 +424,16 @@ async def test_number_that_is_given_again_has_the_new_labels() -> None:
     await bench.flush()
     bench.check(random.Random(0))
     assert not bench.writer.answer(5, Direction.INGRESS, 1004, None, TCP, 80).allowed
+
+
+async def test_number_that_was_given_again_while_nobody_told_has_the_new_labels() -> None:
+    """Its removal is never told: who told of it was away, and comes back with a snapshot."""
+    bench = await settled()
+    assert bench.writer.answer(5, Direction.INGRESS, 1004, None, TCP, 80).allowed
+    bench.truth.identities[1004] = {"app": "a7"}
+    bench.enforcer.add_identity(1004, {"app": "a7"})
+    await bench.flush()
+    bench.check(random.Random(0))
+    assert not bench.writer.answer(5, Direction.INGRESS, 1004, None, TCP, 80).allowed
+    assert bench.writer.answer(8, Direction.INGRESS, 1004, None, TCP, 80).allowed
+    assert await cost(bench, lambda: bench.enforcer.add_identity(1004, {"app": "a7"})) == (0, 0, 0)
