@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from services.common.kernel.maps import BpfMap
 from services.common.pipeline.abi import FibAddr
 from services.lb import abi, maglev
 from services.lb.health.monitor import Health
+from services.lb.kernel import flows as flows_module
 from services.lb.kernel.fronts import inner_of
 from services.lb.kernel.writer import Plane, RemovedBackend
 from services.lb.locality import Locality
@@ -565,6 +567,95 @@ async def test_growth_that_a_kill_has_cut_short_is_finished(clean: Instance) -> 
         assert struct.unpack("=QI", raw) == (sig, ident)
     with inner_of(tables.nats_outer, 0, abi.Tuple, abi.Nat, "nats") as inner:
         assert inner is not None and all(inner.lookup(key) is not None for key in tuples)
+    await plane.stop()
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def no_memory_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = bpf.map_create
+
+    def create(kind: str, key: int, value: int, entries: int, flags: int = 0, called: str = "", *more: Any) -> int:
+        if called == name:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(kind, key, value, entries, flags, called, *more)
+
+    monkeypatch.setattr(bpf, "map_create", create)
+
+
+async def test_translations_grow_when_there_is_memory_again(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    monkeypatch.setattr(flows_module, "LOOK_S", 0.01)
+    plane, _ = await begin(clean, declared)
+    flows = plane.flows
+    assert flows is not None
+    size = flows.nats_size
+    with monkeypatch.context() as full:
+        no_memory_for(full, "lb_nats")
+        full.setattr(flows, "_count_nats", lambda: size)
+        await eventually(lambda: "no memory" in plane.status()[0].message)
+        # As another look finds it, too.
+        await asyncio.sleep(0.05)
+        assert plane.status()[0].state == "degraded" and flows.nats_size == size
+        full.undo()
+        full.setattr(flows, "_count_nats", lambda: size)
+        await eventually(lambda: flows.nats_size > size and plane.status()[0].state == "ok")
+    await plane.stop()
+
+
+async def test_frontends_come_when_there_is_memory_again(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    many = web(*(front(f"10.96.1.1:{port}") for port in range(1, 4001)), name="many")
+    with monkeypatch.context() as full:
+        no_memory_for(full, "lb_front")
+        declared.put(many, backend("10.0.0.1"))
+        declared.put(web(), backend("10.0.0.2"))
+        async with asyncio.timeout(20):
+            await plane.settled()
+        assert "no memory" in plane.service_state("many").problem
+        assert plane.service_state("web").programmed
+        # So it is where much is to be done at once.
+        for number in range(300):
+            declared.put(web(front(f"10.97.0.1:{number + 1}"), name=f"s{number}"), backend("10.0.0.3"))
+        await plane.settled()
+        assert not any(task.done() for task in plane.tasks())
+    plane.mark("many")
+    await plane.settled()
+    assert plane.service_state("many").programmed
+    await plane.stop()
+
+
+async def test_a_table_that_cannot_be_put_in_place_is_the_one_before(
+    clean: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    assert plane.tables is not None
+    lines = plane.tables.backends
+    size = lines.size
+
+    def fails(*_: object) -> None:
+        raise errors.ResourceExhausted("no memory")
+
+    wanted = [backend(f"10.1.0.{number}") for number in range(1, 101)]
+    with monkeypatch.context() as full:
+        full.setattr(plane.tables.lines_outer, "update", fails)
+        declared.put(web(), *wanted)
+        await plane.settled()
+        assert plane.service_state("web").problem == "no memory" and lines.size == size
+    plane.mark("web")
+    await plane.settled()
+    kernel = Reader(plane)
+    assert len(kernel.served("10.96.0.1", 80)) == 100
+    kernel.close()
     await plane.stop()
 
 

@@ -40,8 +40,7 @@ class Lines:
         if ident is not None and ident.value:
             self._take(bpf.map_fd_by_id(ident.value))
         else:
-            self._take(self._make(smallest))
-            outer.update(int(table), self._fd)
+            self._take(self._make(smallest), publish=True)
 
     def _make(self, lines: int) -> int:
         try:
@@ -51,13 +50,24 @@ class Lines:
                 f"no memory for {lines} lines of {self._table.name.lower()}: {os.strerror(error.errno or 0)}"
             ) from None
 
-    def _take(self, fd: int) -> None:
+    def _take(self, fd: int, before: int = 0, publish: bool = False) -> None:
+        """Use an array from now on. before: bytes to be copied into it. publish: programs, too; nothing has changed if that
+        fails.
+        """
+        try:
+            size = bpf.map_info(fd).max_entries
+            mem = mmap.mmap(fd, size * LINE)
+            if before:
+                mem[:before] = self.mem[:before]
+            if publish:
+                self._outer.update(int(self._table), fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd = fd
-        self.size = bpf.map_info(fd).max_entries
         # The mapping before lives on as long as a structure in it is in use.
-        self.mem = mmap.mmap(fd, self.size * LINE)
+        self._fd, self.size, self.mem = fd, size, mem
 
     def ensure(self, lines: int) -> bool:
         """Have at least so many lines; whether it grew. ResourceExhausted beyond the limit: nothing has changed."""
@@ -71,16 +81,12 @@ class Lines:
         size = self.size
         while size < lines:
             size = min(size * 2, self.limit)
-        before, length = self.mem, self.size * LINE
-        self._take(self._make(size))
-        self.mem[:length] = before[:length]
-        self._outer.update(int(self._table), self._fd)
+        self._take(self._make(size), before=self.size * LINE, publish=True)
         return True
 
     def replace(self, lines: int) -> None:
         """An empty table of that size instead: for tables that programs fill."""
-        self._take(self._make(lines))
-        self._outer.update(int(self._table), self._fd)
+        self._take(self._make(lines), publish=True)
 
     def at(self, index: int, kind: type[S]) -> S:
         """The structure in a line, in the kernel's memory; until the table grows."""

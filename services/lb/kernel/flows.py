@@ -72,13 +72,18 @@ class Flows:
         self.flows = 0
         """Estimate of those alive."""
         self.nats = 0
+        self.problem = ""
+        """Why a table cannot grow; empty if it can."""
         with inner_of(tables.nats_outer, 0, abi.Tuple, abi.Nat, "lb_nats") as inner:
             self.nats_size = inner.info.max_entries if inner is not None else 0
         if not self.nats_size:
             self._put_nats(0, NATS)
 
     def _put_nats(self, index: int, size: int) -> None:
-        made = BpfMap.create("lru_hash", abi.Tuple, abi.Nat, size, name="lb_nats")
+        try:
+            made = BpfMap.create("lru_hash", abi.Tuple, abi.Nat, size, name="lb_nats")
+        except OSError as error:
+            raise errors.ResourceExhausted(f"no memory for {size} translations: {error.strerror}") from None
         with made:
             self._tables.nats_outer.update(index, made.fd)
         self.nats_size = size
@@ -88,8 +93,12 @@ class Flows:
         while True:
             try:
                 await self.look()
-            except errors.FibrilError as error:
-                log.warning("tables of connections cannot grow", extra={"cause": str(error)})
+                problem = ""
+            except (errors.FibrilError, OSError) as error:
+                problem = str(error)
+                if problem != self.problem:
+                    log.warning("tables of connections cannot grow", extra={"cause": problem})
+            self.problem = problem
             await asyncio.sleep(LOOK_S)
 
     async def look(self) -> None:

@@ -103,7 +103,10 @@ class Fronts:
 
     @staticmethod
     def _make(size: int) -> int:
-        return bpf.map_create("hash", 24, 8, size, abi.NO_PREALLOC, "lb_front")
+        try:
+            return bpf.map_create("hash", 24, 8, size, abi.NO_PREALLOC, "lb_front")
+        except OSError as error:
+            raise errors.ResourceExhausted(f"no memory for {size} frontends: {error.strerror}") from None
 
     @staticmethod
     def _wrap(fd: int) -> BpfMap[abi.FrontKey, abi.Front]:

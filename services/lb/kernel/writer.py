@@ -326,6 +326,9 @@ class Plane:
             name, problem = next(iter(sorted(self._problems.items())))
             more = f", and {len(self._problems) - 1} more services" if len(self._problems) > 1 else ""
             return [ComponentStatus("tables", "degraded", f"{name}: {problem}{more}")]
+        if self.flows is not None and self.flows.problem:
+            text = f"tables of connections cannot grow: {self.flows.problem}; it is tried again"
+            return [ComponentStatus("tables", "degraded", text)]
         waiting = f", {len(self._dirty)} being changed" if self._dirty else ""
         return [ComponentStatus("tables", "ok", f"{len(self._plans)} services{waiting}")]
 
@@ -372,7 +375,7 @@ class Plane:
         assert self.program is not None
         spec = self._services.specs.get(name)
         plans: dict[int, FamilyPlan] = {}
-        failed: list[errors.FibrilError] = []
+        failed: list[Exception] = []
         if spec is not None:
             backends = self._services.backends.get(name, {})
             plans = plan(spec, backends, self._verdict, self._here(), self._defaults)
@@ -385,7 +388,7 @@ class Plane:
                     self.program.apply((name, family), plans[family], sources)
                 elif spec is not None or self._services.synced.is_set():
                     self.program.remove((name, family))
-            except errors.FibrilError as error:
+            except (errors.FibrilError, OSError) as error:
                 failed.append(error)
         if failed:
             problem = str(failed[0])
@@ -432,13 +435,18 @@ class Plane:
         due = time.monotonic() + RESYNC_S
         while True:
             await asyncio.sleep(REST_S)
+            if self._growth is not None and self._growth.done() and not self._growth.cancelled():
+                self._growth.result()  # a mistake: it ends with the process, or not at all
             if self.program is None:
                 continue
             self.program.rest()
             for name in tuple(self._problems):
                 self.mark(name)
             if time.monotonic() >= due:
-                await self.compare()
+                try:
+                    await self.compare()
+                except (errors.FibrilError, OSError) as error:
+                    log.warning("tables of the kernel cannot be compared", extra={"cause": str(error)})
                 due = time.monotonic() + RESYNC_S
 
     async def compare(self) -> int:
