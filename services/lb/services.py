@@ -164,6 +164,8 @@ class Services:
         self._unusable.pop(key, None)
         if key.startswith(keys.SERVICES):
             name = keys.service_of(key)
+            if keys.service_key(name) != key:
+                return "", None  # written by hand, never usable: the service of that name has a key of its own
             self.specs.pop(name, None)
             self.revisions.pop(name, None)
             return name, None
@@ -173,7 +175,7 @@ class Services:
             except ValueError:
                 return "", None
             known = self.backends.get(name)
-            if known is not None and known.pop(which, None) is not None:
+            if keys.backend_key(name, which) == key and known is not None and known.pop(which, None) is not None:
                 if not known:
                     del self.backends[name]
                     self._backend_revisions.pop(name, None)
