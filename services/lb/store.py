@@ -38,10 +38,11 @@ class Store:
         self._upserts = Upserts(etcd, self._reader)
         self._services = services
         self._written = 0
+        self._restarts = services.seen.restarts
 
     async def settle(self) -> None:
         """Wait until what was written here is known here too (Services), so that who asks next is told of it."""
-        if self._services.synced.is_set():
+        if self._services.synced.is_set() and self._services.seen.restarts == self._restarts:
             await self._services.seen.wait(self._written)
 
     # ---- services -------------------------------------------------------------------------------------------
@@ -183,6 +184,9 @@ class Store:
         return done is not None
 
     def _wrote(self, revision: int) -> None:
+        if self._restarts != self._services.seen.restarts:
+            # Those of the etcd before may be far ahead of what this one ever gets to.
+            self._written, self._restarts = 0, self._services.seen.restarts
         self._written = max(self._written, revision)
 
 

@@ -20,6 +20,8 @@ class Seen:
 
     def __init__(self) -> None:
         self._revision = 0
+        self.restarts = 0
+        """Revisions from before the last one are no more: nobody may wait for them."""
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._order = count()
 
@@ -34,6 +36,7 @@ class Seen:
     def restart(self) -> None:
         """What follows is another etcd's, whose revisions are its own."""
         self._revision = 0
+        self.restarts += 1
 
     async def wait(self, revision: int, seconds: float = WAIT_S) -> bool:
         """Whether it was reached in that time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -334,6 +335,56 @@ async def test_what_cannot_be_read_is_named_and_can_be_mended(nodes: list[Node],
     await nodes[1].store.delete("s")
     await until(lambda: not nodes[0].services.problem, "no problem")
     assert not (await client.get_prefix(ROOT)).kvs
+
+
+async def test_who_removes_a_key_that_is_not_usable_removes_no_service(
+    nodes: list[Node], client: EtcdClient
+) -> None:
+    wanted = {"shop/web": service("shop/web", "10.96.0.1", backends=2)}
+    await nodes[0].store.upsert(*wanted["shop/web"])
+    await agree(nodes, wanted)
+    root = keys.root(CLUSTER)
+    value = keys.encode_spec(wanted["shop/web"][0])
+    backend = keys.encode_backend(next(iter(wanted["shop/web"][1].values())))
+    by_hand = {
+        f"{root}services/shop/web": value,
+        f"{root}services/shop%2fweb": value,
+        f"{root}backends/shop%2fweb/10.1.0.0:8080": backend,
+        f"{root}backends/shop%2Fweb/10.1.0.0:08080": backend,
+    }
+    for key, text in by_hand.items():
+        await client.put(key, text)
+    await until(lambda: nodes[0].services.problem.count("3 more"), "a problem")
+    for key in by_hand:
+        await client.delete(key)
+    await until(lambda: not nodes[0].services.problem, "no problem")
+    assert nodes[0].all() == wanted
+
+
+async def test_nobody_waits_for_a_revision_of_an_etcd_that_is_no_more(
+    nodes: list[Node], etcd: EmbeddedEtcd, client: EtcdClient
+) -> None:
+    node = nodes[0]
+    for _ in range(50):
+        await client.put("elsewhere", b"")
+    await node.store.upsert(*service("s", "10.96.0.1"))
+    await node.store.settle()
+    await etcd.stop()
+    shutil.rmtree(etcd.data_dir)
+    await etcd.start()
+    await until(lambda: not node.services.specs, "the other etcd")
+    done = await node.store.upsert(*service("t", "10.96.0.2"))
+    assert await asyncio.wait_for(node.services.seen.wait(done.revision), 20)
+    waited = []
+    real = node.services.seen.wait
+
+    async def wait(revision: int) -> bool:
+        waited.append(revision)
+        return await real(revision)
+
+    node.services.seen.wait = wait  # type: ignore[method-assign,assignment]
+    await node.store.settle()
+    assert waited == [done.revision]
 
 
 async def test_backends_must_suit_the_service(nodes: list[Node]) -> None:
