@@ -20,7 +20,7 @@ from fibril.policy.v1 import policy_pb2 as pb
 from services.common import errors
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.watch import Delete, Put, Snapshot, watch_prefix
-from services.policy.contents import HOST
+from services.policy.contents import HOST, Endpoint
 from services.policy.enforcer import Enforcer
 from services.policy.model import PORT_MAX, SCTP, TCP, UDP
 from services.policy.resolve.world import NamedPort
@@ -66,21 +66,36 @@ class NamedPorts:
         self._stored: dict[str, pb.StoredNamedPorts] = {}
         self._by_name: dict[str, dict[NamedPort, set[int]]] = {}
         self.synced = asyncio.Event()
+        self._changing = asyncio.Lock()
+        """Of what is stored of this node's endpoints: what two write at once etcd may take in either order."""
 
-    def of(self, endpoint: int) -> dict[str, NamedPort]:
+    def of(self, endpoint: int, container: str) -> dict[str, NamedPort]:
         """Of an endpoint of this node."""
         stored = self._stored.get(self._key(endpoint))
-        return ports(stored.ports, "ports") if stored is not None else {}
+        return ports(stored.ports, "ports") if stored is not None and _is_of(stored, container) else {}
 
     def _key(self, endpoint: int) -> str:
         return f"{self._own}{endpoint}"
 
     async def set(self, endpoint: int, found: Mapping[str, NamedPort]) -> None:
-        """All named ports of an endpoint of this node. Unavailable: etcd is away."""
-        known = self._enforcer.endpoints[endpoint]
-        key = self._key(endpoint)
+        """All named ports of an endpoint of this node. NotFound: it has gone meanwhile. Unavailable: etcd is away."""
+        container = self._enforcer.endpoints[endpoint].container
+        async with self._changing:
+            known = self._enforcer.endpoints.get(endpoint)
+            if known is not None and known.container == container:
+                await self._set(known, found)
+        known = self._enforcer.endpoints.get(endpoint)
+        if known is None or known.container != container:
+            raise errors.NotFound(
+                f"endpoint {endpoint} has gone", field="endpoint", fix="see: fibril endpoint ls"
+            )
+
+    async def _set(self, known: Endpoint, found: Mapping[str, NamedPort]) -> None:
+        key = self._key(known.number)
         if found:
-            stored = pb.StoredNamedPorts(identity=known.identity, ports=to_proto(found))
+            stored = pb.StoredNamedPorts(
+                identity=known.identity, ports=to_proto(found), container=known.container
+            )
             await self._etcd.put(key, stored.SerializeToString(deterministic=True))
             self._put(key, stored)
         else:
@@ -132,7 +147,7 @@ class NamedPorts:
         self._by_name = found
         text = key.removeprefix(self._own)
         if key != text and text.isdigit() and (known := self._enforcer.endpoints.get(int(text))) is not None:
-            self._enforcer.set_endpoint(replace(known, named=self.of(known.number)))
+            self._enforcer.set_endpoint(replace(known, named=self.of(known.number, known.container)))
 
     async def tidy(self) -> None:
         """Until cancelled: what is stored of this node's endpoints follows them."""
@@ -141,14 +156,27 @@ class NamedPorts:
             if not (self.synced.is_set() and self._enforcer.ready):
                 continue
             for key in [key for key in self._stored if key.startswith(self._own)]:
-                text = key.removeprefix(self._own)
-                known = self._enforcer.endpoints.get(int(text)) if text.isdigit() else None
                 try:
-                    if known is None or known.number == HOST:
-                        await self._etcd.delete(key)
-                        self._delete(key)
-                    elif known.identity != self._stored[key].identity:
-                        await self.set(known.number, self.of(known.number))
+                    async with self._changing:
+                        await self._tidy(key)
                 except errors.FibrilError:
                     # etcd is away.
                     break
+
+    async def _tidy(self, key: str) -> None:
+        stored = self._stored.get(key)
+        if stored is None:
+            # Others have been waited for.
+            return
+        text = key.removeprefix(self._own)
+        known = self._enforcer.endpoints.get(int(text)) if text.isdigit() else None
+        if known is None or known.number == HOST or not _is_of(stored, known.container):
+            await self._etcd.delete(key)
+            self._delete(key)
+        elif (known.identity, known.container) != (stored.identity, stored.container):
+            await self._set(known, ports(stored.ports, "ports"))
+
+
+def _is_of(stored: pb.StoredNamedPorts, container: str) -> bool:
+    """Whether they are of the container that has the endpoint's number now."""
+    return stored.container in ("", container)

@@ -34,7 +34,7 @@ class Sources:
 
     def __init__(self, instance: Instance, enforcer: Enforcer) -> None:
         self._enforcer = enforcer
-        self._named: Callable[[int], dict[str, NamedPort]] = lambda _: {}
+        self._named: Callable[[int, str], dict[str, NamedPort]] = lambda *_: {}
         self.flags: dict[int, tuple[int, int]] = {}
         """Owner and switches of endpoints that have any."""
         self.pods: dict[str, int] = {}
@@ -98,7 +98,7 @@ class Sources:
     def status(self) -> list[ComponentStatus]:
         return [source.status() for source in self.all]
 
-    def name_ports(self, named: Callable[[int], dict[str, NamedPort]]) -> None:
+    def name_ports(self, named: Callable[[int, str], dict[str, NamedPort]]) -> None:
         """Who knows the named ports of this node's endpoints."""
         self._named = named
 
@@ -142,7 +142,7 @@ class Sources:
                 found.pod or found.container_id,
                 found.container_id,
                 tuple(ip_address(text) for text in (found.ipv4, found.ipv6) if text),
-                self._named(found.id),
+                self._named(found.id, found.container_id),
                 self._flags(found.id, found.host_ifindex),
             )
         )

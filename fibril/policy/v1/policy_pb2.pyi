@@ -2164,8 +2164,11 @@ class StoredNamedPorts(_message.Message):
 
     IDENTITY_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    CONTAINER_FIELD_NUMBER: _builtins.int
     identity: _builtins.int
     """Identity of the endpoint."""
+    container: _builtins.str
+    """Container of the endpoint: another that gets its number does not get its ports. Empty: written by a version that did not say."""
     @_builtins.property
     def ports(self) -> _containers.MessageMap[_builtins.str, Global___NamedPort]:
         """By name."""
@@ -2175,10 +2178,11 @@ class StoredNamedPorts(_message.Message):
         *,
         identity: _builtins.int = ...,
         ports: _abc.Mapping[_builtins.str, Global___NamedPort] | None = ...,
+        container: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "identity", b"identity", "ports", b"ports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
