@@ -134,17 +134,16 @@ class Endpoint:
         """Whether a connection stands, waiting for it until `deadline` (time.monotonic()); unless `patient`,
         only for the attempt under way.
         """
-        channel = self._open()
         pause = 0.001
         while True:
+            # Anew each time: another call may have closed the channel and opened the next.
             # Polled: a cancelled wait_for_state_change stays behind in the channel until that changes.
-            state = channel.get_state(try_to_connect=True)
+            state = self._open().get_state(try_to_connect=True)
             if state is grpc.ChannelConnectivity.READY:
                 return True
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 if self.address.secure and self._stamp != self._tls.stamp():
                     await self.close()
-                    channel = self._open()
                 elif not patient:
                     return False
             left = deadline - time.monotonic()
@@ -156,7 +155,10 @@ class Endpoint:
     async def why(self) -> str:
         """Why there is no connection. gRPC tells only who makes a call: one without effect is made."""
         try:
+            self._open()
             await self.kv.Range(rpc.RangeRequest(key=b"\0", count_only=True), timeout=0.05)
+        except FailedPrecondition as error:
+            return str(error)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
                 return error.details() or "unavailable"

@@ -64,6 +64,14 @@ def _closing_fails() -> Iterator[None]:
         raise CallFailed(grpc.StatusCode.UNAVAILABLE, "the connection was closed") from None
 
 
+async def _why(endpoint: Endpoint) -> str:
+    try:
+        with _closing_fails():
+            return await endpoint.why()
+    except CallFailed as error:
+        return error.details()
+
+
 class Members:
     """The members of a cluster that may be asked; used from one event loop."""
 
@@ -173,7 +181,7 @@ class Members:
             if time.monotonic() >= deadline:
                 break
             await asyncio.sleep(0.02)
-        reasons = [f"{e.address.url}: {await e.why()}" for e in self._endpoints]
+        reasons = [f"{e.address.url}: {await _why(e)}" for e in self._endpoints]
         raise self._unreachable(f"etcd cannot be reached ({'; '.join(reasons)})")
 
     def _note(self, answer: Any, before: tuple[int, int]) -> None:

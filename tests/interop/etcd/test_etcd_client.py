@@ -11,6 +11,7 @@ import pytest
 from services.common.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from services.common.etcd.client import EtcdClient
 from services.common.etcd.embedded import EmbeddedEtcd
+from services.common.etcd.endpoint import Address, Endpoint, EtcdTls
 from services.common.etcd.lease import LeaseKeeper
 from tests.interop.etcd.etcdrig import hanging, kill, until
 
@@ -147,6 +148,36 @@ async def test_a_call_waits_for_an_etcd_that_is_about_to_come(etcd: EmbeddedEtcd
     waiting = asyncio.create_task(client.put("key", b"2"))
     await etcd.start()
     assert await waiting
+
+
+async def test_who_waits_for_a_connection_takes_the_one_that_another_call_has_opened(etcd: EmbeddedEtcd) -> None:
+    await kill(etcd)
+    endpoint = Endpoint(Address.parse(etcd.endpoint), EtcdTls())
+    waiting = asyncio.create_task(endpoint.ready(time.monotonic() + 20, patient=True))
+    await asyncio.sleep(0.05)
+    await endpoint.close()
+    # Also who asks why there is none.
+    assert "closed" not in await endpoint.why()
+    await endpoint.close()
+    assert await endpoint.why()
+    await etcd.start()
+    assert await waiting
+    await endpoint.close()
+
+
+async def test_a_connection_that_is_closed_cancels_nobody(place: Path) -> None:
+    """Whose call is under way, or who asks why there is no connection, was not cancelled himself."""
+    path = place / "silent"
+    server = await asyncio.start_unix_server(lambda reader, writer: None, path)
+    client = EtcdClient([f"unix:{path}"], timeout_s=0.1)
+    call = asyncio.create_task(client.get("key"))
+    while not call.done():
+        await asyncio.sleep(0.01)
+        await client.close()
+    with pytest.raises(Unavailable):
+        await call
+    await client.close()
+    server.close()
 
 
 async def test_a_hanging_etcd_is_unavailable_after_a_bounded_time_and_found_again(
