@@ -22,11 +22,13 @@ from services.policy import abi
 from services.policy.contents import HOST, Endpoint
 from services.policy.enforcer import Enforcer
 from services.policy.kernel.tables import Tables
-from services.policy.model import HOSTNAME
+from services.policy.model import HOSTNAME, ServicePeer
 from services.policy.resolve.world import NamedPort, NodeFacts
 
 ABSENT_S: Final = 2.0
 """A service that is not there so long after the start of this one does not run on this node."""
+BACK_S: Final = 30.0
+"""The balancer has so long to come back, where it has run: an upgrade starts both at once, and it compiles first."""
 
 
 class Sources:
@@ -40,6 +42,7 @@ class Sources:
         self.pods: dict[str, int] = {}
         self._began = time.monotonic()
         run = instance.run_dir
+        self._balancer = instance.pin_dir / "prog" / "lb"
         self.endpoints: Follower[int] = Follower(
             "endpoints",
             run / "ipam.sock",
@@ -88,12 +91,25 @@ class Sources:
         """What is not in step yet; empty: everything is, or is not there at all. adopted: an earlier process has left
         policies, so whoever told it of identities and endpoints will come back.
         """
-        late = time.monotonic() - self._began > ABSENT_S
+        running = time.monotonic() - self._began
         for source in self.all:
-            needed = adopted and source in (self.endpoints, self.identities)
-            if not source.ever and (needed or not (late and source.absent)):
+            needed = adopted and (
+                source in (self.endpoints, self.identities)
+                or (source is self.services and running <= BACK_S and self._balanced())
+            )
+            if not source.ever and (needed or not (running > ABSENT_S and source.absent)):
                 return source.name
         return ""
+
+    def _balanced(self) -> bool:
+        """Whether policies ask for backends, and there is a balancer's data path: else they would mean nobody for a while."""
+        asked = any(
+            isinstance(peer, ServicePeer)
+            for policy in self._enforcer.policies.values()
+            for rule in policy.rules
+            for peer in rule.peers or ()
+        )
+        return asked and self._balancer.exists()
 
     def status(self) -> list[ComponentStatus]:
         return [source.status() for source in self.all]
