@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final
 
-from services.common.errors import FibrilError
+from services.common.errors import FibrilError, NotFound
 from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline import abi
 from services.common.pipeline.abi import IPAddress
+
+log = logging.getLogger(__name__)
 
 LOOK_S: Final = 2.0
 
@@ -31,8 +34,12 @@ class LocalAddresses:
         try:
             with BpfMap.open(self._path, abi.FibAddr, abi.Endpoint) as table:
                 pods = frozenset(address for key, _ in table.items() if (address := key.ip()) is not None)
-        except FibrilError:
+        except NotFound:
             pods = frozenset()
+        except (FibrilError, OSError) as error:
+            # Those of before stay: without them, whoever serves locally would serve nobody.
+            log.warning("the node's pods cannot be read", extra={"cause": str(error)})
+            return
         changed, self._pods = pods ^ self._pods, pods
         self._tell(changed)
 
