@@ -83,6 +83,12 @@ class Services:
             self.feed.publish("put", name)
 
     @property
+    def unread(self) -> frozenset[str]:
+        """Services that are declared, and that this process has never understood: those of another version."""
+        names = {keys.service_of(key) for key in self._unusable if key.startswith(keys.SERVICES)}
+        return frozenset(name for name in names - self.specs.keys() if keys.service_key(name) in self._unusable)
+
+    @property
     def problem(self) -> str:
         """One sentence, empty when all that etcd says is understood."""
         if not self._unusable:

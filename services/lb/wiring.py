@@ -193,7 +193,9 @@ class LbService:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
         await self._plane.settled()
-        self._outside.complete()
+        # Of one that is not understood nobody knows whom it serves.
+        if not self._services.unread:
+            self._outside.complete()
 
     def _need_outside(self, wanted: bool) -> None:
         self._packets.need(wanted)

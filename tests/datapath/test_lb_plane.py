@@ -56,6 +56,7 @@ class Declared:
     def __init__(self) -> None:
         self.specs: dict[str, Spec] = {}
         self.backends: dict[str, dict[BackendKey, Backend]] = {}
+        self.unread: frozenset[str] = frozenset()
         self.synced = asyncio.Event()
         self._callbacks: list[Callable[[str, frozenset[BackendKey] | None], None]] = []
 
@@ -714,6 +715,38 @@ async def test_what_a_full_table_took_of_a_service_goes_with_it(clean: Instance,
         await plane.settled()
         assert not kernel.fronts() and not tables.sources.held and not kernel.hint("10.96.0.2")
         kernel.close()
+    await plane.stop()
+
+
+async def test_what_is_not_understood_after_a_restart_is_served_as_it_was(clean: Instance) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    declared.put(web(front("10.96.0.1:80"), front("[fd00:96::1]:80")), backend("10.0.0.1"), backend("fd00::9"))
+    declared.put(web(front("10.96.0.2:80"), name="other"), backend("10.0.0.2"))
+    await plane.settled()
+    await plane.stop()
+    # Another version has written it anew.
+    later = Declared()
+    later.unread = frozenset({"web"})
+    later.synced.set()
+    plane, gone = await begin(clean, later)
+    kernel = Reader(plane)
+    assert kernel.served("10.96.0.1", 80) == ["10.0.0.1:80"] and kernel.served("fd00:96::1", 80) == ["fd00::9:80"]
+    assert kernel.hint("10.96.0.1") & abi.Hint.VIP and kernel.hint("10.0.0.1") & abi.Hint.BACKEND
+    assert ("10.96.0.2", 80, TCP) not in kernel.fronts() and len(gone) == 1
+    assert await plane.compare() == 0
+    # It is declared so that it is understood, and is what it was.
+    ids = dict(plane.program.held["web", 4].backends)  # type: ignore[union-attr]
+    later.unread = frozenset()
+    later.put(web(front("10.96.0.1:80")), backend("10.0.0.1"))
+    await plane.settled()
+    assert plane.program.held["web", 4].backends == ids  # type: ignore[union-attr]
+    assert kernel.fronts().keys() == {("10.96.0.1", 80, TCP)} and len(gone) == 2
+    later.drop("web")
+    await plane.settled()
+    assert not kernel.fronts() and len(gone) == 3
+    kernel.close()
     await plane.stop()
 
 

@@ -267,8 +267,11 @@ class Program:
         self._take_away(name, held)
         return True
 
-    def prune(self) -> int:
-        """Take away what an earlier process left and nobody has wanted since; how many services."""
+    def prune(self, keep: Iterable[str] = ()) -> int:
+        """Take away what an earlier process left and nobody has wanted since, but for services of these names; how many."""
+        for name in ((each, family) for each in keep for family in (4, 6)):
+            if index := self._left.pop(line_name(name), 0):
+                self.held[name] = self._found(index)
         count = len(self._left)
         while self._left:
             _, index = self._left.popitem()

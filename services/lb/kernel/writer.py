@@ -51,6 +51,9 @@ class Services(Protocol):
     def backends(self) -> Mapping[str, Backends]: ...
 
     @property
+    def unread(self) -> frozenset[str]: ...
+
+    @property
     def synced(self) -> asyncio.Event: ...
 
     def on_change(self, callback: Callable[[str, frozenset[BackendKey] | None], None]) -> None: ...
@@ -419,7 +422,7 @@ class Plane:
         if not self._addresses:
             return
         self._pruned = True
-        count = self.program.prune()
+        count = self.program.prune(self._services.unread)
         self.mended += self.program.hints.sweep()
         self._tell_removed()
         if count:

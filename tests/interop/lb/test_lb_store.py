@@ -317,7 +317,9 @@ async def test_nothing_is_forgotten_while_etcd_is_away(nodes: list[Node], etcd: 
     assert {name for name, _ in nodes[1].told} == {"s1", "s3"}
 
 
-async def test_what_cannot_be_read_is_named_and_can_be_mended(nodes: list[Node], client: EtcdClient) -> None:
+async def test_what_cannot_be_read_is_named_and_can_be_mended(
+    nodes: list[Node], client: EtcdClient, etcd: EmbeddedEtcd
+) -> None:
     spec, backends = service("s", "10.96.0.1", backends=2)
     await nodes[0].store.upsert(spec, backends)
     await agree(nodes, {"s": (spec, backends)})
@@ -329,7 +331,11 @@ async def test_what_cannot_be_read_is_named_and_can_be_mended(nodes: list[Node],
     ):
         await client.put(key, b"\xff\xff")
     await until(lambda: nodes[0].services.problem.count("2 more"), "a problem")
-    assert nodes[0].all() == {"s": (spec, backends)}
+    assert nodes[0].all() == {"s": (spec, backends)} and not nodes[0].services.unread
+    late = await Node(etcd.endpoint).start()
+    await until(late.services.synced.is_set, "all there is")
+    assert not late.all() and late.services.unread == {"s"}
+    await late.stop()
     assert (await nodes[1].store.upsert(spec, backends)).changed
     await until(lambda: "nonsense" in nodes[0].services.problem, "a smaller problem")
     await nodes[1].store.delete("s")
