@@ -129,9 +129,9 @@ class Child:
 
     def _start(self) -> procs.Process | None:
         self.state.adopted = False
-        self.log_file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         env = {**procs.environment(self._run_dir, self.spec.name), **self.spec.env}
         try:
+            self.log_file.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             if self.spec.prepare is not None:
                 self.spec.prepare()
             with self.log_file.open("ab") as output:

@@ -37,6 +37,7 @@ log = logging.getLogger("fibril.supervisor")
 
 LOCK = "supervisor.lock"
 HAS_ONE = 3  # exit code of a supervisor that finds another
+RETRY_S = 2.0  # what could not be written is tried again
 LOG_LIMIT = 16 << 20  # bytes of one log file; it is cut back to nothing then, its end kept as .1
 
 
@@ -123,16 +124,25 @@ class Supervisor:
 
     async def _keep_state(self) -> None:
         """Write supervisor.json on every change; keep logs from growing for ever."""
+        told = ""
         while not self._ended:
             self._changed.clear()
-            write_atomically(
-                self._state_file,
-                json.dumps({**self._told, "children": [asdict(child.state) for child in self._children]}),
-            )
-            for child in self._children:
-                trim(child.log_file)
+            problem = ""
+            try:
+                write_atomically(
+                    self._state_file,
+                    json.dumps({**self._told, "children": [asdict(child.state) for child in self._children]}),
+                )
+                for child in self._children:
+                    trim(child.log_file)
+            except OSError as error:
+                # A full disk is no reason to leave the children alone.
+                problem = str(error)
+                if problem != told:
+                    log.warning("cannot tell of the children for now: %s", problem)
+            told = problem
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 60)
+                await asyncio.wait_for(self._changed.wait(), RETRY_S if problem else 60)
 
 
 def state_file(instance: Instance) -> Path:

@@ -174,6 +174,33 @@ def test_a_child_that_cannot_be_started_is_waited_for_longer_each_time(node: Nod
     assert state["last_exit"] == "exit code 7"
 
 
+def test_a_full_disk_stops_neither_the_supervisor_nor_its_children(node: Node) -> None:
+    running = node.start()
+    wait_for(node.pids, "the children")
+    state = node.run_dir / "supervisor.json"
+    # Where it writes before it puts that in place: no space left on device.
+    state.with_suffix(".tmp").symlink_to("/dev/full")
+    os.kill(node.pids()["first"], signal.SIGKILL)
+    before = node.pids()["first"]
+    wait_for(lambda: [p for p in procs.find(node.run_dir) if p.name == "first" and p.pid != before], "the child again")
+    assert running.poll() is None
+    state.with_suffix(".tmp").unlink()
+    wait_for(lambda: node.pids().get("first", before) != before, "what it tells")
+
+
+def test_a_directory_that_cannot_be_made_is_waited_for(node: Node) -> None:
+    running = node.start("exec sleep 1000")
+    pid = wait_for(node.pids, "the child")["first"]
+    log = node.run_dir / "log"
+    log.rename(node.run_dir / "moved")
+    log.write_text("")
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: "cannot be started" in node.state()["children"][0]["last_exit"], "the reason")
+    assert running.poll() is None
+    log.unlink()
+    wait_for(node.pids, "the child again")
+
+
 def test_a_full_log_is_cut_and_its_end_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "LOG_LIMIT", 2 << 20)
     log = tmp_path / "x.log"
