@@ -193,8 +193,8 @@ class LbService:
         """Only then is it certain that nobody outside is served."""
         await self._services.synced.wait()
         await self._plane.settled()
-        # Of one that is not understood nobody knows whom it serves.
-        if not self._services.unread:
+        # Of one that is not understood, or not written anew, an earlier process knew whom it serves.
+        if not self._services.unread and not self._plane.problems:
             self._outside.complete()
 
     def _need_outside(self, wanted: bool) -> None:

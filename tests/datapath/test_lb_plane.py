@@ -680,6 +680,28 @@ async def test_more_than_fits_is_refused_and_the_rest_goes_on(clean: Instance) -
     await plane.stop()
 
 
+async def test_a_family_without_room_leaves_the_other(clean: Instance) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    told: list[str] = []
+    plane.on_planned(told.append)
+    plane.program._backend_indexes._limit = 8  # type: ignore[union-attr]
+    fronts = (front("192.0.2.1:80", FrontendType.EXTERNAL_IP), front("[2001:db8::1]:80", FrontendType.EXTERNAL_IP))
+    declared.put(web(*fronts), backend("10.0.0.1"), *(backend(f"fd00::{n}") for n in range(1, 20)))
+    await plane.settled()
+    assert "in use" in plane.problems["web"] and not plane.service_state("web").programmed
+    # So programs come to hang on uplinks.
+    assert plane.plans["web"].keys() == {4} and told == ["web"]
+    plane.mark("web")
+    await plane.settled()
+    assert told == ["web"]
+    declared.put(web(*fronts), backend("10.0.0.1"), backend("fd00::1"))
+    await plane.settled()
+    assert plane.plans["web"].keys() == {4, 6} and not plane.problems
+    await plane.stop()
+
+
 async def test_what_a_full_table_took_of_a_service_goes_with_it(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
     declared = Declared()
     declared.synced.set()

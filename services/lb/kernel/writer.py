@@ -235,6 +235,11 @@ class Plane:
         """What is in the kernel, by service and family."""
         return self._plans
 
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """Why services are not, or not as they should be."""
+        return self._problems
+
     def held(self, name: str, family: int) -> Held | None:
         """The kernel's part of a service."""
         return self.program.held.get((name, family)) if self.program is not None else None
@@ -378,7 +383,7 @@ class Plane:
         assert self.program is not None
         spec = self._services.specs.get(name)
         plans: dict[int, FamilyPlan] = {}
-        failed: list[Exception] = []
+        failed: dict[int, Exception] = {}
         if spec is not None:
             backends = self._services.backends.get(name, {})
             plans = plan(spec, backends, self._verdict, self._here(), self._defaults)
@@ -392,21 +397,30 @@ class Plane:
                 elif spec is not None or self._services.synced.is_set():
                     self.program.remove((name, family))
             except (errors.FibrilError, OSError) as error:
-                failed.append(error)
+                failed[family] = error
         if failed:
-            problem = str(failed[0])
+            problem = str(next(iter(failed.values())))
             if self._problems.get(name) != problem:
                 log.error(
                     "a service is not in the kernel as it should be",
                     extra={"service": name, "error": problem},
                 )
             self._problems[name] = problem
+            # The other family's frontends are there all the same.
+            before = self._plans.get(name, {})
+            now = before | {family: each for family, each in plans.items() if family not in failed}
+            if now != before:
+                self._plans[name] = now
+                self._tell_planned(name)
             return
         self._problems.pop(name, None)
         if spec is not None:
             self._plans[name] = plans
         elif self._services.synced.is_set():
             self._plans.pop(name, None)
+        self._tell_planned(name)
+
+    def _tell_planned(self, name: str) -> None:
         for callback in self._on_planned:
             callback(name)
 
