@@ -26,6 +26,7 @@ from services.common.pipeline.events import clock_offset
 from services.common.service import ComponentStatus
 from services.sockaccel import abi, hooks, install
 from services.sockaccel.config import SockAccelSection
+from services.sockaccel.judged import Judged
 from services.sockaccel.release import Releaser
 from services.sockaccel.tables import Tables, Wanted
 
@@ -58,6 +59,7 @@ class Plane:
         self._datapath = Datapath(instance, Parts("sockaccel", install.load, install.complete), self._use, self._lost)
         self._thread = ThreadPoolExecutor(1, "sockaccel.tables")
         self._dirty, self._done = asyncio.Event(), asyncio.Event()
+        self._judged = Judged(instance.run_dir / "sockaccel.judged")
         self._rounds = 0
         self._calls, self._alone_since, self._made = True, time.monotonic(), 0
         self._tables: Tables | None = None
@@ -119,7 +121,7 @@ class Plane:
             if wanted is None:
                 self._problem = "waiting for the endpoints of this node"
                 return
-            self.changes += await self._run(self.tables.write, replace(wanted, calls=self._calls))
+            self.changes += await self._run(self._write, replace(wanted, calls=self._calls))
             if not self._calls and not await self._run(self._let_go):
                 self._alone_since = time.monotonic()
         except (errors.FibrilError, OSError) as error:
@@ -127,6 +129,14 @@ class Plane:
         if problem and problem != self._problem:
             log.warning("sockets are not accelerated as wanted", extra={"cause": problem})
         self._problem = problem
+
+    def _write(self, wanted: Wanted) -> int:
+        # Asked before: what changes meanwhile is seen the next time.
+        identities = self.tables.identities()
+        changed = self.tables.write(wanted, not self._judged.is_under(identities), self._judged.begin)
+        if changed:
+            self._judged.done(identities)
+        return changed
 
     def _let_go(self) -> bool:
         """Nothing is shortened from here on. But if there is a pair now, what was handed to it is read under their eyes."""
@@ -172,9 +182,11 @@ class Plane:
         """Read the kernel's reports, until cancelled."""
         while True:
             try:
+                tables = self._tables
                 with RingBuffer.open(self._instance.pin_dir / abi.MAPS["sa_events"]) as ring:
                     self._ring_problem = ""
-                    while True:
+                    # Maps that were made anew have another.
+                    while tables is self._tables:
                         offset = clock_offset()
                         for record in ring.poll():
                             event = abi.Event.from_buffer_copy(record)

@@ -8,6 +8,7 @@ ended, as `ss -K` does: an error that everybody sees, once in the life of a proc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S: Final = 2.0
 """So long it may stay stuck."""
+MISSED_S: Final = 10.0
+"""Reports may be lost, and what is tried may fail: all pairs are looked at so often."""
 _LOOK_S: Final = 0.1
 _TCP: Final = 6
 
@@ -46,26 +49,40 @@ class Releaser:
 
     async def run(self) -> None:
         """Until cancelled."""
+        look_all = time.monotonic() + MISSED_S
         while True:
             if not self._due:
                 self._told.clear()
-                await self._told.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, look_all - time.monotonic())):
+                        await self._told.wait()
             await asyncio.sleep(_LOOK_S)
             now = time.monotonic()
-            due = [cookie for cookie, at in self._due.items() if at <= now]
-            for cookie in due:
-                del self._due[cookie]
-            try:
-                found = [self._tables().pairs.lookup(cookie) for cookie in due]
-                for pair in found:
-                    if pair is not None and any(end.stuck in (abi.Stuck.STUCK, abi.Stuck.OVERTAKEN) for end in pair.ends):
-                        await asyncio.to_thread(self._end, pair)
-            except (errors.FibrilError, OSError) as error:
-                log.warning("a connection that cannot go on is left to time out", extra={"cause": str(error)})
+            # Without tables there is nobody to end.
+            with contextlib.suppress(errors.FibrilError):
+                if now >= look_all:
+                    look_all = now + MISSED_S
+                    for pair in await asyncio.to_thread(self._tables().all_pairs):
+                        if _is_stuck(pair) and pair.ends[0].cookie not in self._due:
+                            self.stuck(pair)
+                for cookie in [cookie for cookie, at in self._due.items() if at <= now]:
+                    del self._due[cookie]
+                    found = self._tables().pairs.lookup(cookie)
+                    if found is not None and _is_stuck(found):
+                        await self._end(found)
 
-    def _end(self, pair: abi.Pair) -> None:
-        end(self._namespaces, pair)
-        log.warning("a connection was ended whose process splices and could not go on", extra={"pair": pair.ends[0].cookie})
+    async def _end(self, pair: abi.Pair) -> None:
+        about = {"pair": pair.ends[0].cookie}
+        try:
+            await asyncio.to_thread(end, self._namespaces, pair)
+        except (errors.FibrilError, OSError) as error:
+            log.warning("a connection that cannot go on is not ended yet", extra={**about, "cause": str(error)})
+        else:
+            log.warning("a connection was ended whose process splices and could not go on", extra=about)
+
+
+def _is_stuck(pair: abi.Pair) -> bool:
+    return any(end.stuck in (abi.Stuck.STUCK, abi.Stuck.OVERTAKEN) for end in pair.ends)
 
 
 def end(namespaces: Namespaces, pair: abi.Pair) -> None:

@@ -6,12 +6,14 @@ For one thread. Programs read every map at any time, so the configuration, which
 from __future__ import annotations
 
 import ctypes as ct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from services.common.errors import ResourceExhausted
 from services.common.kernel.maps import BpfMap
+from services.common.pipeline import abi as pipeline
 from services.common.pipeline.abi import FibAddr, IPAddress, addr_bytes
 from services.sockaccel import abi
 
@@ -68,6 +70,10 @@ class Tables:
             self._groups = self._map(instance, "sa_groups", ct.c_uint64, ct.c_uint32)
             self._hosts = self._map(instance, "sa_hosts", FibAddr, ct.c_uint32)
             self._off = self._map(instance, "sa_off", ct.c_uint64, ct.c_uint32)
+            self._pods: BpfMap[FibAddr, pipeline.Endpoint] = BpfMap.open(
+                instance.pin_dir / pipeline.MAPS["ep_addr"], FibAddr, pipeline.Endpoint
+            )
+            self._open.append(self._pods)
         except BaseException:
             self.close()
             raise
@@ -97,10 +103,14 @@ class Tables:
         """As it is now."""
         return self._config.lookup(0) or abi.Config()
 
-    def write(self, wanted: Wanted) -> int:
-        """Make it so; how many entries were changed. If any was, every pair is judged anew.
+    def identities(self) -> dict[str, int]:
+        """Of pods, as programs know them now, by address in hexadecimal digits."""
+        return {bytes(address).hex(): int(pod.identity) for address, pod in self._pods.items()}
 
-        ResourceExhausted, before anything is changed, if something has no room.
+    def write(self, wanted: Wanted, judge: bool = False, begin: Callable[[], None] = lambda: None) -> int:
+        """Make it so; how many entries were changed. If any was, or `judge`, every pair is judged anew.
+
+        begin: called before the first change. ResourceExhausted, before anything is changed, if something has no room.
         """
         for name, entries, room in (
             ("ports", wanted.ports, abi.PORTS_MAX),
@@ -111,12 +121,14 @@ class Tables:
         ):
             if len(entries) > room:
                 raise ResourceExhausted(f"{len(entries)} {name}, the limit is {room}", fix="name fewer")
-        changed = self._write_spaces(wanted)
-        changed += _agree(self._ports, {port: abi.Port(mask, int(proxy)) for port, (mask, proxy) in wanted.ports.items()})
-        changed += _agree(self._uids, {uid: ct.c_uint32(1) for uid in wanted.uids})
-        changed += _agree(self._groups, {group: ct.c_uint32(mask) for group, mask in wanted.groups.items()})
-        changed += _agree(self._hosts, {addr_bytes(address): ct.c_uint32(1) for address in wanted.hosts})
-        changed += _agree(self._off, {cookie: ct.c_uint32(1) for cookie in wanted.off})
+        changes = [
+            *self._changed_spaces(wanted),
+            *_changes(self._ports, {port: abi.Port(mask, int(proxy)) for port, (mask, proxy) in wanted.ports.items()}),
+            *_changes(self._uids, {uid: ct.c_uint32(1) for uid in wanted.uids}),
+            *_changes(self._groups, {group: ct.c_uint32(mask) for group, mask in wanted.groups.items()}),
+            *_changes(self._hosts, {addr_bytes(address): ct.c_uint32(1) for address in wanted.hosts}),
+            *_changes(self._off, {cookie: ct.c_uint32(1) for cookie in wanted.off}),
+        ]
         before = self.config()
         after = abi.Config(
             flags=(abi.ConfigFlag.ON if wanted.on else 0)
@@ -137,31 +149,27 @@ class Tables:
             beat_ns=int(wanted.beat_s * 1e9),
             nonblocking=wanted.nonblocking,
         )
-        if changed or bytes(after) != bytes(before):
-            after.epoch = (before.epoch + 1) & 0xFFFFFFFF
-            self._config.update(0, after)
-            changed += 1
-        return changed
+        if not (changes or judge or bytes(after) != bytes(before)):
+            return 0
+        begin()
+        for change in changes:
+            change()
+        # Programs read it while it is written: who sees the new epoch is to see all the rest.
+        self._config.update(0, after)
+        after.epoch = (before.epoch + 1) & 0xFFFFFFFF
+        self._config.update(0, after)
+        return len(changes) + 1
 
-    def judge(self) -> None:
-        """Have every pair judged anew, on TCP."""
-        config = self.config()
-        config.epoch = (config.epoch + 1) & 0xFFFFFFFF
-        self._config.update(0, config)
-
-    def _write_spaces(self, wanted: Wanted) -> int:
+    def _changed_spaces(self, wanted: Wanted) -> list[Callable[[], object]]:
         there = {int(key.value): value for key, value in self._spaces.items()}
-        changed = 0
+        changes: list[Callable[[], object]] = []
         for cookie, (client, server, endpoint) in wanted.spaces.items():
             old = there.pop(cookie, None)
             if old is None or (old.client, old.server, old.endpoint) != (client, server, endpoint):
                 # That a proxy is at work there is the programs' knowledge.
                 proxied = old.flags if old is not None and old.endpoint == endpoint else 0
-                self._spaces.update(cookie, abi.Space(client, server, endpoint, proxied))
-                changed += 1
-        for cookie in there:
-            changed += self._spaces.delete(cookie)
-        return changed
+                changes.append(partial(self._spaces.update, cookie, abi.Space(client, server, endpoint, proxied)))
+        return changes + [partial(self._spaces.delete, cookie) for cookie in there]
 
     def stat(self, which: int) -> int:
         """Sum of a counter over all CPUs."""
@@ -194,18 +202,19 @@ class Tables:
         return there - dead.intersection(doubtful), dead.difference(doubtful)
 
 
-def _agree(table: BpfMap[Any, Any], wanted: Mapping[Any, Any]) -> int:
-    """Have a map hold exactly these; how many entries were changed. Keys are integers, or bytes of a structure."""
+def _changes(table: BpfMap[Any, Any], wanted: Mapping[Any, Any]) -> list[Callable[[], object]]:
+    """What makes a map hold exactly these. Keys are integers, or bytes of a structure."""
     there = {_key(key): value for key, value in table.items()}
-    changed = 0
+    changes: list[Callable[[], object]] = []
     for key, value in wanted.items():
         old = there.pop(key, None)
         if old is None or bytes(old) != bytes(value):
-            table.update(FibAddr.from_buffer_copy(key) if isinstance(key, bytes) else key, value)
-            changed += 1
-    for key in there:
-        changed += table.delete(FibAddr.from_buffer_copy(key) if isinstance(key, bytes) else key)
-    return changed
+            changes.append(partial(table.update, _made(key), value))
+    return changes + [partial(table.delete, _made(key)) for key in there]
+
+
+def _made(key: Any) -> Any:
+    return FibAddr.from_buffer_copy(key) if isinstance(key, bytes) else key
 
 
 def _key(key: Any) -> Any:

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 ABSENT_S: Final = 2.0
 """Without the service that knows pods so long after the start, there are none."""
 _TIDY_S: Final = 10.0
+_TOLD_S: Final = 0.5
 
 
 class SockAccelService:
@@ -51,6 +52,7 @@ class SockAccelService:
         self._store = Store(instance.state_dir / "sockaccel.db")
         self._pods: dict[int, Pod] = {}
         self._off: set[int] = set()
+        self._adopted = False
         self._host_netns = 0
         self._began = time.monotonic()
         self._netlink = Netlink()
@@ -76,7 +78,6 @@ class SockAccelService:
             self._host_netns = own.cookie()
         await self._addresses.start()
         await self._plane.start()
-        self._off = await self._switched_off()
         ctx.tasks.spawn("sockaccel.addresses", self._addresses.run())
         ctx.tasks.spawn("sockaccel.endpoints", self._endpoints.run())
         ctx.tasks.spawn("sockaccel.tables", self._plane.run())
@@ -103,6 +104,10 @@ class SockAccelService:
 
     # ---- what is wanted -------------------------------------------------------------------------------------
     def _wanted(self) -> Wanted | None:
+        if not self._adopted:
+            # What an earlier process switched off, before anything is written over it.
+            self._off |= self._plane.tables.switched_off()
+            self._adopted = True
         if not self._endpoints.ever and not (
             self._endpoints.absent and time.monotonic() - self._began > ABSENT_S
         ):
@@ -133,13 +138,10 @@ class SockAccelService:
         )
         known = self._pods.get(found.id)
         self._pods[found.id] = pod
-        if known is not None and known.identity != pod.identity:
-            # Policies may now say otherwise without one of them being written.
-            try:
-                self._plane.tables.judge()
-            except errors.FibrilError as error:
-                log.info("pairs are not judged anew", extra={"cause": str(error)})
         self._plane.need()
+        if known is not None and known.identity != pod.identity:
+            # Programs are told of it a moment after the others.
+            asyncio.get_running_loop().call_later(_TOLD_S, self._plane.need)
 
     def _endpoint_gone(self, number: int) -> None:
         self._pods.pop(number, None)
@@ -186,23 +188,21 @@ class SockAccelService:
         """Pairs that are never shortened again, whatever class has their bit next."""
         self._off |= cookies
 
-    async def _switched_off(self) -> set[int]:
-        try:
-            return await asyncio.to_thread(self._plane.tables.switched_off)
-        except errors.FibrilError:
-            return set()
-
     async def _tidy(self) -> None:
         """Forget pairs whose end nobody saw (their control group is no longer the one), and switches of pairs that are gone."""
         doubtful: set[int] = set()
+        missing: set[int] = set()
         while True:
             await asyncio.sleep(_TIDY_S)
+            off = set(self._off)
             try:
                 there, doubtful = await asyncio.to_thread(self._plane.tables.tidy, doubtful)
-            except errors.FibrilError:
+            except (errors.FibrilError, OSError):
                 continue
-            if not self._off <= there:
-                self._off &= there
+            # Others may have been switched off meanwhile, and a walk may have missed one once.
+            missing, gone = off - there, (off - there) & missing
+            if gone:
+                self._off -= gone
                 self._plane.need()
 
     # ---- status ---------------------------------------------------------------------------------------------

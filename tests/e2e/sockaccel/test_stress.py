@@ -128,7 +128,7 @@ class Faults:
         self.policies.update(number, held)
 
     def judge(self) -> None:
-        self.rig.tables.judge()
+        self.rig.tables.write(self.rig.wanted, judge=True)
 
     def limits(self) -> None:
         self._for_a_moment(
