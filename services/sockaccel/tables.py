@@ -103,9 +103,9 @@ class Tables:
         """As it is now."""
         return self._config.lookup(0) or abi.Config()
 
-    def identities(self) -> dict[str, int]:
-        """Of pods, as programs know them now, by address in hexadecimal digits."""
-        return {bytes(address).hex(): int(pod.identity) for address, pod in self._pods.items()}
+    def identities(self, endpoints: Collection[int]) -> dict[str, int]:
+        """Of these pods, as programs know them now, by address in hexadecimal digits."""
+        return {bytes(address).hex(): int(pod.identity) for address, pod in self._pods.items() if pod.id in endpoints}
 
     def write(self, wanted: Wanted, judge: bool = False, begin: Callable[[], None] = lambda: None) -> int:
         """Make it so; how many entries were changed. If any was, or `judge`, every pair is judged anew.
