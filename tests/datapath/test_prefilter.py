@@ -9,7 +9,7 @@ import random
 import shutil
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -388,6 +388,42 @@ def test_a_change_that_fails_has_changed_nothing(rig: Rig, state: State, monkeyp
             assert got == [DROP, PASS, PASS, PASS, PASS, PASS, PASS]
     assert state._db.stamp() == stamp
     assert len(state.own["a"]) == 1
+
+
+def test_tables_that_are_wrong_never_count_as_right(rig: Rig, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    state.set_prefixes("a", False, entries("10.0.0.0/8"), False)
+    real = state._tables.change
+    calls = 0
+
+    def no_memory(*_: object) -> None:
+        raise errors.ResourceExhausted("no memory")
+
+    def half(sets: Sets, keys: Collection[bytes]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            real(sets, keys)
+        no_memory()
+
+    # Neither made whole nor taken back.
+    with monkeypatch.context() as full:
+        full.setattr(state._tables, "change", half)
+        with pytest.raises(errors.ResourceExhausted):
+            state.set_prefixes("a", False, entries("11.0.0.0/8"), False)
+    assert set(state.own["a"].v4) == set(entries("10.0.0.0/8")) and rig.run("11.0.0.1") == DROP
+    state.mend()
+    assert [rig.run("10.0.0.1"), rig.run("11.0.0.1")] == [DROP, PASS]
+    # There was no memory when a process began, and then somebody makes a small change.
+    state._tables.rebuild(Sets([a_set(9, "0.0.0.0/0")]))
+    state._tables.stamp = 0
+    with monkeypatch.context() as full:
+        full.setattr(state._tables, "rebuild", no_memory)
+        with pytest.raises(errors.ResourceExhausted):
+            state.use_maps()
+        with pytest.raises(errors.ResourceExhausted):
+            state.add("a", False, entries("12.0.0.1"), False)
+    state.add("a", False, entries("12.0.0.1"), False)
+    assert [rig.run(source) for source in ("10.0.0.1", "11.0.0.1", "12.0.0.1")] == [DROP, PASS, DROP]
 
 
 def test_entries_expire(rig: Rig, state: State) -> None:

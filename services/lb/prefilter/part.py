@@ -190,6 +190,7 @@ class PrefilterPart:
                 if self._problem:
                     await self._install()
                 if self._state is not None:
+                    await self._run(self._state.mend)
                     await self._run(self._protect)
                     next_expiry = await self._run(self._state.expire)
                     if next_expiry:

@@ -81,6 +81,11 @@ class State:
         self._tables.limits(bool(self.limits))
         self._tables.stamp = stamp
 
+    def mend(self) -> None:
+        """Make the tables anew if they do not say what is declared: they could not be made, or a change not taken back."""
+        if self._tables.ready and self._tables.stamp != self._db.stamp():
+            self.use_maps()
+
     # -- sets
 
     def set_prefixes(
@@ -184,6 +189,8 @@ class State:
         limits: Limits | None = None, cluster: PrefixSet | None = None,
     ) -> None:  # fmt: skip
         """Have this instead of what there is; disk and kernel, or neither. touched: keys whose set may be another."""
+        # A change of tables that are wrong would make them count as right.
+        self.mend()
         own = self.own if own is None else own
         limits = self.limits if limits is None else limits
         cluster = cluster or self.cluster
@@ -199,7 +206,9 @@ class State:
         except BaseException:
             self._db.rollback()
             if ready and not self._tables.stamp:
+                before, stamp = stamp, 0  # it stays so if this fails, too
                 self._apply(self.sets, self.limits, touched)
+                stamp = before
             raise
         finally:
             if ready:
