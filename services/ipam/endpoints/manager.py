@@ -46,6 +46,11 @@ IDENTIFY_CHUNK: Final = 500
 class _Call:
     abandoned: bool = False
 
+    def require(self) -> None:
+        """Cancelled, if nobody waits any more."""
+        if self.abandoned:
+            raise errors.Cancelled("the caller gave up; the endpoint is undone")
+
 
 class EndpointManager:
     """All endpoints of the node; used from the event loop. `changed(id)` hears of every record that
@@ -245,6 +250,8 @@ class EndpointManager:
             place = await self._kernel.place(spec)
             existing = self._index.by_key(spec.key)
             if existing is not None and (usable := await self._reuse(existing, spec, place)) is not None:
+                # Who made it may have ended before its policy was there.
+                await self._kernel.admitted(usable)
                 return usable
             if call.abandoned:
                 raise errors.Cancelled("the caller gave up")
@@ -281,11 +288,11 @@ class EndpointManager:
         )
         record = self._record(record)
         ifindex = await self._kernel.wire(record)
-        if call.abandoned:
-            raise errors.Cancelled("the caller gave up; the endpoint is undone")
+        call.require()
         ready = await self._settled(record, record.to(State.READY, host_ifindex=ifindex))
         # Whoever makes policies has been told by now.
         await self._kernel.admitted(ready)
+        call.require()
         return ready
 
     async def _undo(self, number: int, key: Key, cause: BaseException) -> None:

@@ -79,17 +79,32 @@ async def test_creations_of_one_key_wait_for_each_other(manager: EndpointManager
     assert world.calls.count("wire") == 1
 
 
-async def test_a_creation_nobody_waits_for_is_undone(
+async def test_one_that_is_there_already_has_its_policy_too(
     manager: EndpointManager, world: World, db: sqlite3.Connection
 ) -> None:
-    world.gate["wire"] = asyncio.Event()
+    """Made by a process that ended while it waited for that."""
+    await manager.create(SPEC)
+    again = await started(db, world)
+    world.fail["admitted"] = errors.Unavailable("no policy yet")
+    with pytest.raises(errors.Unavailable):
+        await again.create(SPEC)
+    assert rows(db) == [(1, "READY")]
+    world.fail.clear()
+    assert (await again.create(SPEC)).id == 1
+
+
+@pytest.mark.parametrize(("step", "state"), [("wire", "CREATING"), ("admitted", "READY")])
+async def test_a_creation_nobody_waits_for_is_undone(
+    manager: EndpointManager, world: World, db: sqlite3.Connection, step: str, state: str
+) -> None:
+    world.gate[step] = asyncio.Event()
     caller = asyncio.create_task(manager.create(SPEC))
-    await until(lambda: "wire" in world.calls)
-    assert rows(db) == [(1, "CREATING")]
+    await until(lambda: step in world.calls)
+    assert rows(db) == [(1, state)]
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    world.gate["wire"].set()
+    world.gate[step].set()
     await manager.stop()
     assert (rows(db), world.links, world.held) == ([], {}, {})
 
