@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 from fibril.policy.v1 import policy_pb2 as pb
@@ -48,10 +48,12 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
         differ: Differ,
         connections: Connections,
         tables: Callable[[], Tables | None],
+        asked: Callable[[], Awaitable[None]],
     ) -> None:
+        """asked: returns once packets are asked about."""
         self._store, self._enforcer, self._sources, self._named = store, enforcer, sources, named_ports
         self._answers, self._differ = answers, differ
-        self._connections, self._tables = connections, tables
+        self._connections, self._tables, self._asked = connections, tables, asked
 
     # ---- policies -------------------------------------------------------------------------------------------
     async def UpsertPolicies(
@@ -252,6 +254,7 @@ class PolicyApi(policy_pb2_grpc.PolicyServiceServicer):
 
     async def WaitEnforced(self, request: pb.WaitEnforcedRequest, context: object) -> pb.WaitEnforcedResponse:
         await self._enforcer.wait(request.revision)
+        await self._asked()
         problems = self._enforcer.contents.problems()
         if problems:
             raise errors.ResourceExhausted(f"not all is in force: {problems[0]}", fix="see: fibril policy endpoints")

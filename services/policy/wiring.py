@@ -74,8 +74,9 @@ class PolicyService:
             instance,
             Parts("policy-programs", install.install_programs, install.programs_complete),
             self._use_programs,
-            self._lost,
+            self._refused,
         )
+        self._refusal: errors.FibrilError | None = None
         self._netlink = Netlink()
         self._host = HostHooks(instance, self._netlink, cfg.policy.devices or _devices(cfg))
         self._enforcer.contents.on_host(self._host.need)
@@ -115,6 +116,7 @@ class PolicyService:
                 self._differ,
                 self._connections,
                 lambda: self._tables,
+                self.asked,
             ),
         )
         ctx.rpc.add(flow_pb2_grpc.add_FlowServiceServicer_to_server, self._flows)
@@ -154,6 +156,20 @@ class PolicyService:
     async def _use_programs(self) -> None:
         # The others are reached by the pipeline's slots.
         await self._host.use()
+        self._refusal = None
+
+    def _refused(self, reason: errors.FibrilError) -> None:
+        self._refusal = reason
+
+    async def asked(self) -> None:
+        """Until packets are asked about. FailedPrecondition: the programs cannot be installed."""
+        while self._programs.problem is not None:
+            if self._refusal is not None:
+                raise errors.FailedPrecondition(
+                    f"policies are in the tables, but nothing asks them: {self._refusal}", fix="see: fibril status"
+                )
+            await asyncio.sleep(LOOK_S)
+        await self._host.settled()
 
     def _configure(self, tables: Tables) -> None:
         cfg, config = self._cfg.policy, tables.config

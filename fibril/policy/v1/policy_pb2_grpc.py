@@ -233,7 +233,8 @@ class PolicyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WaitEnforced(self, request, context):
-        """WaitEnforced returns once this node enforces all policies up to an etcd revision.
+        """WaitEnforced returns once this node enforces all policies up to an etcd revision, and packets are asked about. RESOURCE_EXHAUSTED: a
+        policy does not fit; FAILED_PRECONDITION: nothing asks, the programs cannot be installed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

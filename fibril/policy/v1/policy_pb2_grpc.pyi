@@ -79,7 +79,9 @@ class PolicyServiceStub:
     SetNamedPorts: _grpc.UnaryUnaryMultiCallable[_policy_pb2.SetNamedPortsRequest, _policy_pb2.SetNamedPortsResponse]
     """SetNamedPorts tells which ports names stand for in an endpoint; kept on this node until the endpoint goes, and told to the others."""
     WaitEnforced: _grpc.UnaryUnaryMultiCallable[_policy_pb2.WaitEnforcedRequest, _policy_pb2.WaitEnforcedResponse]
-    """WaitEnforced returns once this node enforces all policies up to an etcd revision."""
+    """WaitEnforced returns once this node enforces all policies up to an etcd revision, and packets are asked about. RESOURCE_EXHAUSTED: a
+    policy does not fit; FAILED_PRECONDITION: nothing asks, the programs cannot be installed.
+    """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetUsageRequest, _policy_pb2.GetUsageResponse]
     """GetUsage counts what policies take in the kernel, and connections."""
 
@@ -134,7 +136,9 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     SetNamedPorts: _aio.UnaryUnaryMultiCallable[_policy_pb2.SetNamedPortsRequest, _policy_pb2.SetNamedPortsResponse]  # type: ignore[assignment]
     """SetNamedPorts tells which ports names stand for in an endpoint; kept on this node until the endpoint goes, and told to the others."""
     WaitEnforced: _aio.UnaryUnaryMultiCallable[_policy_pb2.WaitEnforcedRequest, _policy_pb2.WaitEnforcedResponse]  # type: ignore[assignment]
-    """WaitEnforced returns once this node enforces all policies up to an etcd revision."""
+    """WaitEnforced returns once this node enforces all policies up to an etcd revision, and packets are asked about. RESOURCE_EXHAUSTED: a
+    policy does not fit; FAILED_PRECONDITION: nothing asks, the programs cannot be installed.
+    """
     GetUsage: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetUsageRequest, _policy_pb2.GetUsageResponse]  # type: ignore[assignment]
     """GetUsage counts what policies take in the kernel, and connections."""
 
@@ -264,7 +268,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.WaitEnforcedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.WaitEnforcedResponse, _abc.Awaitable[_policy_pb2.WaitEnforcedResponse]]:
-        """WaitEnforced returns once this node enforces all policies up to an etcd revision."""
+        """WaitEnforced returns once this node enforces all policies up to an etcd revision, and packets are asked about. RESOURCE_EXHAUSTED: a
+        policy does not fit; FAILED_PRECONDITION: nothing asks, the programs cannot be installed.
+        """
 
     @_abc_1.abstractmethod
     def GetUsage(

@@ -101,7 +101,11 @@ class Datapath:
             return
         self._stamp.unlink(missing_ok=True)
         await self._parts.load(self._instance)
-        self._stamp.write_text(stamp)
+        try:
+            self._stamp.write_text(stamp)
+        except OSError as error:
+            # Whoever comes next loads them again: no reason to go without those there are.
+            log.warning("cannot be noted what was loaded", extra={"path": self._stamp, "cause": str(error)})
 
     def status(self) -> list[ComponentStatus]:
         """One component for the whole, one for each optional feature that is missing."""

@@ -76,6 +76,8 @@ class DeviceHooks:
         self._found: list[Device] = []
         self._needed: bool | None = None
         self._problem = ""
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._following = Following("devices", _GROUPS, self._concerns, self._work, resync_s=RESYNC_S)
 
     @property
@@ -110,7 +112,12 @@ class DeviceHooks:
         """Whether the programs have anything to do, from now on."""
         if self._needed is not wanted:
             self._needed = wanted
+            self._settled.clear()
             self._following.wake()
+
+    async def settled(self) -> None:
+        """Until what `need` said last has been seen to; `problem` and `problems` tell how that went."""
+        await self._settled.wait()
 
     async def use(self) -> None:
         """The programs are pinned, or pinned anew. NotFound if they are not."""
@@ -144,10 +151,11 @@ class DeviceHooks:
 
     async def _work(self) -> None:
         await self._before()
-        if self._needed is None or (self._needed and not self._programs):
+        needed = self._needed
+        if needed is None or (needed and not self._programs):
             return
         try:
-            if self._needed:
+            if needed:
                 self._found = await self._netlink.call(self._apply)
             else:
                 await self._netlink.call(remove, self._instance, self._places)
@@ -158,6 +166,8 @@ class DeviceHooks:
         if problem and problem != self._problem:
             log.warning(self._consequence, extra={"cause": problem})
         self._problem = problem
+        if needed is self._needed:
+            self._settled.set()
 
     def _apply(self, node: Rtnl) -> list[Device]:
         links = node.links()

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from services.common import errors
+from services.common.etcd.config import EtcdConfig
 from services.common.instance import Instance
-from services.common.kernel import attach, features, netns, tc_classic
+from services.common.kernel import attach, features, loader, netns, tc_classic
 from services.common.kernel import netlink as nl
 from services.common.kernel.netlink import Netlink, Rtnl
 from services.common.kernel.netns import NetNs
@@ -24,7 +25,9 @@ from services.common.pipeline import install as pipeline
 from services.identity.network import programs as identity
 from services.lb import packets as lb
 from services.policy import host, install
+from services.policy.config import PolicyConfig
 from services.policy.host import HostHooks
+from services.policy.wiring import PolicyService
 from tests import session
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -126,9 +129,11 @@ async def test_on_the_default_route_while_there_is_a_policy(space: Rtnl, instanc
     async with running(instance) as made:
         assert there(space, instance, "fbx0") == ids
         made.need(False)
-        await wait(lambda: not there(space, instance, "fbx0"))
+        await asyncio.wait_for(made.settled(), 20)
+        assert not there(space, instance, "fbx0")
         made.need(True)
-        await wait(lambda: len(there(space, instance, "fbx0")) == 2)
+        await asyncio.wait_for(made.settled(), 20)
+        assert len(there(space, instance, "fbx0")) == 2
     assert host.remove(space, instance) == ["fbx0"] and not there(space, instance, "fbx0")
     assert not host.remove(space, instance)
 
@@ -163,3 +168,25 @@ async def test_before_the_programs_are_there(space: Rtnl, tmp_path: Path) -> Non
         (state,) = made.status()
         assert state.state == "degraded" and "waits" in state.message
         await made.stop()
+
+
+async def test_in_force_is_what_packets_are_asked_about(
+    space: Rtnl, instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what is in tables while the programs are being installed, or cannot be."""
+    service = PolicyService(instance, PolicyConfig(etcd=EtcdConfig(endpoints=("127.0.0.1:1",))))
+    early = asyncio.create_task(service.asked())
+    await asyncio.wait([early], timeout=0.1)
+    assert not early.done()
+    shutil.copytree(loader.bpf_root(), tmp_path / "bpf")
+    (tmp_path / "bpf/policy/policy.c").write_text("no program\n")
+    with monkeypatch.context() as broken:
+        broken.setenv("FIBRIL_BPF_SOURCE", str(tmp_path / "bpf"))
+        assert not await service._programs.install()
+    with pytest.raises(errors.FailedPrecondition, match="nothing asks"):
+        await early
+    with pytest.raises(errors.FailedPrecondition, match="nothing asks"):
+        await service.asked()
+    assert await service._programs.install()
+    await asyncio.wait_for(service.asked(), 20)
+    await service.stop()

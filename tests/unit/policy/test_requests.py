@@ -10,7 +10,7 @@ import pytest
 
 from fibril.policy.v1 import policy_pb2 as pb
 from fibril.types.v1 import types_pb2
-from services.common.errors import InvalidArgument, ResourceExhausted
+from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from services.common.instance import Instance
 from services.policy import store
 from services.policy.answers import Answers
@@ -20,6 +20,7 @@ from services.policy.explain import Explainer
 from services.policy.kernel.connections import Connections
 from services.policy.resolve.numbers import RuleNumbers
 from services.policy.resolve.world import World
+from tests.policy.tables import FakeWriter, as_writer
 
 CONTEXT: Any = cast(grpc.ServicerContext, None)
 POLICY = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: %s}\nspec: {podSelector: {}%s}\n"
@@ -33,7 +34,7 @@ def api() -> PolicyApi:
     kept.synced.set()
     connections = Connections(lambda: nothing, 1)
     answers = Answers(Instance("t"), enforcer, Explainer(enforcer, True), connections, lambda: nothing)
-    return PolicyApi(kept, enforcer, nothing, nothing, answers, nothing, connections, lambda: nothing)
+    return PolicyApi(kept, enforcer, nothing, nothing, answers, nothing, connections, lambda: nothing, nothing)
 
 
 @pytest.mark.parametrize("token", ["x", "\0", "²", "9" * 6000, "-1", "1/2", "²/a/b", "9/a/b", "%ff", "1" * 5000 + "/a/b"])
@@ -90,3 +91,17 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is(api: PolicyApi, m
         request = pb.ApplyDocumentsRequest(text=text, dry_run=dry_run)
         with pytest.raises(ResourceExhausted, match="NetworkPolicy default/large takes"):
             asyncio.run(api.ApplyDocuments(request, CONTEXT))
+
+
+async def test_in_force_is_nothing_that_nobody_asks(api: PolicyApi) -> None:
+    enforcer, writer = api._enforcer, as_writer(FakeWriter())
+    enforcer.use(writer)
+    enforcer.set_ready()
+    await enforcer.flush(writer)
+
+    async def broken() -> None:
+        raise FailedPrecondition("no programs")
+
+    api._asked = broken
+    with pytest.raises(FailedPrecondition, match="no programs"):
+        await api.WaitEnforced(pb.WaitEnforcedRequest(), CONTEXT)
