@@ -77,6 +77,7 @@ class Health:
         self._callbacks: list[Callable[[str, frozenset[BackendKey]], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._late = 0.0
+        self._unasked = ""
 
     async def start(self) -> None:
         """Begin to ask."""
@@ -118,6 +119,10 @@ class Health:
             return [ComponentStatus("health", "ok", "no service wants its backends to be checked")]
         unwell = self._count(False)
         text = f"{len(self._targets)} backends are asked, {unwell} are not well"
+        if self._unasked:
+            return [
+                ComponentStatus("health", "degraded", f"{text}; some cannot be asked, and count as before: {self._unasked}")
+            ]
         if self._late > LATE_S:
             return [
                 ComponentStatus(
@@ -211,6 +216,10 @@ class Health:
         began = time.monotonic()
         try:
             why = await probes.ask(check, key.address, check.port or key.port)
+            self._unasked = ""
+        except probes.NotAsked as error:
+            self._unasked = str(error)
+            return
         finally:
             # Not at the same moments for ever.
             rest = check.interval_s * random.uniform(0.95, 1.05) - (time.monotonic() - began)

@@ -1,9 +1,12 @@
-"""One question to a backend: "" if it is well, else one sentence on why not. Nothing is raised but cancellation."""
+"""One question to a backend: "" if it is well, else one sentence on why not. What keeps this process from asking says nothing
+about the backend: NotAsked.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from typing import Final
 
@@ -17,8 +20,15 @@ HEAD_MAX: Final = 4096
 """Bytes of an HTTP answer that are looked at: its first line."""
 
 
+_OWN: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class NotAsked(Exception):
+    """There was no way to ask: this process or its machine lacks descriptors or memory."""
+
+
 async def ask(check: HealthCheck, address: IPAddress, port: int) -> str:
-    """Within the check's timeout."""
+    """Within the check's timeout. NotAsked."""
     try:
         async with asyncio.timeout(check.timeout_s):
             match check.probe:
@@ -31,6 +41,8 @@ async def ask(check: HealthCheck, address: IPAddress, port: int) -> str:
     except TimeoutError:
         return f"no answer within {check.timeout_s:g} s"
     except OSError as error:
+        if error.errno in _OWN:
+            raise NotAsked(os.strerror(error.errno)) from None
         return f"cannot be reached: {os.strerror(error.errno) if error.errno else error}"
 
 

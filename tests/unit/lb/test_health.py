@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -186,6 +188,32 @@ async def test_who_was_not_well_is_so_until_it_has_answered_often_enough() -> No
         declared.put("a", None, Backend(sick))
         assert not monitor.verdict("a", sick)
         await monitor.stop()
+
+
+async def test_who_cannot_be_asked_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has no descriptors left: its backends are none the worse for it."""
+    declared = Declared()
+    key = BackendKey(LO, 1)
+    check = HealthCheck(TcpProbe(), interval_s=0.02, timeout_s=0.5, unhealthy_after=1)
+    declared.specs["a"] = Spec("a", (Frontend(FrontendType.CLUSTER_IP, LO, TCP, 80, 80),), health_check=check)
+    declared.backends["a"] = {key: Backend(key)}
+    tried = 0
+
+    async def no_descriptors(*_: object, **__: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as full:
+        full.setattr(asyncio, "open_connection", no_descriptors)
+        health = Health(declared)
+        await health.start()
+        await until(lambda: tried > 3)
+        assert not health.verdict("a", key)
+        assert health.status()[0].state == "degraded" and "Too many open files" in health.status()[0].message
+    await until(lambda: health.verdict("a", key))
+    assert health.status()[0].state == "ok"
+    await health.stop()
 
 
 async def test_a_thousand_backends() -> None:
