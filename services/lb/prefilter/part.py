@@ -154,7 +154,13 @@ class PrefilterPart:
         state = self.state
         # What was protected by an earlier process stays until it is known who is to be.
         if self._protected and (state.declared or not len(state.cluster)):
-            state.protect(self._protected | peers.addresses(self._instance))
+            try:
+                others = peers.addresses(self._instance)
+            except (errors.FibrilError, OSError) as error:
+                # Who is protected stays so: other nodes may come under what is denied.
+                log.warning("other nodes' addresses cannot be read", extra={"cause": str(error)})
+                return
+            state.protect(self._protected | others)
 
     async def _install(self, wanted: bool = False) -> None:
         """Have the maps, if there is anything for them. wanted: also if there is nothing yet."""

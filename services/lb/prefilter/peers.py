@@ -13,7 +13,7 @@ from services.common.pipeline.abi import IPAddress
 
 
 def addresses(instance: Instance) -> frozenset[IPAddress]:
-    """None where there is no identity service."""
+    """None where there is no identity service. Raises FibrilError, OSError if they cannot be read."""
     found: set[IPAddress] = set()
     try:
         with BpfMap.open(instance.pin_dir / abi.MAPS["nd_nodes"], ct.c_uint32, abi.NodeEntry) as nodes:
@@ -22,6 +22,6 @@ def addresses(instance: Instance) -> frozenset[IPAddress]:
                     v6 = node.v6.ip()
                     found |= {IPv4Address(int(node.v4).to_bytes(4, "little"))} if node.v4 else set()
                     found |= {v6} if v6 is not None and not v6.is_unspecified else set()
-    except errors.FibrilError:
+    except errors.NotFound:
         return frozenset()
     return frozenset(found)

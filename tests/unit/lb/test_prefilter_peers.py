@@ -1,0 +1,58 @@
+"""Whom the prefilter always allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Address, ip_address
+from typing import Any
+
+import pytest
+
+from services.common import errors
+from services.common.instance import Instance
+from services.common.kernel.maps import BpfMap
+from services.common.pipeline.abi import IPAddress, NodeEntry, NodeMode, be32
+from services.lb.prefilter.part import PrefilterPart
+
+
+class State:
+    declared = True
+    cluster = ()
+
+    def __init__(self) -> None:
+        self.protected: list[frozenset[IPAddress]] = []
+
+    def protect(self, addresses: frozenset[IPAddress]) -> None:
+        self.protected.append(addresses)
+
+
+def test_nodes_that_cannot_be_read_stay_protected(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = ip_address("192.0.2.1"), IPv4Address("192.0.2.2")
+    failure: list[Exception] = []
+
+    class Nodes:
+        def items(self) -> Iterator[tuple[int, NodeEntry]]:
+            yield 1, NodeEntry(mode=NodeMode.OVERLAY, v4=be32(other))
+
+    @contextmanager
+    def opened(*_: object) -> Iterator[Nodes]:
+        for error in failure:
+            raise error
+        yield Nodes()
+
+    monkeypatch.setattr(BpfMap, "open", opened)
+    part = PrefilterPart(Instance.from_env("t-peers"), lambda: [])
+    state: Any = State()
+    part._state = state
+    part.protect([own])
+    part._protect()
+    assert state.protected == [{own, other}]
+    for error in (errors.FailedPrecondition("Cannot allocate memory"), OSError(24, "Too many open files")):
+        failure[:] = [error]
+        part._protect()
+        assert len(state.protected) == 1
+    # There is no identity service.
+    failure[:] = [errors.NotFound("no map")]
+    part._protect()
+    assert state.protected[1:] == [{own}]
