@@ -87,7 +87,7 @@ _Static_assert(sizeof(struct sa_opening_key) == 40, "ABI");
 /* One end of a pair. */
 struct sa_end {
 	__u64 cookie;
-	__u64 sock;           /* address in the kernel */
+	__u64 sock;           /* address in the kernel; 0: it is closed */
 	__u64 netns;          /* cookie */
 	struct fib_addr addr; /* its own */
 	__u32 port;

@@ -323,10 +323,19 @@ static __always_inline void sa_closed(struct bpf_sock_ops *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct sa_mine *mine = sk ? sa_mine.sk_storage_get(sk, 0, 0) : 0;
 	struct sa_pair *pair = mine ? sa_pairs.lookup(&mine->pair) : 0;
+	__u64 other;
 
 	if (!pair)
 		return;
 	sa_finish(pair, SA_CLOSED);
+	/* What the other end has not read yet is known of until it has closed too: who takes the tables down waits for it (teardown.py). Of two that
+	 * close at once, one sees that the other has. */
+	pair->ends[mine->side & 1].sock = 0;
+	__sync_fetch_and_add(&pair->proofs, 1); /* for the barrier that it is */
+	other = pair->ends[!(mine->side & 1)].sock;
+	/* Another instance's program may have seen to it that nobody will be told when that closes. */
+	if (sa_queue(other) && sa_read32(other, AT_TCP_CB_FLAGS) & BPF_SOCK_OPS_STATE_CB_FLAG)
+		return;
 	sa_count(SA_STAT_ENDED + (pair->ended & 7), 1);
 	sa_tell(SA_EVENT_ENDED, pair);
 	sa_pairs.delete(&mine->pair);

@@ -26,6 +26,7 @@ CALLS: Final = {"fib_sa_recv": "sock_recv_length", "fib_sa_reading": "tcp_rcv_sp
 FIELDS: Final = {
     "AT_TCP_WRITE_SEQ": "tcp_sock.write_seq",
     "AT_TCP_COPIED_SEQ": "tcp_sock.copied_seq",
+    "AT_TCP_CB_FLAGS": "tcp_sock.bpf_sock_ops_cb_flags",
     "AT_ULP_OPS": "inet_connection_sock.icsk_ulp_ops",
     "AT_SK_COOKIE": "sock.__sk_common.skc_cookie",
     "AT_SK_RCVLOWAT": "sock.sk_rcvlowat",

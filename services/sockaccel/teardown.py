@@ -22,7 +22,8 @@ _SETTLE_S: Final = 0.1
 async def remove(instance: Instance) -> list[str]:
     """Before the instance's pins go. What there was; again is harmless. Whatever of the pins is left is enough.
 
-    Connections that would lose something all the same are ended: who reads gets an error instead of a stream with a hole in it.
+    Connections that would lose something all the same are ended: who reads gets an error instead of a stream with a hole in it;
+    where the other end has closed, which the kernel then tells him first, that is missing before the end.
     """
     ended = 0
     with contextlib.ExitStack() as stack:

@@ -140,16 +140,68 @@ def test_teardown_leaves_no_hole_in_a_stream(
         rig.close()
 
 
+CLOSED = "talk(20); c.sendall(b'onetwo'); c.close()"
+
+
+def test_teardown_waits_for_what_was_handed_over_by_an_end_that_is_closed(
+    fresh: tuple[Instance, str], spaces: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer and the end of the stream, as servers give them: not the end alone."""
+    instance, name = fresh
+    monkeypatch.setattr(teardown, "DRAIN_S", 10.0)
+    rig = Rig(instance, cgroup.path_of(name), spaces)
+    try:
+        process = rig.process()
+        pair_up(process)
+        process.do(CLOSED)
+        until(lambda: all(pair.ended for pair in rig.pairs()))
+        process.do("reader = threading.Timer(1, lambda: globals().update(got=take(d, 6))); reader.start()")
+        asyncio.run(teardown.remove(instance))
+        rig.tables.close()
+        shutil.rmtree(instance.pin_dir)
+        time.sleep(0.2)  # the kernel takes maps down a moment later
+        assert process.do("reader.join()", "[got.decode(), d.recv(9).decode()]") == ["onetwo", ""]
+    finally:
+        rig.close()
+
+
+def test_a_pair_is_forgotten_with_its_last_end(fresh: tuple[Instance, str], spaces: tuple[Path, Path]) -> None:
+    instance, name = fresh
+    rig = Rig(instance, cgroup.path_of(name), spaces)
+    try:
+        process = rig.process()
+        pair_up(process)
+        process.do(CLOSED)
+        until(lambda: [pair.ended for pair in rig.pairs()] == [abi.EndReason.CLOSED])
+        process.do("assert take(d, 6) == b'onetwo' and not d.recv(9); d.close()")
+        until(lambda: not rig.pairs())
+        # Both at once, with something unread at each.
+        pair_up(process)
+        process.do("talk(20); c.sendall(b'one'); d.sendall(b'two')")
+        process.do("both = [threading.Thread(target=each.close) for each in (c, d)]; [each.start() for each in both]")
+        until(lambda: not rig.pairs())
+    finally:
+        rig.close()
+
+
 async def test_a_service_that_loses_all_its_pins_begins_anew(
-    fresh: tuple[Instance, str], monkeypatch: pytest.MonkeyPatch
+    fresh: tuple[Instance, str], spaces: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     instance, name = fresh
     monkeypatch.setattr(plane, "RESYNC_S", 0.2)
     (before,) = at_work(name)
-    made = plane.Plane(instance, SockAccelSection(cgroup=name), Wanted, lambda pair, offset: None)
+    ended: list[int] = []
+    rig = None
+    made = plane.Plane(
+        instance,
+        SockAccelSection(cgroup=name),
+        lambda: rig.wanted if rig is not None else Wanted(),
+        lambda pair, _: ended.append(pair.ended),
+    )
     await made.start()
-    task = asyncio.create_task(made.run())
+    tasks = [asyncio.create_task(each) for each in (made.run(), made.listen())]
     try:
+        await asyncio.sleep(0.3)  # it listens to those that are to go
         await asyncio.to_thread(shutil.rmtree, instance.pin_dir)
 
         def back() -> bool:
@@ -163,9 +215,22 @@ async def test_a_service_that_loses_all_its_pins_begins_anew(
         assert back()
         (after,) = at_work(name)
         assert after != before
+        # And what the new programs report is heard.
+        rig = Rig(instance, cgroup.path_of(name), spaces)
+        process = rig.process()
+        pair_up(process)
+        process.do("c.close(); d.close()")
+        for _ in range(200):
+            if ended:
+                break
+            await asyncio.sleep(0.05)
+        assert ended == [abi.EndReason.CLOSED]
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        if rig is not None:
+            rig.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await made.stop()
 
 
