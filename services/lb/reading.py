@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -74,6 +75,8 @@ class Reader:
             self._take_backend(found, kv)
         places = {place for each in wanted.values() for place in each}
         places |= {place for known in found.values() if known.spec for place in claims.wanted(known.spec)}
+        if lost := {name for name, known in found.items() if known.own and known.spec is None}:
+            places |= await self._claimed_by(lost)
         claimed = {place: (0, Claims()) for place in places}
         for kv in await self._all(self._etcd.get_many, [self.vip(place) for place in places]):
             try:
@@ -87,6 +90,16 @@ class Reader:
                     fix="remove it with etcdctl and apply all services",
                 ) from None
         return found, claimed
+
+    async def _claimed_by(self, names: set[str]) -> set[Place]:
+        """Where services have claims of which nobody knows the frontends, since what etcd has is not usable."""
+        found = set()
+        for kv in (await self._etcd.get_prefix(self._vips)).kvs:
+            # One that is not usable is told by who wants to claim there.
+            with contextlib.suppress(DecodeError, ValueError):
+                if any(service in names for service, _ in keys.decode_claims(kv.value)):
+                    found.add(keys.place_of(kv.key.removeprefix(self._vips)))
+        return found
 
     async def some(self, name: str, members: Sequence[BackendKey]) -> Known:
         """One with those of its backends; at most 127."""

@@ -229,7 +229,12 @@ class Upserts:
                 fix="read it again and change that",
             )
         wanted = claiming.wanted(job.spec)
-        before = claiming.wanted(known.spec) if known.spec is not None else {}
+        # Of one that is not usable, what it has.
+        before = (
+            claiming.wanted(known.spec).keys()
+            if known.spec is not None
+            else {place for place, (_, there) in claims.items() if there.of(name)}
+        )
         for place, mine in wanted.items():
             for claim in mine:
                 owner = claims[place][1].taken(name, claim)
@@ -247,7 +252,7 @@ class Upserts:
         delete = [self._reader.backend(name, key) for key in known.revisions if key not in job.backends]
         changed = {
             place: wanted.get(place, ())
-            for place in wanted.keys() | before.keys()
+            for place in wanted.keys() | before
             if set(claims[place][1].of(name)) != set(wanted.get(place, ()))
         }
         if known.spec == job.spec and not put and not delete and not changed:

@@ -343,6 +343,18 @@ async def test_what_cannot_be_read_is_named_and_can_be_mended(
     assert not (await client.get_prefix(ROOT)).kvs
 
 
+async def test_what_cannot_be_read_gives_its_ports_back(nodes: list[Node], client: EtcdClient) -> None:
+    for number, name in enumerate(("removed", "changed")):
+        await nodes[0].store.upsert(*service(name, f"10.96.0.{number + 1}"))
+        await client.put(keys.root(CLUSTER) + keys.service_key(name), b"\xff\xff")
+    await nodes[0].store.delete("removed")
+    await nodes[0].store.upsert(*service("changed", "10.96.0.9"))
+    for number in range(2):
+        await nodes[0].store.upsert(*service(f"s{number}", f"10.96.0.{number + 1}"))
+    with pytest.raises(AlreadyExists):
+        await nodes[0].store.upsert(*service("late", "10.96.0.9"))
+
+
 async def test_who_removes_a_key_that_is_not_usable_removes_no_service(
     nodes: list[Node], client: EtcdClient
 ) -> None:
