@@ -69,8 +69,10 @@ def _functions(fd: int, names: dict[bytes, str]) -> dict[str, int]:
         for _, kind, _, _, at, size, link, *_ in _entries(fd, _SECTION, sections_at, section_size, sections)
     ]
     found: dict[str, int] = {}
-    for table in sorted(tables, key=lambda each: each.kind == _SYMTAB):  # that of the linker last: it is the larger one
-        if table.kind in (_SYMTAB, _DYNSYM) and table.link < len(tables) and len(found) < len(names):
+    # That of the linker last: it is the larger one. A file has one of each: whoever read thousands would be busy for days.
+    for kind in (_DYNSYM, _SYMTAB):
+        table = next((each for each in tables if each.kind == kind), None)
+        if table is not None and table.link < len(tables) and len(found) < len(names):
             for name, value in _symbols(_read(fd, table), _read(fd, tables[table.link]), names):
                 found.setdefault(name, value)
     loaded = [each for each in _entries(fd, _SEGMENT, segments_at, segment_size, segments) if each[0] == _LOAD]

@@ -53,6 +53,29 @@ def test_what_is_not_defined_no_function_or_not_in_the_file_is_not_found(tmp_pat
     assert elf.functions(path, NAMES) == {}
 
 
+def test_a_file_has_one_table_of_a_kind(tmp_path: Path) -> None:
+    """Tens of thousands, each of 128 MiB of nothing, would be read for days."""
+    path = tmp_path / "lib"
+    whole = bytearray(made((b"SSL_write",)))
+    # The first is empty, the second as it should be.
+    table = whole[0x340:0x380]
+    struct.pack_into("<Q", table, 32, 24)
+    strings = whole[0x380:0x3C0]
+    whole[0x380:0x3C0] = table
+    whole[0x3C0:0x400] = strings
+    second = bytearray(whole[0x340:0x380])
+    whole[0x340:0x380] = table
+    for at in (0x340, 0x380):
+        struct.pack_into("<I", whole, at + 40, 3)
+    struct.pack_into("<Q", whole, 0x380 + 32, struct.unpack_from("<Q", second, 32)[0])
+    struct.pack_into("<H", whole, 60, 4)
+    path.write_bytes(whole)
+    assert elf.functions(path, NAMES) == {}
+    struct.pack_into("<I", whole, 0x344, 1)
+    path.write_bytes(whole)
+    assert elf.functions(path, NAMES) == {"SSL_write": 0x210}
+
+
 def test_what_is_no_elf_file_has_none_and_what_is_damaged_is_named(tmp_path: Path) -> None:
     path = tmp_path / "lib"
     for text in (b"", b"#!/bin/sh\n", bytes(100)):
