@@ -50,6 +50,7 @@ class PrefilterPart:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefilter")
         self._state: State | None = None
         self._problem = "not started yet"
+        self._behind = ""
         self._protected: frozenset[IPAddress] = frozenset()
         self._wake = asyncio.Event()
         self._told: bool | None = None
@@ -138,6 +139,9 @@ class PrefilterPart:
     def status(self) -> list[ComponentStatus]:
         if self.problem:
             return [ComponentStatus("prefilter", "degraded", self.problem)]
+        if self._behind:
+            text = f"what has expired, or whom the cluster allows, is not as it should be: {self._behind}; it is tried again"
+            return [ComponentStatus("prefilter", "degraded", text)]
         if not self.active:
             return [ComponentStatus("prefilter", "ok", "nothing declared")]
         prefixes = sum(map(len, self.state.own.values()))
@@ -202,8 +206,11 @@ class PrefilterPart:
                     if next_expiry:
                         wait = min(wait, max(_BUNCH_S, next_expiry - time.time()))
                     self._tell()
+                self._behind = ""
             except (errors.FibrilError, OSError) as error:
-                log.warning("the prefilter is behind", extra={"cause": str(error)})
+                if str(error) != self._behind:
+                    log.warning("the prefilter is behind", extra={"cause": str(error)})
+                self._behind = str(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._wake.wait()

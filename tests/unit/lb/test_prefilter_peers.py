@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, ip_address
@@ -13,6 +14,7 @@ from services.common import errors
 from services.common.instance import Instance
 from services.common.kernel.maps import BpfMap
 from services.common.pipeline.abi import IPAddress, NodeEntry, NodeMode, be32
+from services.lb.prefilter import part as module
 from services.lb.prefilter.part import PrefilterPart
 
 
@@ -21,10 +23,22 @@ class State:
     cluster = ()
 
     def __init__(self) -> None:
+        self.own: dict[str, object] = {}
+        self.limits: dict[str, object] = {}
         self.protected: list[frozenset[IPAddress]] = []
+
+        self.failure: Exception | None = None
 
     def protect(self, addresses: frozenset[IPAddress]) -> None:
         self.protected.append(addresses)
+
+    def mend(self) -> None:
+        """Nothing is wrong."""
+
+    def expire(self) -> float:
+        if self.failure is not None:
+            raise self.failure
+        return 0
 
 
 def test_nodes_that_cannot_be_read_stay_protected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,3 +70,28 @@ def test_nodes_that_cannot_be_read_stay_protected(monkeypatch: pytest.MonkeyPatc
     failure[:] = [errors.NotFound("no map")]
     part._protect()
     assert state.protected[1:] == [{own}]
+
+
+async def test_what_cannot_be_kept_up_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    monkeypatch.setattr(module, "_BUNCH_S", 0.01)
+    part = PrefilterPart(Instance.from_env("t-peers"), lambda: ["eth0"])
+    state: Any = State()
+    part._state, part._problem = state, ""
+    keeping = asyncio.create_task(part._keep())
+
+    async def until(state_of: str) -> None:
+        async with asyncio.timeout(20):
+            while part.status()[0].state != state_of:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    try:
+        await until("ok")
+        state.failure = errors.ResourceExhausted("the disk is full")
+        await until("degraded")
+        assert "the disk is full" in part.status()[0].message
+        state.failure = None
+        await until("ok")
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
