@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, Callable, Hashable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Hashable
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -24,8 +24,28 @@ from services.common.service import ComponentStatus
 log = logging.getLogger(__name__)
 
 RECONNECT_S: Final = 0.2
+BEGIN_S: Final = 10.0
+"""Within which a stream's first message comes; a snapshot has one even where there is nothing."""
 K = TypeVar("K", bound=Hashable)
+M = TypeVar("M")
 _BATCH: Final = 256
+
+
+async def begun(messages: AsyncIterable[M]) -> AsyncIterator[M]:
+    """The messages of a stream that begins with a snapshot. Raises Unavailable if nothing comes at first: a connection may
+    have been made to a server that was just ending, and nobody would ever say so.
+    """
+    stream = aiter(messages)
+    try:
+        async with asyncio.timeout(BEGIN_S):
+            first = await anext(stream)
+    except TimeoutError:
+        raise errors.Unavailable(f"nothing is told within {BEGIN_S:g} s") from None
+    except StopAsyncIteration:
+        return
+    yield first
+    async for message in stream:
+        yield message
 
 
 class Follower(Generic[K]):
@@ -81,7 +101,7 @@ class Follower(Generic[K]):
         async with channel(f"unix:{self.socket}") as to:
             count = 0
             try:
-                async for change in self._watch(to):
+                async for change in begun(self._watch(to)):
                     count += 1
                     if count % _BATCH == 0:
                         await asyncio.sleep(0)

@@ -29,6 +29,7 @@ from fibril.types.v1 import types_pb2
 from services.common import errors
 from services.common.kernel.netlink import IPAddress
 from services.common.rpc.client import channel
+from services.common.rpc.follow import begun
 from services.common.rpc.status import from_rpc_error
 from services.common.service import ComponentStatus
 from services.identity.endpoints.tell import Teller
@@ -187,7 +188,7 @@ class EndpointFollower:
             seen: set[str] = set()
             self._view.restart()
             try:
-                async for change in stub.WatchEndpoints(pb.WatchEndpointsRequest()):
+                async for change in begun(stub.WatchEndpoints(pb.WatchEndpointsRequest())):
                     if change.kind == types_pb2.WATCH_KIND_SYNCED:
                         self._view.synced()
                         self._complete(seen)

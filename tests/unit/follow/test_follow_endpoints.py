@@ -17,8 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fibril.endpoint.v1 import endpoint_pb2_grpc
+from fibril.endpoint.v1.endpoint_pb2 import WatchEndpointsRequest
+from fibril.endpoint.v1.endpoint_pb2_grpc import EndpointServiceStub
 from services.common import errors
 from services.common.kernel.netlink import IPAddress
+from services.common.rpc.follow import Follower
 from services.common.rpc.server import RpcConfig, RpcServer
 from services.common.telemetry import Telemetry
 from services.identity.endpoints import follow
@@ -139,6 +142,7 @@ class Rig:
 
     def __init__(self, root: Path) -> None:
         self.socket = root / "ipam.sock"
+        self.servicer: Callable[[EndpointManager], EndpointApi] = EndpointApi
         self.world = Told()
         self.db = sqlite3.connect(":memory:")
         self.db.execute(
@@ -154,7 +158,7 @@ class Rig:
     async def ipam(self) -> AsyncIterator[None]:
         self.manager = await started(self.db, self.world)
         server = RpcServer(self.socket, RpcConfig(), Telemetry())
-        server.add(endpoint_pb2_grpc.add_EndpointServiceServicer_to_server, EndpointApi(self.manager))
+        server.add(endpoint_pb2_grpc.add_EndpointServiceServicer_to_server, self.servicer(self.manager))
         await server.start()
         try:
             yield
@@ -283,6 +287,47 @@ async def test_ipam_may_come_later_and_go(rig: Rig) -> None:
             assert len(rig.publisher.there) == round + 2
 
 
+class Silent(EndpointApi):
+    """Takes a first watch and says nothing."""
+
+    first = True
+
+    async def WatchEndpoints(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if self.first:
+            self.first = False
+            await asyncio.Event().wait()
+        async for each in super().WatchEndpoints(request, context):
+            yield each
+
+
+async def test_a_stream_that_does_not_begin_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.rpc.follow.BEGIN_S", 0.3)
+    rig.servicer = Silent
+    async with rig.ipam(), rig.following():
+        await rig.pod(0, app="web")
+        await until(rig.settled)
+    seen: list[int] = []
+    rig.servicer = Silent
+    async with rig.ipam():
+        follower: Follower[int] = Follower(
+            "endpoints",
+            rig.socket,
+            lambda to: EndpointServiceStub(to).WatchEndpoints(WatchEndpointsRequest()),
+            "endpoint",
+            lambda each: int(each.id),
+            lambda each: seen.append(each.id),
+            lambda _: None,
+        )
+        task = asyncio.create_task(follower.run())
+        try:
+            await until(lambda: "nothing is told within 0.3 s" in follower.status().message or follower.in_step)
+            await until(lambda: follower.in_step)
+            assert seen == [each.id for each in rig.manager.list()] and seen
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_what_fails_waits_and_is_told(rig: Rig) -> None:
     async with rig.ipam(), rig.following():
         await until(lambda: rig.follower.status().state == "ok")
@@ -343,31 +388,34 @@ async def test_whatever_happens_all_agree_in_the_end(
     ipam, follower = rig.ipam(), rig.following()
     await ipam.__aenter__()
     await follower.__aenter__()
-    for what, number, label in steps:
-        labels = {"app": label} if label else {}
-        if what == "put":
-            if rig.manager.get(f"c{number}") is None:
-                await rig.pod(number, **labels)
-        elif what == "label":
-            if rig.manager.get(f"c{number}") is not None:
-                await rig.manager.relabel(f"c{number}", "eth0", labels)
-        elif what == "delete":
-            await rig.manager.delete(f"c{number}")
-        elif what == "ipam":
-            await ipam.__aexit__(None, None, None)
-            ipam = rig.ipam()
-            await ipam.__aenter__()
-        elif what == "follower":
-            await follower.__aexit__(None, None, None)
-            follower = rig.following()
-            await follower.__aenter__()
-        elif what == "fail":
-            rig.allocator.fail = errors.Unavailable("etcd") if number % 2 else None
-            rig.publisher.fail = errors.Unavailable("etcd") if number > 1 else None
-        else:
-            await asyncio.sleep(0.03 * number)
-    rig.allocator.fail = rig.publisher.fail = None
-    rig.publisher.write()
-    await until(rig.settled)
-    await follower.__aexit__(None, None, None)
-    await ipam.__aexit__(None, None, None)
+    try:
+        for what, number, label in steps:
+            labels = {"app": label} if label else {}
+            if what == "put":
+                if rig.manager.get(f"c{number}") is None:
+                    await rig.pod(number, **labels)
+            elif what == "label":
+                if rig.manager.get(f"c{number}") is not None:
+                    await rig.manager.relabel(f"c{number}", "eth0", labels)
+            elif what == "delete":
+                await rig.manager.delete(f"c{number}")
+            elif what == "ipam":
+                await ipam.__aexit__(None, None, None)
+                ipam = rig.ipam()
+                await ipam.__aenter__()
+            elif what == "follower":
+                await follower.__aexit__(None, None, None)
+                follower = rig.following()
+                await follower.__aenter__()
+            elif what == "fail":
+                rig.allocator.fail = errors.Unavailable("etcd") if number % 2 else None
+                rig.publisher.fail = errors.Unavailable("etcd") if number > 1 else None
+            else:
+                await asyncio.sleep(0.03 * number)
+        rig.allocator.fail = rig.publisher.fail = None
+        rig.publisher.write()
+        # Longer than a stream is given to begin.
+        await until(rig.settled, 40.0)
+    finally:
+        await follower.__aexit__(None, None, None)
+        await ipam.__aexit__(None, None, None)
