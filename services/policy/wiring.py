@@ -134,7 +134,7 @@ class PolicyService:
         """Once all sources are in step, write; once that is written, enforce."""
         while True:
             known = self._store.synced.is_set() and self._named.synced.is_set()
-            self._waiting = self._sources.waiting(self._adopted) if known else "policies from etcd"
+            self._waiting = self._missing() if known else "policies from etcd"
             self._enforcer.waiting = self._waiting and f"waiting for {self._waiting}"
             if not self._waiting and self._tables is not None:
                 break
@@ -144,6 +144,12 @@ class PolicyService:
         await self._enforcer.wait(0)
         await self._programs.install()
         await self._programs.keep_trying(lambda: None)
+
+    def _missing(self) -> str:
+        """What is still needed to begin. A policy that cannot be read is not as good as none: whom it selects would be open."""
+        if self._store.problem:
+            return f"policies that can be read ({self._store.problem}; remove it, or run the version that wrote it)"
+        return self._sources.waiting(self._adopted)
 
     async def _use_maps(self) -> None:
         self._tables = tables = Tables(self._instance, self._cfg.policy.connections)

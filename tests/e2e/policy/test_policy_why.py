@@ -152,6 +152,41 @@ def test_lockdown_of_a_host_without_a_policy(node: ModeLab) -> None:
     assert reaches(node, address, PATIENTLY) and why(node, address)["allowed"]
 
 
+_SPOIL = """
+import asyncio, sys
+from services.common.etcd.client import EtcdClient
+from services.common.instance import Instance
+from services.ctl.children import embedded_etcd
+
+async def spoil():
+    async with EtcdClient([embedded_etcd(Instance.from_env(sys.argv[1])).endpoint]) as etcd:
+        listing = await etcd.get_prefix("/fibril/v1/")
+        (found,) = [each.key for each in listing.kvs if each.key.endswith("/policies/4/default/back")]
+        await etcd.put(found, b"of another version")
+
+asyncio.run(spoil())
+"""
+
+
+def test_a_restart_does_not_open_what_a_policy_closes_that_cannot_be_read(node: ModeLab, tmp_path: Path) -> None:
+    name, pod = node.instance("c1n1").name, node.pod("c1n1", "p2")
+    apply(node, POD_DENIES, tmp_path)
+    assert not reaches(node, pod["ipv4"])
+    node.exec("c1n1", sys.executable, "-c", _SPOIL, name)
+    before = node.processes("c1n1", "policy")
+    node.kill("c1n1", "policy")
+    wait_for(lambda: node.processes("c1n1", "policy") not in ([], before), "another process")
+
+    def said() -> str:
+        return node.command("-i", name, "status", code=None).stdout
+
+    wait_for(lambda: "policies that can be read" in said() and "/policies/4/default/back is not usable" in said(), "its words")
+    assert not reaches(node, pod["ipv4"]) and not reaches(node, pod["ipv6"])
+    run(node, "policy", "rm", "np/default/back")
+    wait_for(lambda: node.command("-i", name, "policy", "wait", code=None).returncode == 0, "it to enforce", 60)
+    assert reaches(node, pod["ipv4"], PATIENTLY)
+
+
 @pytest.mark.parametrize("who", ["host", "pod"])
 def test_lockdown_outlives_the_process(node: ModeLab, who: str) -> None:
     pod = node.pod("c1n1", "p2")
