@@ -72,9 +72,7 @@ class Tasks:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
-        if task.cancelled():
-            return
-        error = task.exception()
+        error = _strayed(task) if task.cancelled() else task.exception()
         if error is None:
             return
         if self._cause is None and not self._closing:
@@ -90,5 +88,12 @@ async def _watch(task: asyncio.Task[None]) -> None:
     except asyncio.CancelledError:
         if not task.cancelled():
             raise
+        if (error := _strayed(task)) is not None:
+            raise error from None
         return
     raise Internal(f"task {task.get_name()} ended")
+
+
+def _strayed(task: asyncio.Task[Any]) -> Internal | None:
+    """Whether a cancelled task was cancelled by nobody: gRPC also says so that a channel was closed during a call."""
+    return None if task.cancelling() else Internal(f"task {task.get_name()} was cancelled by nobody")

@@ -100,3 +100,34 @@ async def test_the_end_of_an_adopted_task_is_a_failure_but_its_cancellation_is_n
     # It ends with whoever began it.
     assert not kept.done()
     kept.cancel()
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_task_that_nobody_cancelled_has_failed(adopted: bool) -> None:
+    tasks = Tasks()
+
+    async def stray() -> None:
+        # As a call of gRPC's whose channel another one closes.
+        call = asyncio.get_running_loop().create_future()
+        call.cancel()
+        await call
+
+    if adopted:
+        tasks.adopt(asyncio.create_task(stray(), name="stray"))
+    else:
+        tasks.spawn("stray", stray())
+    await asyncio.wait_for(tasks.wait_failed(), 20)
+    assert "task stray was cancelled by nobody" in str(tasks.cause)
+    await tasks.close()
+
+
+async def test_an_adopted_task_may_be_ended_by_its_owner() -> None:
+    tasks = Tasks()
+    owned = asyncio.create_task(asyncio.sleep(3600), name="owned")
+    tasks.adopt(owned)
+    await asyncio.sleep(0)
+    owned.cancel()
+    await asyncio.wait([owned])
+    await asyncio.sleep(0.01)
+    assert tasks.cause is None
+    await tasks.close()
