@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes as ct
+import errno
+import os
 import random
 import shutil
 import struct
@@ -411,8 +413,15 @@ def test_tables_that_are_wrong_never_count_as_right(rig: Rig, state: State, monk
         with pytest.raises(errors.ResourceExhausted):
             state.set_prefixes("a", False, entries("11.0.0.0/8"), False)
     assert set(state.own["a"].v4) == set(entries("10.0.0.0/8")) and rig.run("11.0.0.1") == DROP
-    state.mend()
-    assert [rig.run("10.0.0.1"), rig.run("11.0.0.1")] == [DROP, PASS]
+
+    def no_descriptors(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    # It needs nothing that it could lose by trying.
+    with monkeypatch.context() as full:
+        full.setattr(BpfMap, "open", no_descriptors)
+        state.mend()
+    assert state.ready and [rig.run("10.0.0.1"), rig.run("11.0.0.1")] == [DROP, PASS]
     # There was no memory when a process began, and then somebody makes a small change.
     state._tables.rebuild(Sets([a_set(9, "0.0.0.0/0")]))
     state._tables.stamp = 0
@@ -450,6 +459,8 @@ def test_denying_everybody_needs_force_and_leaves_the_cluster(rig: Rig, state: S
     state.add("a", False, entries("0.0.0.0/0", "::/0"), True)
     got = [rig.run(source) for source in ("192.168.7.1", "192.168.7.2", "fd00:7::1", "fd00:7::2")]
     assert got == [PASS, DROP, PASS, DROP]
+    state.protect([ip_address("192.168.7.3")], keep=True)
+    assert [rig.run(source) for source in ("192.168.7.1", "192.168.7.2", "192.168.7.3")] == [PASS, DROP, PASS]
     state.protect([ip_address("192.168.7.2")])
     assert [rig.run(source) for source in ("192.168.7.1", "192.168.7.2")] == [DROP, PASS]
     state.protect([])

@@ -163,6 +163,7 @@ class PrefilterPart:
             except (errors.FibrilError, OSError) as error:
                 # Who is protected stays so: other nodes may come under what is denied.
                 log.warning("other nodes' addresses cannot be read", extra={"cause": str(error)})
+                state.protect(self._protected, keep=True)
                 return
             state.protect(self._protected | others)
 

@@ -73,6 +73,9 @@ class State:
         """Have the maps that are pinned say what is declared. NotFound while there are none."""
         self._tables.open()
         self.counters.open()
+        self._agree()
+
+    def _agree(self) -> None:
         stamp = self._db.stamp()
         if not stamp or self._tables.stamp != stamp:
             self._tables.stamp = 0
@@ -84,7 +87,8 @@ class State:
     def mend(self) -> None:
         """Make the tables anew if they do not say what is declared: they could not be made, or a change not taken back."""
         if self._tables.ready and self._tables.stamp != self._db.stamp():
-            self.use_maps()
+            # In the maps that are open: to lose them would end all attempts.
+            self._agree()
 
     # -- sets
 
@@ -146,10 +150,12 @@ class State:
         times = [keys.next_expiry() for each in self.own.values() for keys in (each.v4, each.v6)]
         return min(filter(None, times), default=0)
 
-    def protect(self, addresses: Iterable[IPAddress]) -> None:
-        """The cluster's own addresses, which are allowed."""
+    def protect(self, addresses: Iterable[IPAddress], keep: bool = False) -> None:
+        """The cluster's own addresses, which are allowed. keep: and those of before, since not all are known."""
         wanted = {address.packed + bytes((address.max_prefixlen,)): 0 for address in addresses}
         old = {*self.cluster.v4, *self.cluster.v6}
+        if keep:
+            wanted |= dict.fromkeys(old, 0)
         if old != wanted.keys():
             new = replace(self.cluster, v4=_some(4, wanted), v6=_some(6, wanted))
             self._change(old ^ wanted.keys(), lambda: self._db.write_set(new), cluster=new)

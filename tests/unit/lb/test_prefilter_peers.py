@@ -26,11 +26,13 @@ class State:
         self.own: dict[str, object] = {}
         self.limits: dict[str, object] = {}
         self.protected: list[frozenset[IPAddress]] = []
+        self.kept: list[bool] = []
 
         self.failure: Exception | None = None
 
-    def protect(self, addresses: frozenset[IPAddress]) -> None:
+    def protect(self, addresses: frozenset[IPAddress], keep: bool = False) -> None:
         self.protected.append(addresses)
+        self.kept.append(keep)
 
     def mend(self) -> None:
         """Nothing is wrong."""
@@ -65,11 +67,12 @@ def test_nodes_that_cannot_be_read_stay_protected(monkeypatch: pytest.MonkeyPatc
     for error in (errors.FailedPrecondition("Cannot allocate memory"), OSError(24, "Too many open files")):
         failure[:] = [error]
         part._protect()
-        assert len(state.protected) == 1
+        # This node's own are known all the same.
+        assert (state.protected.pop(), state.kept.pop()) == ({own}, True)
     # There is no identity service.
     failure[:] = [errors.NotFound("no map")]
     part._protect()
-    assert state.protected[1:] == [{own}]
+    assert state.protected[1:] == [{own}] and state.kept == [False, False]
 
 
 async def test_what_cannot_be_kept_up_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
