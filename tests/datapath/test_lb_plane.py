@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import mmap
 import os
 import random
 import shutil
@@ -657,6 +658,55 @@ async def test_a_table_that_cannot_be_put_in_place_is_the_one_before(
     kernel = Reader(plane)
     assert len(kernel.served("10.96.0.1", 80)) == 100
     kernel.close()
+    await plane.stop()
+
+
+async def test_a_table_that_cannot_be_mapped_is_the_one_before(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    assert plane.tables is not None and plane.program is not None
+    lines = plane.tables.backends
+    size = lines.size
+
+    def no_descriptors(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as full:
+        full.setattr(mmap, "mmap", no_descriptors)
+        # Only a hint of how much will be wanted: what does not work is told by the service that needs it.
+        plane.program.expect(1, 2 * size, 1)
+        with pytest.raises(errors.ResourceExhausted, match="Too many open files"):
+            lines.ensure(2 * size)
+    assert lines.size == size and lines.ensure(2 * size)
+    await plane.stop()
+
+
+async def test_connections_that_cannot_grow_stay_in_one_table(clean: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = Declared()
+    declared.synced.set()
+    plane, _ = await begin(clean, declared)
+    flows, tables = plane.flows, plane.tables
+    assert flows is not None and tables is not None
+    size = flows.lines.size
+    with monkeypatch.context() as full:
+        no_memory_for(full, "flows")
+        with pytest.raises(errors.ResourceExhausted):
+            await flows._grow_flows()
+    assert (flows.lines.size, tables.config.flow_mask, tables.config.before_mask) == (size, size - 1, 0)
+    assert tables.lines_outer.lookup(int(abi.Table.FLOWS_BEFORE)) is None
+    await flows._grow_flows()
+    assert flows.lines.size > size
+    # Tried again and again, it would take another descriptor each time.
+    tables.nats_outer.delete(0)
+    with monkeypatch.context() as full:
+        no_memory_for(full, "lb_nats")
+        closed: list[Lines] = []
+        full.setattr(Lines, "close", lambda lines: closed.append(lines))
+        with pytest.raises(errors.ResourceExhausted):
+            flows_module.Flows(tables, "c1", flows_module.Limits())
+        assert len(closed) == 1
+    closed[0].close()
     await plane.stop()
 
 

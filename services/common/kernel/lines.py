@@ -61,6 +61,11 @@ class Lines:
                 mem[:before] = self.mem[:before]
             if publish:
                 self._outer.update(int(self._table), fd)
+        except OSError as error:
+            os.close(fd)
+            raise errors.ResourceExhausted(
+                f"no room for {self._table.name.lower()} in this process: {os.strerror(error.errno or 0)}"
+            ) from None
         except BaseException:
             os.close(fd)
             raise

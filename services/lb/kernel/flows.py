@@ -77,7 +77,11 @@ class Flows:
         with inner_of(tables.nats_outer, 0, abi.Tuple, abi.Nat, "lb_nats") as inner:
             self.nats_size = inner.info.max_entries if inner is not None else 0
         if not self.nats_size:
-            self._put_nats(0, NATS)
+            try:
+                self._put_nats(0, NATS)
+            except BaseException:
+                self.lines.close()
+                raise
 
     def _put_nats(self, index: int, size: int) -> None:
         try:
@@ -151,7 +155,13 @@ class Flows:
         with BpfMap(fd, ct.c_uint32, abi.Backend, "flows before"):
             outer.update(int(abi.Table.FLOWS_BEFORE), fd)
         config.before_mask = self.lines.size - 1
-        self.lines.replace(size)
+        try:
+            self.lines.replace(size)
+        except BaseException:
+            # Nothing has grown: else each attempt would carry the whole table over, onto itself.
+            config.before_mask = 0
+            outer.delete(int(abi.Table.FLOWS_BEFORE))
+            raise
         config.flow_mask = size - 1
         await self._carry_flows()
 
