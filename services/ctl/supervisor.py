@@ -24,8 +24,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from services.common.instance import Instance
@@ -128,21 +129,24 @@ class Supervisor:
         while not self._ended:
             self._changed.clear()
             problem = ""
-            try:
-                write_atomically(
-                    self._state_file,
-                    json.dumps({**self._told, "children": [asdict(child.state) for child in self._children]}),
-                )
-                for child in self._children:
-                    trim(child.log_file)
-            except OSError as error:
-                # A full disk is no reason to leave the children alone.
-                problem = str(error)
-                if problem != told:
-                    log.warning("cannot tell of the children for now: %s", problem)
+            # Logs first: they may be what a disk is full of, which is no reason to leave the children alone.
+            steps: list[Callable[[], None]] = [partial(trim, child.log_file) for child in self._children]
+            for step in [*steps, self._tell]:
+                try:
+                    step()
+                except OSError as error:
+                    problem = str(error)
+            if problem and problem != told:
+                log.warning("cannot tell of the children for now: %s", problem)
             told = problem
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), RETRY_S if problem else 60)
+
+    def _tell(self) -> None:
+        write_atomically(
+            self._state_file,
+            json.dumps({**self._told, "children": [asdict(child.state) for child in self._children]}),
+        )
 
 
 def state_file(instance: Instance) -> Path:
@@ -173,7 +177,9 @@ def trim(path: Path) -> None:
             return
         with path.open("rb+") as file:
             file.seek(-(1 << 20), os.SEEK_END)
-            path.with_suffix(".log.1").write_bytes(file.read())
+            # What there is no room for is lost; a log that stays would keep the disk full.
+            with contextlib.suppress(OSError):
+                path.with_suffix(".log.1").write_bytes(file.read())
             file.truncate(0)
     except FileNotFoundError:
         return

@@ -184,6 +184,11 @@ def test_a_full_disk_stops_neither_the_supervisor_nor_its_children(node: Node) -
     before = node.pids()["first"]
     wait_for(lambda: [p for p in procs.find(node.run_dir) if p.name == "first" and p.pid != before], "the child again")
     assert running.poll() is None
+    # A log may be what fills it.
+    full = node.run_dir / "log" / "second.log"
+    os.truncate(full, supervisor.LOG_LIMIT + 1)
+    full.with_suffix(".log.1").symlink_to("/dev/full")
+    wait_for(lambda: full.stat().st_size == 0, "the log to be cut")
     state.with_suffix(".tmp").unlink()
     wait_for(lambda: node.pids().get("first", before) != before, "what it tells")
 
