@@ -40,7 +40,7 @@ _IN_HOST = {Scope.HOST_POD, Scope.HOST}
 def plan(
     on: bool,
     classes: Collection[tuple[int, Class]],
-    pods: Iterable[Pod],
+    pods: Collection[Pod],
     host: Host,
     section: SockAccelSection,
     group_id: Callable[[str], int],
@@ -51,6 +51,7 @@ def plan(
     group_id: of a control group, 0 if there is none. off: pairs that are switched off.
     """
     every = [(1 << bit, each) for bit, each in classes]
+    spaces = _spaces(every, pods, host)
     ports: dict[int, tuple[int, bool]] = {port: (0, True) for port in section.proxy_ports}
     groups: dict[int, int] = {}
     amiss: dict[str, str] = {}
@@ -80,7 +81,8 @@ def plan(
             run_bytes=section.bulk_bytes,
             proofs=section.proofs,
             beat_s=section.beat_s,
-            spaces=_spaces(every, pods, host),
+            spaces=spaces,
+            endpoints=frozenset(pod.id for pod in pods if pod.netns_cookie in spaces),
             ports=ports,
             uids=frozenset(section.proxy_uids),
             groups=groups,

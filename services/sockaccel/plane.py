@@ -132,7 +132,7 @@ class Plane:
 
     def _write(self, wanted: Wanted) -> int:
         # Asked before: what changes meanwhile is seen the next time.
-        identities = self.tables.identities({endpoint for _, _, endpoint in wanted.spaces.values()})
+        identities = self.tables.identities(wanted.endpoints)
         changed = self.tables.write(wanted, not self._judged.is_under(identities), self._judged.begin)
         if changed:
             self._judged.done(identities)

@@ -44,6 +44,8 @@ class Wanted:
     beat_s: float = BEAT_S
     spaces: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
     """Network namespace cookie -> masks of clients and of servers, endpoint."""
+    endpoints: frozenset[int] = frozenset()
+    """All in these namespaces: a pod may have several."""
     ports: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
     """Port -> mask, whether proxies listen there."""
     uids: frozenset[int] = frozenset()

@@ -72,6 +72,7 @@ class Rig:
             host=1,
             within=1,
             spaces={self.cookies[0]: (1, 1, 1), self.cookies[1]: (1, 1, 2)},
+            endpoints=frozenset({1, 2}),
         )
         with contextlib.closing(AddrTable(instance)) as addresses:
             for number, v4, v6 in ((1, A4, A6), (2, B4, B6)):

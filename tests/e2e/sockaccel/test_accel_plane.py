@@ -242,16 +242,22 @@ async def test_pairs_are_judged_anew_when_an_identity_has_changed_with_the_servi
         assert rig.pairs()[0].ends[0].tcp_sends > sent and rig.pairs()[0].ends[0].mode == abi.Mode.SHORT
 
 
-async def test_an_identity_that_programs_learn_late_has_pairs_judged_anew(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [2, 3], ids=["", "of a second interface"])
+async def test_an_identity_that_programs_learn_late_has_pairs_judged_anew(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     monkeypatch.setattr(plane, "RESYNC_S", 0.1)
-    async with running(rig):
-        before = rig.tables.config().epoch
-        with contextlib.closing(AddrTable(rig.instance)) as addresses:
-            pod = addresses.lookup(FibAddr.of(B4))
-            assert pod is not None
+    rig.wanted = replace(rig.wanted, endpoints=frozenset({1, 2, number}))
+    with contextlib.closing(AddrTable(rig.instance)) as addresses:
+        pod = addresses.lookup(FibAddr.of(B4))
+        assert pod is not None
+        pod.id = number
+        addresses.update(FibAddr.of(B4), pod)
+        async with running(rig):
+            before = rig.tables.config().epoch
             pod.identity += 1
             addresses.update(FibAddr.of(B4), pod)
-        await until(lambda: rig.tables.config().epoch != before)
+            await until(lambda: rig.tables.config().epoch != before)
 
 
 async def test_who_ended_between_two_changes_has_pairs_judged_by_the_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,3 +171,12 @@ def test_ports_groups_and_proxies_are_masks() -> None:
 def test_nothing_declared_is_no_space_at_all() -> None:
     wanted, _ = planned()
     assert wanted.spaces == {} and wanted.classes == 0
+
+
+def test_all_endpoints_of_a_space_are_known_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two interfaces of a pod, as well."""
+    second = Pod(3, "shop/cart", 101, PODS[0].labels, 5001, frozenset({ip_address("10.1.0.1")}))
+    monkeypatch.setitem(globals(), "PODS", [*PODS, second])
+    web = {"tier": "web"}
+    wanted, _ = planned(Class("web", True, frozenset({Scope.POD}), client_labels=web, server_labels=web))
+    assert set(wanted.spaces) == {101} and wanted.endpoints == {1, 3}
