@@ -52,19 +52,21 @@ class Store:
         AlreadyExists names the service that has one of the frontends; FailedPrecondition: another revision; Aborted: too
         many others change the same.
         """
+        began = self._services.seen.restarts
         done = await self._upserts.upsert(spec, backends, revision)
-        self._wrote(done.revision)
+        self._wrote(done.revision, began)
         return done
 
     async def upsert_many(self, services: Iterable[tuple[Spec, Backends]]) -> tuple[int, int, int]:
         """Upsert all; how many were created, changed, unchanged. When one is refused, others may have been written."""
+        began = self._services.seen.restarts
         jobs = [self._upserts.upsert(spec, backends) for spec, backends in services]
         results = await asyncio.gather(*jobs, return_exceptions=True)
         counts = [0, 0, 0]
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-            self._wrote(result.revision)
+            self._wrote(result.revision, began)
             counts[0 if result.created else 1 if result.changed else 2] += 1
         return counts[0], counts[1], counts[2]
 
@@ -85,9 +87,10 @@ class Store:
                 elif revision:
                     gone.append(reader.vip(place))
             below = [reader.backends(name)]
+            began = self._services.seen.restarts
             done = await self._etcd.transact(expect, put=put, delete=gone, delete_below=below)
             if done is not None:
-                return self._wrote(done)
+                return self._wrote(done, began)
 
     # ---- backends -------------------------------------------------------------------------------------------
     async def add_backends(
@@ -176,17 +179,21 @@ class Store:
         if gone:
             # Its revision must not fall behind.
             values[own] = known.value
+        began = self._services.seen.restarts
         done = await self._etcd.transact(
             expect, put=values, delete=[reader.backend(name, key) for key in gone]
         )
         if done is not None:
-            self._wrote(done)
+            self._wrote(done, began)
         return done is not None
 
-    def _wrote(self, revision: int) -> None:
-        if self._restarts != self._services.seen.restarts:
-            # Those of the etcd before may be far ahead of what this one ever gets to.
-            self._written, self._restarts = 0, self._services.seen.restarts
+    def _wrote(self, revision: int, began: int) -> None:
+        """began: `seen.restarts` when that was begun to be written."""
+        # Revisions of the etcd before may be far ahead of what this one ever gets to.
+        if began != self._services.seen.restarts:
+            return
+        if self._restarts != began:
+            self._written, self._restarts = 0, began
         self._written = max(self._written, revision)
 
 
