@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from services.common import errors
 from services.common.kernel import loader, progs
 from services.common.pipeline import abi as pipeline
 from services.policy import abi
@@ -80,6 +81,14 @@ def programs_complete(instance: Instance) -> bool:
     if not all(program_path(instance, name).exists() for name in PROGRAMS):
         return False
     return set(map(int, SLOTS)) <= set(progs.slots(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP]))
+
+
+def asked(instance: Instance) -> bool:
+    """Whether packets are asked about, by programs of whatever version."""
+    try:
+        return int(pipeline.Slot.POLICY_INGRESS) in progs.slots(instance.pin_dir / pipeline.MAPS[pipeline.SLOTS_MAP])
+    except errors.FailedPrecondition:
+        return False
 
 
 async def install_programs(instance: Instance) -> None:

@@ -146,8 +146,10 @@ class PolicyService:
         await self._programs.keep_trying(lambda: None)
 
     def _missing(self) -> str:
-        """What is still needed to begin. A policy that cannot be read is not as good as none: whom it selects would be open."""
-        if self._store.problem:
+        """What is still needed to begin. A policy that cannot be read is not as good as none: whom it selects would be open.
+        But where nothing is asked yet, as after a boot, everybody would be as long as it is waited for.
+        """
+        if self._store.problem and install.asked(self._instance):
             return f"policies that can be read ({self._store.problem}; remove it, or run the version that wrote it)"
         return self._sources.waiting(self._adopted)
 

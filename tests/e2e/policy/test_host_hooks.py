@@ -170,6 +170,20 @@ async def test_before_the_programs_are_there(space: Rtnl, tmp_path: Path) -> Non
         await made.stop()
 
 
+async def test_a_policy_that_cannot_be_read_holds_up_the_others_only_where_there_are_programs(
+    instance: Instance, tmp_path: Path
+) -> None:
+    """After a boot nobody would be asked as long as it is waited for: all would be open, not only whom it selects."""
+    booted = Instance("t", tmp_path / "run", tmp_path / "state", tmp_path / "bpf")
+    for where, waits in ((booted, False), (instance, True)):
+        service = PolicyService(where, PolicyConfig(etcd=EtcdConfig(endpoints=("127.0.0.1:1",))))
+        for source in service._sources.all:
+            source.ever = True
+        service._store._put("4/default/back", b"of another version", 1)
+        assert ("policies that can be read" in service._missing()) == waits
+        await service.stop()
+
+
 async def test_in_force_is_what_packets_are_asked_about(
     space: Rtnl, instance: Instance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
