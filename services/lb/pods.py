@@ -28,6 +28,7 @@ class LocalAddresses:
         self._pods: frozenset[IPAddress] = frozenset()
         self.all: frozenset[IPAddress] = frozenset()
         """Both."""
+        self._problem = ""
 
     def look(self) -> None:
         """Read the pods anew."""
@@ -38,8 +39,11 @@ class LocalAddresses:
             pods = frozenset()
         except (FibrilError, OSError) as error:
             # Those of before stay: without them, whoever serves locally would serve nobody.
-            log.warning("the node's pods cannot be read", extra={"cause": str(error)})
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.warning("the node's pods cannot be read", extra={"cause": self._problem})
             return
+        self._problem = ""
         changed, self._pods = pods ^ self._pods, pods
         self._tell(changed)
 
