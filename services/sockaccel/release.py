@@ -82,7 +82,8 @@ class Releaser:
 
 
 def _is_stuck(pair: abi.Pair) -> bool:
-    return any(end.stuck in (abi.Stuck.STUCK, abi.Stuck.OVERTAKEN) for end in pair.ends)
+    # One that is closed waits for nothing; the other may have something of it to read yet.
+    return any(end.sock and end.stuck in (abi.Stuck.STUCK, abi.Stuck.OVERTAKEN) for end in pair.ends)
 
 
 def end(namespaces: Namespaces, pair: abi.Pair) -> None:

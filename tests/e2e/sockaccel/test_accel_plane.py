@@ -147,6 +147,26 @@ async def test_who_cannot_go_on_is_told_so_though_the_report_was_lost(rig: Rig, 
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_nobody_is_ended_for_somebody_stuck_who_has_closed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "GRACE_S", 0.0)
+    monkeypatch.setattr(release, "MISSED_S", 0.1)
+    process = rig.process()
+    pair_up(process)
+    process.do("talk(20)")
+    process.do(STUCK + "d.sendall(b'two'); c.sendall(b'one')")
+    assert process.give("spliced()") == "EAGAIN" and any(end.stuck == abi.Stuck.STUCK for end in rig.pairs()[0].ends)
+    process.do("d.close()")
+    await until(lambda: not rig.pairs()[0].ends[1].sock)
+    task = asyncio.create_task(release.Releaser(lambda: rig.tables).run())
+    try:
+        await asyncio.sleep(0.5)
+        assert rig.pairs(), "it has been ended"
+        assert process.give("[why(c), why(c)]") == ["two", ""]
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_who_reads_after_all_is_left_in_peace(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     # Longer than a busy machine may hold it up between its two calls.
     monkeypatch.setattr(release, "GRACE_S", 1.0)
