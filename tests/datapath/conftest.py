@@ -18,6 +18,7 @@ from tests.datapath import policykit
 from tests.datapath.cluster import Cluster
 from tests.datapath.harness import PODS, Datapath
 from tests.datapath.lbkit import Lab, Uplink, installed
+from tests.datapath.planekit import clean, lb_maps  # noqa: F401
 from tests.datapath.policykit import Rig, Space
 from tests.datapath.xdpkit import XdpRig
 

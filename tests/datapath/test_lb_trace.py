@@ -11,7 +11,6 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from test_lb_plane import HERE, Declared, backend, begin, front, web
 
 from fibril.lb.v1 import lb_pb2 as pb
 from services.common.errors import InvalidArgument
@@ -22,6 +21,7 @@ from services.lb import abi
 from services.lb.model import TCP, UDP, Algorithm, FrontendType, NoBackend, Spec
 from services.lb.trace import Tracer
 from tests import session
+from tests.datapath.planekit import HERE, Declared, backend, begin, front, web
 
 NO_FRONT, REFUSED = 0xFFFFFFFF, 0xFFFFFFFE
 
