@@ -37,13 +37,14 @@ class Store:
         self._reader = Reader(etcd, cluster)
         self._upserts = Upserts(etcd, self._reader)
         self._services = services
-        self._written = 0
-        self._restarts = services.seen.restarts
+        self._written = (services.seen.restarts, 0)
+        """To which etcd, as `seen` counts them, and its revision: those of one before may be far ahead of what it gets to."""
 
     async def settle(self) -> None:
         """Wait until what was written here is known here too (Services), so that who asks next is told of it."""
-        if self._services.synced.is_set() and self._services.seen.restarts == self._restarts:
-            await self._services.seen.wait(self._written)
+        began, revision = self._written
+        if self._services.synced.is_set() and began == self._services.seen.restarts:
+            await self._services.seen.wait(revision)
 
     # ---- services -------------------------------------------------------------------------------------------
     async def upsert(self, spec: Spec, backends: Backends, revision: int = 0) -> Upserted:
@@ -189,12 +190,7 @@ class Store:
 
     def _wrote(self, revision: int, began: int) -> None:
         """began: `seen.restarts` when that was begun to be written."""
-        # Revisions of the etcd before may be far ahead of what this one ever gets to.
-        if began != self._services.seen.restarts:
-            return
-        if self._restarts != began:
-            self._written, self._restarts = 0, began
-        self._written = max(self._written, revision)
+        self._written = max(self._written, (began, revision))
 
 
 async def _attempts(name: str) -> AsyncIterator[int]:

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import shutil
 import socket
-from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 
 import pytest
 
 from fibril.lb.v1 import lb_pb2 as pb
 from services.common.errors import InvalidArgument
 from services.common.instance import Instance
-from services.common.kernel import features, loader, progs
+from services.common.kernel import progs
 from services.common.pipeline.abi import FibAddr, IPAddress
 from services.lb import abi
 from services.lb.model import TCP, UDP, Algorithm, FrontendType, NoBackend, Spec
 from services.lb.trace import Tracer
-from tests import session
 from tests.datapath.planekit import HERE, Declared, backend, begin, front, web
 
 NO_FRONT, REFUSED = 0xFFFFFFFF, 0xFFFFFFFE
-
-
-@pytest.fixture(scope="module")
-def instance() -> Iterator[Instance]:
-    features.ensure_bpffs()
-    made = Instance.from_env(f"t-lbtrace-{session.name()}")
-    spec = loader.ProgramSpec(
-        source=Path(__file__).with_name("lbmaps.c"),
-        service="lbmaps",
-        functions={"lb_maps": "xdp"},
-        maps=abi.MAPS,
-    )
-    try:
-        asyncio.run(loader.load([spec], made.pin_dir))
-        yield made
-    finally:
-        shutil.rmtree(made.pin_dir, ignore_errors=True)
 
 
 def ask(
@@ -51,13 +29,13 @@ def ask(
     return progs.test_run(prog, raw).retval
 
 
-async def test_trace_and_program_agree(instance: Instance) -> None:
+async def test_trace_and_program_agree(lb_maps: Instance) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rand = random.Random(seed)
     declared = Declared()
     declared.synced.set()
-    plane, _ = await begin(instance, declared)
+    plane, _ = await begin(lb_maps, declared)
     fronts = [
         front("10.96.0.1:80", FrontendType.EXTERNAL_IP), front("[fd00:96::1]:80", FrontendType.LOAD_BALANCER),
         front("10.96.0.2:5000", FrontendType.EXTERNAL_IP, UDP, last=5999), front("0.0.0.0:30080", FrontendType.NODE_PORT),
@@ -72,12 +50,12 @@ async def test_trace_and_program_agree(instance: Instance) -> None:
     declared.put(Spec("none", (front("10.96.0.5:80"),)))
     declared.put(Spec("silent", (front("10.96.0.6:80"),), no_backend=NoBackend.DROP))
     await plane.settled()
-    tracer = Tracer(instance, plane, lambda: HERE.addresses, lambda: False)
+    tracer = Tracer(lb_maps, plane, lambda: HERE.addresses, lambda: False)
     places = [("10.96.0.1", 80, TCP), ("fd00:96::1", 80, TCP), ("10.96.0.2", 5123, UDP), ("192.168.0.1", 30080, TCP),
               ("10.96.0.3", 80, TCP), ("10.96.0.4", 80, TCP), ("10.96.0.5", 80, TCP), ("10.96.0.6", 80, TCP),
               ("10.96.0.1", 81, TCP), ("10.96.0.2", 6000, UDP), ("192.0.2.200", 30080, TCP)]  # fmt: skip
     seen = set()
-    with progs.opened(instance.pin_dir / "prog/lbmaps/lb_maps") as prog:
+    with progs.opened(lb_maps.pin_dir / "prog/lbmaps/lb_maps") as prog:
         for _ in range(1500):
             address, port, proto = rand.choice(places)
             vip = ip_address(address)
@@ -114,13 +92,13 @@ async def test_trace_and_program_agree(instance: Instance) -> None:
     await plane.stop()
 
 
-async def test_what_chance_decides_is_said(instance: Instance) -> None:
+async def test_what_chance_decides_is_said(lb_maps: Instance) -> None:
     declared = Declared()
     declared.synced.set()
-    plane, _ = await begin(instance, declared)
+    plane, _ = await begin(lb_maps, declared)
     declared.put(web(front("10.97.0.1:80"), name="r"), backend("10.0.0.1"), backend("192.168.0.1"))
     await plane.settled()
-    tracer = Tracer(instance, plane, lambda: HERE.addresses, lambda: True)
+    tracer = Tracer(lb_maps, plane, lambda: HERE.addresses, lambda: True)
     answer = tracer.trace(pb.TraceServiceRequest(client="192.168.0.1", address="10.97.0.1", port=80))
     assert (answer.service, answer.translation, answer.client_inside) == ("r", "socket", True)
     assert {each.address for each in answer.candidates} == {"10.0.0.1", "192.168.0.1"}
